@@ -1,0 +1,49 @@
+// One STEAM unit on one batch: everything that a kernel is told besides pointers. Plain data, shared by host and device.
+#pragma once
+
+#include <cstdint>
+
+namespace steam {
+
+enum class DType : int32_t { kFloat32, kFloat64, kFloat16, kBFloat16 };
+
+struct Problem {
+  int64_t samples;   // N
+  int64_t channels;  // C
+  int64_t height;    // H
+  int64_t width;     // W
+  int64_t grid_h;    // gh <= H
+  int64_t grid_w;    // gw <= W
+  int64_t channel_radius;
+  int32_t embed_dim;  // d, columns of a weight
+  int32_t num_heads;  // h, divides d
+  int32_t spatial_neighbors;  // 4 or 8
+  bool self_loops;
+  bool sequential;     // space looks at the channel-gated map
+  bool channels_last;  // memory order N, H, W, C instead of N, C, H, W
+  bool relu;           // y = max(gated x + residual, 0)
+  double scale;
+  DType dtype;  // of x, residual, y and their gradients
+};
+
+// A parameter: four contiguous rows of d numbers (query, key, value, output).
+struct Weight {
+  const void* data;
+  DType dtype;
+};
+
+struct WeightGrad {
+  void* data;  // null: not asked for
+  DType dtype;
+};
+
+// Offset of element (n, c, h, w) in a dense tensor, in elements; 64-bit throughout.
+constexpr int64_t element_offset(const Problem& p, int64_t n, int64_t c, int64_t h, int64_t w) {
+  return p.channels_last ? ((n * p.height + h) * p.width + w) * p.channels + c
+                         : ((n * p.channels + c) * p.height + h) * p.width + w;
+}
+
+// First row (column) of cell i: pixel r lies in cell floor(r * cells / length).
+constexpr int64_t cell_begin(int64_t i, int64_t cells, int64_t length) { return (i * length + cells - 1) / cells; }
+
+}  // namespace steam

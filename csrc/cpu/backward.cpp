@@ -1,0 +1,425 @@
+// The backward walk of one sample: pool' -> graph' -> gate' while x and dy are in cache. Compiled once per instruction set.
+#include "gate.h"
+#include "graph.h"
+#include "kernels.h"
+#include "pool.h"
+#include "unit.h"
+
+namespace steam {
+namespace {
+
+// Sums over cells of x and dy * x for channels c, c + 1, ... of one cell: from memory, or formed where a cell is a pixel.
+template <class L>
+struct StoredCells {
+  const typename L::A* values;
+  const typename L::A* products;
+  int64_t pitch;
+  STEAM_INLINE typename L::V value(int64_t cell, int64_t c) const { return load(values + cell * pitch + c); }
+  STEAM_INLINE typename L::V product(int64_t cell, int64_t c) const { return load(products + cell * pitch + c); }
+};
+template <class M>
+struct LiveCells {
+  M maps;
+  int64_t channels;
+  STEAM_INLINE typename M::V value(int64_t cell, int64_t c) const { return maps.value_until(cell * channels + c); }
+  STEAM_INLINE typename M::V product(int64_t cell, int64_t c) const {
+    const int64_t e = cell * channels + c;
+    return maps.value_until(e) * maps.upstream_until(e);
+  }
+};
+
+template <class T, bool kRelu>
+struct BackwardWalk {
+  using L = Lanes<T>;
+  using A = typename L::A;
+  using V = typename L::V;
+  static constexpr int64_t lanes = L::kLanes;
+  using Source = Maps<T, true, kRelu>;
+
+  const Unit<T>& u;
+  const cpu::BackwardArgs& args;
+  double* sums;  // (N, 4 * heads): a sample's gradients of the channel branch's a and b, then of the spatial branch's
+
+  // One sample's gradients of gates (then of pre-activations) and tokens, in the branches' arrays.
+  struct Grads {
+    A *channel_gate, *channel_token, *spatial_gate, *spatial_token;
+    GraphTape<L> channel_tape, spatial_tape;
+    Grads(const Unit<T>& u, Arena& arena)
+        : channel_gate(arena.take<A>(u.ring.size)),
+          channel_token(arena.take<A>(u.ring.size)),
+          spatial_gate(arena.take<A>(u.lattice.size)),
+          spatial_token(arena.take<A>(u.lattice.size)),
+          channel_tape(tape(u.ring, u.channel, arena)),
+          spatial_tape(tape(u.lattice, u.spatial, arena)) {}
+    static GraphTape<L> tape(const Branch<L>& branch, const Heads<L>& heads, Arena& arena) {
+      return {branch.count <= 9 ? arena.take<A>(branch.count * branch.size) : nullptr, arena.take<V>(2 * heads.count)};
+    }
+  };
+
+  const T* map(const void* base, int64_t n) const { return static_cast<const T*>(base) + n * u.sample; }
+
+  void operator()(int64_t n, const cpu::Parallel* parallel) const {
+    Arena arena;
+    const Source maps{map(args.x, n), map(args.dy, n), kRelu ? map(args.y, n) : nullptr, u.sample};
+    const bool input = args.dx != nullptr;
+    const bool weights = args.channel_grad.data || args.spatial_grad.data;
+    const Gates<T> g(u, arena);
+    const Grads d(u, arena);
+    if (input || weights) {
+      restore(g, n);
+      if (u.p.channels_last) {
+        pool_channels_last(maps, g, d, n, parallel, arena);
+      } else {
+        pool_planar(maps, g, d, n, parallel, arena);
+      }
+    }
+    if (input || args.dresidual) gate(n, maps, g, d, parallel, arena);
+  }
+
+  void restore(const Gates<T>& g, int64_t n) const {
+    const A* row = static_cast<const A*>(args.saved) + n * 2 * (u.p.channels + u.cells);
+    scatter_nodes(u.ring, row, g.channel.token);
+    scatter_nodes(u.ring, row + u.p.channels, g.channel.o);
+    scatter_nodes(u.lattice, row + 2 * u.p.channels, g.spatial.token);
+    scatter_nodes(u.lattice, row + 2 * u.p.channels + u.cells, g.spatial.o);
+    open_gates(u.ring, g.channel.o, g.channel.gate);
+    open_gates(u.lattice, g.spatial.o, g.spatial.gate);
+  }
+
+  const A* channel_gate(const Gates<T>& g) const { return g.channel.gate + u.ring.first; }
+  // The channels' weights in the spatial tokens (math step 4).
+  const A* token_weights(const Gates<T>& g) const { return u.p.sequential ? channel_gate(g) : u.ones; }
+  // s = du / (C n_ij): what one pixel's token gradient comes to.
+  A token_share(const Grads& d, int64_t i, int64_t j) const {
+    return static_cast<A>(static_cast<double>(d.spatial_token[u.lattice.at(i, j)]) /
+                          (static_cast<double>(u.p.channels) * static_cast<double>(u.cell_size(i, j))));
+  }
+
+  void spatial_backward(const Gates<T>& g, const Grads& d, int64_t n) const {
+    graph_backward<L>(u.lattice, u.spatial, g.spatial.token, g.spatial.o, d.spatial_gate, d.spatial_token,
+                      d.spatial_tape, sums + n * 4 * u.channel.count + 2 * u.channel.count);
+  }
+  void channel_backward(const Gates<T>& g, const Grads& d, int64_t n) const {
+    graph_backward<L>(u.ring, u.channel, g.channel.token, g.channel.o, d.channel_gate, d.channel_token, d.channel_tape,
+                      sums + n * 4 * u.channel.count);
+  }
+
+  void pool_planar(const Source& maps, const Gates<T>& g, const Grads& d, int64_t n, const cpu::Parallel* parallel,
+                   Arena& arena) const {
+    const bool by_pixel = u.walk == Walk::kPixels;
+    const A* channel = channel_gate(g);
+    A* gate_grad = d.channel_gate + u.ring.first;
+    A* spread = arena.take<A>(u.sums());
+    A* partial = arena.take<A>(u.blocks * u.sums());
+    A* columns = u.p.sequential && !by_pixel ? arena.take<A>(u.p.channels * u.sums()) : nullptr;
+    const V scale = L::set(static_cast<A>(u.p.scale));
+    spread_sums(u, spread, [&](int64_t i, int64_t j, int64_t) { return g.spatial.gate[u.lattice.at(i, j)]; });
+    for_tasks(parallel, u.blocks, [&](int64_t b) {
+      const int64_t begin = b * u.block, end = smaller(begin + u.block, u.p.channels);
+      A* contracted = partial + b * u.sums();
+      memset(contracted, 0, sizeof(A) * static_cast<size_t>(u.sums()));
+      sum_channels<L>(begin, end, gate_grad, [&](int64_t c) {
+        V total = L::zero();
+        const V w = L::set(channel[c]);
+        if (by_pixel) {
+          pixel_products(maps, c, w, spread, contracted, total);
+        } else if (u.p.sequential) {
+          column_products<true>(maps, c, w, spread, contracted, columns + c * u.sums(), total);
+        } else {
+          column_products<false>(maps, c, w, spread, contracted, nullptr, total);
+        }
+        return total * scale;
+      });
+    });
+    for (int64_t b = 1; b < u.blocks; ++b) {
+      for (int64_t k = 0; k < u.sums(); k += lanes) {
+        store(partial + k, load(partial + k) + load(partial + b * u.sums() + k));
+      }
+    }
+    join_cells(u, partial, d.spatial_gate, [&](int64_t, int64_t) { return u.p.scale; });
+    spatial_backward(g, d, n);
+    if (u.p.sequential) {
+      spread_sums(u, spread, [&](int64_t i, int64_t j, int64_t) { return token_share(d, i, j); });
+      A* through_tokens = arena.take<A>(u.channel_pitch);
+      for_tasks(parallel, u.blocks, [&](int64_t b) {
+        const int64_t begin = b * u.block, end = smaller(begin + u.block, u.p.channels);
+        sum_channels<L>(begin, end, through_tokens, [&](int64_t c) {
+          V sum[4] = {L::zero(), L::zero(), L::zero(), L::zero()};
+          const auto add = [&](int64_t k, V v) { sum[k / lanes % 4] += v * load(spread + k); };
+          if (by_pixel) {
+            for_vectors(maps.x, c * u.pixels, u.pixels, u.sample, add);
+          } else {
+            for_vectors(columns, c * u.sums(), u.sums(), u.p.channels * u.sums(), add);
+          }
+          return (sum[0] + sum[1]) + (sum[2] + sum[3]);
+        });
+        for (int64_t c = begin; c < end; ++c) gate_grad[c] += through_tokens[c];
+      });
+    }
+    channel_backward(g, d, n);
+  }
+
+  // One channel where x itself stands for column sums: adds w * dy * x to `contracted`, and the gate's share to `total`.
+  void pixel_products(const Source& maps, int64_t c, V w, const A* spread, A* contracted, V& total) const {
+    const int64_t e = c * u.pixels;
+    for (int64_t k0 = 0; k0 < u.pixels; k0 += kRun * lanes) {
+      const int64_t n = smaller(k0 + kRun * lanes, u.pixels), whole = k0 + (n - k0) / lanes * lanes;
+      V sum = L::zero();
+      const auto add = [&](int64_t k, V product) STEAM_LAMBDA_INLINE {
+        store(contracted + k, load(contracted + k) + w * product);
+        sum += load(spread + k) * product;
+      };
+      for (int64_t k = k0; k < whole; k += lanes) {
+        if (k % (kLine / static_cast<int64_t>(sizeof(T))) == 0) maps.prefetch(e + k);
+        add(k, maps.value(e + k) * maps.upstream(e + k));
+      }
+      if (whole < n) {
+        const V product = maps.value_until(e + whole) * maps.upstream_until(e + whole);
+        add(whole, L::select(L::first(n - whole), product, L::zero()));
+      }
+      total += sum;
+    }
+  }
+
+  template <bool kValues>
+  void column_products(const Source& maps, int64_t c, V w, const A* spread, A* contracted, A* columns,
+                       V& total) const {
+    for (int64_t i = 0; i < u.rows; ++i) {
+      const int64_t r = u.row_begin[i], k = i * u.pitch;
+      strip_sums<kValues>(maps, c * u.pixels + r * u.p.width, u.row_begin[i + 1] - r, u.p.width,
+                          [&](int64_t q, V value, V product) {
+                            if (kValues) store(columns + k + q, value);
+                            store(contracted + k + q, load(contracted + k + q) + w * product);
+                            total += load(spread + k + q) * product;
+                          });
+    }
+  }
+
+  void pool_channels_last(const Source& maps, const Gates<T>& g, const Grads& d, int64_t n,
+                          const cpu::Parallel* parallel, Arena& arena) const {
+    if (u.walk == Walk::kChannels && u.cells_are_pixels()) {
+      return pool_cells(LiveCells<Source>{maps, u.p.channels}, g, d, n, parallel);
+    }
+    const int64_t size = u.cells * u.channel_pitch;
+    A* products = arena.take<A>(size);
+    A* values = u.p.sequential ? arena.take<A>(size) : nullptr;
+    A* wide = u.walk == Walk::kNarrow ? arena.take<A>(2 * u.sums()) : nullptr;
+    for_tasks(parallel, u.p.grid_h, [&](int64_t i) {
+      const int64_t stride = u.p.width * u.p.channels;
+      const int64_t r = u.row_begin[i], rows = u.row_begin[i + 1] - r;
+      const int64_t row = i * u.p.grid_w * u.channel_pitch;
+      if (u.walk == Walk::kNarrow) {
+        A* wide_products = wide + 2 * i * u.pitch;
+        A* wide_values = wide_products + u.pitch;
+        strip_sums<true>(maps, r * stride, rows, stride, [&](int64_t q, V value, V product) {
+          store(wide_values + q, value);
+          store(wide_products + q, product);
+        });
+        if (values) join_wide(u, wide_values, values + row);
+        join_wide(u, wide_products, products + row);
+        return;
+      }
+      for (int64_t j = 0; j < u.p.grid_w; ++j) {
+        const int64_t q = u.col_begin[j], cell = row + j * u.channel_pitch;
+        const int64_t e = r * stride + q * u.p.channels, cols = u.col_begin[j + 1] - q;
+        if (values) {
+          cell_sums<true>(maps, e, rows, cols, stride, u.p.channels, values + cell, products + cell);
+        } else {
+          cell_sums<false>(maps, e, rows, cols, stride, u.p.channels, static_cast<A*>(nullptr), products + cell);
+        }
+      }
+    });
+    pool_cells(StoredCells<L>{values, products, u.channel_pitch}, g, d, n, parallel);
+  }
+
+  template <class Cells>
+  void pool_cells(const Cells& cells, const Gates<T>& g, const Grads& d, int64_t n,
+                  const cpu::Parallel* parallel) const {
+    const A* channel = channel_gate(g);
+    A* gate_grad = d.channel_gate + u.ring.first;
+    for_tasks(parallel, u.p.grid_h, [&](int64_t i) {
+      for (int64_t j = 0; j < u.p.grid_w; ++j) {
+        const int64_t cell = i * u.p.grid_w + j, whole = u.p.channels / lanes * lanes;
+        V sum[4] = {L::zero(), L::zero(), L::zero(), L::zero()};
+        for (int64_t c = 0; c < whole; c += lanes) sum[c / lanes % 4] += load(channel + c) * cells.product(cell, c);
+        if (whole < u.p.channels) {
+          const V last = load(channel + whole) * cells.product(cell, whole);
+          sum[0] += L::select(L::first(u.p.channels - whole), last, L::zero());
+        }
+        const A dot = sum_lanes<L>((sum[0] + sum[1]) + (sum[2] + sum[3]));
+        d.spatial_gate[u.lattice.at(i, j)] = static_cast<A>(static_cast<double>(dot) * u.p.scale);
+      }
+    });
+    spatial_backward(g, d, n);
+    const int64_t vectors = u.channel_pitch / lanes, share = 16;
+    for_tasks(parallel, (vectors + share - 1) / share, [&](int64_t t) {
+      for_tiles<L, 6>(smaller(share, vectors - t * share), [&]<int U>(int64_t v) {
+        const int64_t c = (t * share + v) * lanes;
+        V total[U];
+        for (int k = 0; k < U; ++k) total[k] = L::zero();
+        for (int64_t i = 0; i < u.p.grid_h; ++i) {
+          V sum[U];
+          for (int k = 0; k < U; ++k) sum[k] = L::zero();
+          for (int64_t j = 0; j < u.p.grid_w; ++j) {
+            const int64_t cell = i * u.p.grid_w + j;
+            const V gate = L::set(g.spatial.gate[u.lattice.at(i, j)] * static_cast<A>(u.p.scale));
+            const V token = L::set(u.p.sequential ? token_share(d, i, j) : A{0});
+#pragma GCC unroll 16
+            for (int k = 0; k < U; ++k) {
+              sum[k] += gate * cells.product(cell, c + k * lanes);
+              if (u.p.sequential) sum[k] += token * cells.value(cell, c + k * lanes);
+            }
+          }
+#pragma GCC unroll 16
+          for (int k = 0; k < U; ++k) total[k] += sum[k];
+        }
+#pragma GCC unroll 16
+        for (int k = 0; k < U; ++k) store(gate_grad + c + k * lanes, total[k]);
+      });
+    });
+    channel_backward(g, d, n);
+  }
+
+  void gate(int64_t n, const Source& maps, const Gates<T>& g, const Grads& d, const cpu::Parallel* parallel,
+            Arena& arena) const {
+    const bool input = args.dx != nullptr;
+    // Per channel: scale * g_c, the weight of the token gradient, and dz / (H W).
+    A* scaled = arena.take<A>(u.channel_pitch);
+    A* offset = arena.take<A>(u.channel_pitch);
+    A* runs = nullptr;
+    if (input) {
+      const A scale = static_cast<A>(u.p.scale), mean = static_cast<A>(1.0 / static_cast<double>(u.pixels));
+      for (int64_t c = 0; c < u.p.channels; ++c) {
+        scaled[c] = scale * channel_gate(g)[c];
+        offset[c] = d.channel_token[u.ring.first + c] * mean;
+      }
+      if (u.walk != Walk::kChannels) {
+        runs = arena.take<A>(2 * u.runs * u.run_pitch);
+        const A* share = token_weights(g);
+        const bool narrow = u.walk == Walk::kNarrow;
+        spread_runs(u, runs, [&](int64_t i, int64_t j, int64_t c) {
+          const A gate = g.spatial.gate[u.lattice.at(i, j)];
+          return narrow ? scaled[c] * gate : gate;
+        });
+        spread_runs(u, runs + u.runs * u.run_pitch, [&](int64_t i, int64_t j, int64_t c) {
+          const A token = token_share(d, i, j);
+          return narrow ? share[c] * token + offset[c] : token;
+        });
+      }
+    }
+    T* dx = input ? static_cast<T*>(args.dx) + n * u.sample : nullptr;
+    T* dresidual = args.dresidual ? static_cast<T*>(args.dresidual) + n * u.sample : nullptr;
+    const Outputs out{dx, dresidual, scaled, offset, runs};
+    // Without a ReLU the residual's gradient is dy itself, and nobody asks for it.
+    if (!kRelu || dresidual == nullptr) {
+      gate_sample<Sink<T>, NoSink<T>>(maps, out, g, d, parallel);
+    } else if constexpr (kRelu) {
+      with_bool(input, [&]<bool kInput>() {
+        gate_sample<std::conditional_t<kInput, Sink<T>, NoSink<T>>, Sink<T>>(maps, out, g, d, parallel);
+      });
+    }
+  }
+
+  struct Outputs {
+    T *dx, *dresidual;
+    const A *scaled, *offset, *runs;
+  };
+
+  template <class S>
+  S open(T* at, int64_t begin, int64_t count) const {
+    return S(at ? at + begin : nullptr, count, output_route(u));
+  }
+
+  template <class DxSink, class ResidualSink>
+  void gate_sample(const Source& maps, const Outputs& out, const Gates<T>& g, const Grads& d,
+                   const cpu::Parallel* parallel) const {
+    const A* share = token_weights(g);
+    const int64_t shifts = u.runs * u.run_pitch;
+    if (u.walk == Walk::kChannels) {
+      const int64_t tasks = smaller<int64_t>(u.p.height, 32), stride = u.p.width * u.p.channels;
+      for_tasks(parallel, tasks, [&](int64_t t) {
+        const int64_t begin = t * u.p.height / tasks, end = (t + 1) * u.p.height / tasks;
+        DxSink dx = open<DxSink>(out.dx, begin * stride, (end - begin) * stride);
+        ResidualSink dresidual = open<ResidualSink>(out.dresidual, begin * stride, (end - begin) * stride);
+        for (int64_t r = begin; r < end; ++r) {
+          const int64_t i = r * u.p.grid_h / u.p.height;
+          for (int64_t j = 0; j < u.p.grid_w; ++j) {
+            const A gate = g.spatial.gate[u.lattice.at(i, j)], token = token_share(d, i, j);
+            for (int64_t q = u.col_begin[j]; q < u.col_begin[j + 1]; ++q) {
+              gate_pixel_backward(maps, r * stride + q * u.p.channels, u.p.channels, out.scaled, share, out.offset,
+                                  gate, token, dx, dresidual);
+            }
+          }
+        }
+        dx.finish();
+        dresidual.finish();
+      });
+    } else if (u.walk == Walk::kNarrow) {
+      for_tasks(parallel, u.runs, [&](int64_t k) {
+        DxSink dx = open<DxSink>(out.dx, u.run_begin(k), u.run_length(k));
+        ResidualSink dresidual = open<ResidualSink>(out.dresidual, u.run_begin(k), u.run_length(k));
+        const Pattern<L> pattern{out.runs + k * u.run_pitch, out.runs + shifts + k * u.run_pitch, u.period};
+        gate_run_backward(maps, u.run_begin(k), u.run_length(k), pattern, A{1}, A{1}, A{0}, dx, dresidual);
+        dx.finish();
+        dresidual.finish();
+      });
+    } else {
+      for_tasks(parallel, u.blocks, [&](int64_t b) {
+        const int64_t begin = b * u.block, end = smaller(begin + u.block, u.p.channels);
+        DxSink dx = open<DxSink>(out.dx, begin * u.pixels, (end - begin) * u.pixels);
+        ResidualSink dresidual = open<ResidualSink>(out.dresidual, begin * u.pixels, (end - begin) * u.pixels);
+        for (int64_t c = begin; c < end; ++c) {
+          for (int64_t k = 0; k < u.runs; ++k) {
+            const Pattern<L> pattern{out.runs + k * u.run_pitch, out.runs + shifts + k * u.run_pitch, u.period};
+            gate_run_backward(maps, c * u.pixels + u.run_begin(k), u.run_length(k), pattern, out.scaled[c], share[c],
+                              out.offset[c], dx, dresidual);
+          }
+        }
+        dx.finish();
+        dresidual.finish();
+      });
+    }
+  }
+};
+
+// A weight's gradient from those of its heads' a and b (math, backward): each row takes its partner's row.
+inline void write_weight_grad(const Problem& p, const Weight& weight, const WeightGrad& grad, const double* a_grad,
+                              const double* b_grad) {
+  if (grad.data == nullptr) return;
+  const int64_t dim = p.embed_dim, width = dim / p.num_heads;
+  const double root = 1 / sqrt(static_cast<double>(width));
+  for (int64_t j = 0; j < dim; ++j) {
+    const double a = a_grad[j / width] * root, b = b_grad[j / width];
+    for (int64_t row = 0; row < 4; ++row) {
+      const double partner = read_number(weight.data, weight.dtype, (row ^ 1) * dim + j);
+      write_number(grad.data, grad.dtype, row * dim + j, (row < 2 ? a : b) * partner);
+    }
+  }
+}
+
+}  // namespace
+
+namespace cpu {
+#define STEAM_JOIN(a, b) a##b
+#define STEAM_NAME(prefix, variant) STEAM_JOIN(prefix, variant)
+void STEAM_NAME(backward_, STEAM_CPU_VARIANT)(const BackwardArgs& args) {
+  const Problem& p = args.problem;
+  const int64_t heads = p.num_heads;
+  Arena arena;
+  double* sums = arena.take<double>(larger<int64_t>(p.samples, 1) * 4 * heads);
+  memset(sums, 0, sizeof(double) * static_cast<size_t>(larger<int64_t>(p.samples, 1) * 4 * heads));
+  with_dtype(p.dtype, [&]<class T>() {
+    const Unit<T> unit = make_unit<T>(p, args.channel_weight, args.spatial_weight, arena);
+    with_bool(p.relu, [&]<bool kRelu>() {
+      for_samples(unit, args.parallel, BackwardWalk<T, kRelu>{unit, args, sums});
+    });
+  });
+  // Samples in their order, whoever computed them.
+  for (int64_t n = 1; n < p.samples; ++n) {
+    for (int64_t k = 0; k < 4 * heads; ++k) sums[k] += sums[n * 4 * heads + k];
+  }
+  write_weight_grad(p, args.channel_weight, args.channel_grad, sums, sums + heads);
+  write_weight_grad(p, args.spatial_weight, args.spatial_grad, sums + 2 * heads, sums + 3 * heads);
+}
+}  // namespace cpu
+}  // namespace steam

@@ -1,0 +1,120 @@
+// Which instruction set's kernels run. Compiled for the plain target, like everything that runs before the choice.
+#include <atomic>
+#include <cstring>
+#include <string>
+
+#include "kernels.h"
+
+namespace steam {
+namespace cpu {
+
+#define STEAM_DECLARE(variant)                 \
+  void forward_##variant(const ForwardArgs&); \
+  void backward_##variant(const BackwardArgs&);
+STEAM_DECLARE(generic)
+#if defined(STEAM_CPU_HAS_AVX2)
+STEAM_DECLARE(avx2)
+#endif
+#if defined(STEAM_CPU_HAS_AVX512)
+STEAM_DECLARE(avx512)
+#endif
+
+namespace {
+
+struct Variant {
+  const char* name;
+  Forward forward;
+  Backward backward;
+  bool (*runs_here)();
+};
+
+#if defined(STEAM_CPU_HAS_AVX512)
+bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vl");
+}
+#endif
+#if defined(STEAM_CPU_HAS_AVX2)
+// The compiler's x86-64-v3, but for instructions that no processor with AVX2 and FMA lacks.
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
+         __builtin_cpu_supports("bmi2");
+}
+#endif
+bool always() { return true; }
+
+// Best first.
+constexpr Variant kVariants[] = {
+#if defined(STEAM_CPU_HAS_AVX512)
+    {"avx512", forward_avx512, backward_avx512, has_avx512},
+#endif
+#if defined(STEAM_CPU_HAS_AVX2)
+    {"avx2", forward_avx2, backward_avx2, has_avx2},
+#endif
+    {"generic", forward_generic, backward_generic, always},
+};
+
+const Variant* best() {
+  for (const Variant& v : kVariants) {
+    if (v.runs_here()) return &v;
+  }
+  return nullptr;
+}
+
+std::atomic<const Variant*> chosen{nullptr};
+
+const Variant& variant() {
+  const Variant* v = chosen.load(std::memory_order_relaxed);
+  if (v == nullptr) {
+    v = best();
+    chosen.store(v, std::memory_order_relaxed);
+  }
+  return *v;
+}
+
+}  // namespace
+
+void forward(const ForwardArgs& args) { variant().forward(args); }
+void backward(const BackwardArgs& args) { variant().backward(args); }
+
+}  // namespace cpu
+}  // namespace steam
+
+#define STEAM_API extern "C" __attribute__((visibility("default")))
+
+// Names of the variants that this processor can run, best first, between commas.
+STEAM_API const char* steam_cpu_supported() {
+  static const std::string names = [] {
+    std::string out;
+    for (const auto& v : steam::cpu::kVariants) {
+      if (v.runs_here()) out += (out.empty() ? "" : ",") + std::string(v.name);
+    }
+    return out;
+  }();
+  return names.c_str();
+}
+
+STEAM_API const char* steam_cpu_variant() { return steam::cpu::variant().name; }
+
+// 0 if the named variant is now in use, 1 if there is none of that name or the processor cannot run it.
+STEAM_API int steam_cpu_select(const char* name) {
+  for (const auto& v : steam::cpu::kVariants) {
+    if (std::strcmp(v.name, name) == 0 && v.runs_here()) {
+      steam::cpu::chosen.store(&v, std::memory_order_relaxed);
+      return 0;
+    }
+  }
+  return 1;
+}
+
+// The kernels' own address arithmetic, so that a test can reach past 2^31 elements without a tensor of that size.
+STEAM_API int64_t steam_cpu_probe_offset(int64_t n, int64_t c, int64_t h, int64_t w, int64_t channels, int64_t height,
+                                         int64_t width, int channels_last) {
+  steam::Problem p{};
+  p.channels = channels;
+  p.height = height;
+  p.width = width;
+  p.channels_last = channels_last != 0;
+  return steam::element_offset(p, n, c, h, w);
+}

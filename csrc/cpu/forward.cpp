@@ -1,0 +1,247 @@
+// The forward walk of one sample: pool -> graph -> gate while the sample is in cache. Compiled once per instruction set.
+#include "gate.h"
+#include "graph.h"
+#include "kernels.h"
+#include "pool.h"
+#include "unit.h"
+
+namespace steam {
+namespace {
+
+template <class T>
+struct ForwardWalk {
+  using L = Lanes<T>;
+  using A = typename L::A;
+  using V = typename L::V;
+  static constexpr int64_t lanes = L::kLanes;
+  using Source = Maps<T, false, false>;
+
+  const Unit<T>& u;
+  const cpu::ForwardArgs& args;
+
+  const T* map(const void* base, int64_t n) const { return static_cast<const T*>(base) + n * u.sample; }
+
+  void operator()(int64_t n, const cpu::Parallel* parallel) const {
+    Arena arena;
+    const Gates<T> g(u, arena);
+    const Source x{map(args.x, n), nullptr, nullptr, u.sample};
+    if (u.p.channels_last) {
+      pool_channels_last(x, g, parallel, arena);
+    } else {
+      pool_planar(x, g, parallel, arena);
+    }
+    if (args.saved) save(g, n);
+    gate(n, g, parallel, arena);
+  }
+
+  // What space looks at: the channel gates, or nothing (math step 4).
+  const A* token_weights(const Gates<T>& g) const {
+    return u.p.sequential ? g.channel.gate + u.ring.first : u.ones;
+  }
+  double token_scale(int64_t i, int64_t j) const {
+    return 1.0 / (static_cast<double>(u.p.channels) * static_cast<double>(u.cell_size(i, j)));
+  }
+
+  void pool_planar(const Source& x, const Gates<T>& g, const cpu::Parallel* parallel, Arena& arena) const {
+    const bool by_pixel = u.walk == Walk::kPixels;
+    A* z = g.channel.token + u.ring.first;
+    A* columns = by_pixel ? nullptr : arena.take<A>(u.p.channels * u.sums());
+    A* contracted = arena.take<A>(u.sums());
+    const V mean = L::set(static_cast<A>(1.0 / static_cast<double>(u.pixels)));
+    for_tasks(parallel, u.blocks, [&](int64_t b) {
+      const int64_t begin = b * u.block, end = smaller(begin + u.block, u.p.channels);
+      sum_channels<L>(begin, end, z, [&](int64_t c) {
+        V total = L::zero();
+        if (by_pixel) {
+          for (int64_t k = 0; k < u.pixels; k += kRun * lanes) {
+            V sum = L::zero();
+            for_vectors(x.x, c * u.pixels + k, smaller(kRun * lanes, u.pixels - k), u.sample, [&](int64_t k1, V v) {
+              if (k1 % (kLine / static_cast<int64_t>(sizeof(T))) == 0) x.prefetch(c * u.pixels + k + k1);
+              sum += v;
+            });
+            total += sum;
+          }
+        } else {
+          A* out = columns + c * u.sums();
+          for (int64_t i = 0; i < u.rows; ++i, out += u.pitch) {
+            const int64_t r = u.row_begin[i];
+            strip_sums<true>(x, c * u.pixels + r * u.p.width, u.row_begin[i + 1] - r, u.p.width,
+                             [&](int64_t q, V v, V) {
+                               store(out + q, v);
+                               total += v;
+                             });
+          }
+        }
+        return total * mean;
+      });
+    });
+    graph_forward<L>(u.ring, u.channel, g.channel.token, g.channel.o, g.channel.gate);
+    const int64_t vectors = u.sums() / lanes, share = 24;
+    for_tasks(parallel, (vectors + share - 1) / share, [&](int64_t t) {
+      const int64_t first = t * share, count = smaller(share, vectors - first);
+      if (by_pixel) {
+        contract_channels(x.x, u.sample, u.p.channels, u.pixels, token_weights(g), first, count, contracted);
+      } else {
+        contract_channels(columns, u.p.channels * u.sums(), u.p.channels, u.sums(), token_weights(g), first, count, contracted);
+      }
+    });
+    join_cells(u, contracted, g.spatial.token, [&](int64_t i, int64_t j) { return token_scale(i, j); });
+    graph_forward<L>(u.lattice, u.spatial, g.spatial.token, g.spatial.o, g.spatial.gate);
+  }
+
+  void pool_channels_last(const Source& x, const Gates<T>& g, const cpu::Parallel* parallel, Arena& arena) const {
+    // Where a cell is a pixel, x itself holds the cells' sums.
+    if (u.walk == Walk::kChannels && u.cells_are_pixels()) {
+      return pool_cells(x.x, u.p.channels, u.sample, g, parallel);
+    }
+    A* cells = arena.take<A>(u.cells * u.channel_pitch);
+    A* wide = u.walk == Walk::kNarrow ? arena.take<A>(u.sums()) : nullptr;
+    for_tasks(parallel, u.p.grid_h, [&](int64_t i) {
+      const int64_t stride = u.p.width * u.p.channels;
+      const int64_t r = u.row_begin[i], rows = u.row_begin[i + 1] - r;
+      A* row = cells + i * u.p.grid_w * u.channel_pitch;
+      if (u.walk == Walk::kNarrow) {
+        A* sums = wide + i * u.pitch;
+        strip_sums<true>(x, r * stride, rows, stride, [&](int64_t q, V v, V) { store(sums + q, v); });
+        join_wide(u, sums, row);
+        return;
+      }
+      for (int64_t j = 0; j < u.p.grid_w; ++j) {
+        const int64_t q = u.col_begin[j];
+        cell_sums<true>(x, r * stride + q * u.p.channels, rows, u.col_begin[j + 1] - q, stride, u.p.channels,
+                        row + j * u.channel_pitch, static_cast<A*>(nullptr));
+      }
+    });
+    pool_cells(cells, u.channel_pitch, u.cells * u.channel_pitch, g, parallel);
+  }
+
+  // Tokens from the cells' sums, channels contiguous, `pitch` apart.
+  template <class S>
+  void pool_cells(const S* cells, int64_t pitch, int64_t size, const Gates<T>& g, const cpu::Parallel* parallel) const {
+    A* z = g.channel.token + u.ring.first;
+    const V mean = L::set(static_cast<A>(1.0 / static_cast<double>(u.pixels)));
+    const int64_t vectors = u.channel_pitch / lanes, share = 16;
+    for_tasks(parallel, (vectors + share - 1) / share, [&](int64_t t) {
+      for_tiles<L, 8>(smaller(share, vectors - t * share), [&]<int U>(int64_t v) {
+        const int64_t c = (t * share + v) * lanes;
+        V total[U];
+        for (int k = 0; k < U; ++k) total[k] = L::zero();
+        for (int64_t i = 0; i < u.p.grid_h; ++i) {
+          V sum[U];
+          for (int k = 0; k < U; ++k) sum[k] = L::zero();
+          for (int64_t j = 0; j < u.p.grid_w; ++j) {
+            const S* at = cells + (i * u.p.grid_w + j) * pitch + c;
+            if (__builtin_expect(cells + size - at >= U * lanes, 1)) {
+#pragma GCC unroll 16
+              for (int k = 0; k < U; ++k) sum[k] += load(at + k * lanes);
+            } else {
+              for (int k = 0; k < U; ++k) sum[k] += load_until(at + k * lanes, cells + size);
+            }
+          }
+#pragma GCC unroll 16
+          for (int k = 0; k < U; ++k) total[k] += sum[k];
+        }
+#pragma GCC unroll 16
+        for (int k = 0; k < U; ++k) store(z + c + k * lanes, total[k] * mean);
+      });
+    });
+    graph_forward<L>(u.ring, u.channel, g.channel.token, g.channel.o, g.channel.gate);
+    const A* weight = token_weights(g);
+    for_tasks(parallel, u.p.grid_h, [&](int64_t i) {
+      for (int64_t j = 0; j < u.p.grid_w; ++j) {
+        V sum[4] = {L::zero(), L::zero(), L::zero(), L::zero()};
+        for_vectors(cells, (i * u.p.grid_w + j) * pitch, u.p.channels, size,
+                    [&](int64_t c, V v) { sum[c / lanes % 4] += load(weight + c) * v; });
+        const A dot = sum_lanes<L>((sum[0] + sum[1]) + (sum[2] + sum[3]));
+        g.spatial.token[u.lattice.at(i, j)] = static_cast<A>(static_cast<double>(dot) * token_scale(i, j));
+      }
+    });
+    graph_forward<L>(u.lattice, u.spatial, g.spatial.token, g.spatial.o, g.spatial.gate);
+  }
+
+  void save(const Gates<T>& g, int64_t n) const {
+    A* row = static_cast<A*>(args.saved) + n * 2 * (u.p.channels + u.cells);
+    gather_nodes(u.ring, g.channel.token, row);
+    gather_nodes(u.ring, g.channel.o, row + u.p.channels);
+    gather_nodes(u.lattice, g.spatial.token, row + 2 * u.p.channels);
+    gather_nodes(u.lattice, g.spatial.o, row + 2 * u.p.channels + u.cells);
+  }
+
+  void gate(int64_t n, const Gates<T>& g, const cpu::Parallel* parallel, Arena& arena) const {
+    const A scale = static_cast<A>(u.p.scale);
+    A* channel = g.channel.gate + u.ring.first;
+    for (int64_t c = 0; c < u.p.channels; ++c) channel[c] *= scale;
+    A* runs = nullptr;
+    if (u.walk != Walk::kChannels) {
+      runs = arena.take<A>(u.runs * u.run_pitch);
+      spread_runs(u, runs, [&](int64_t i, int64_t j, int64_t c) {
+        const A gate = g.spatial.gate[u.lattice.at(i, j)];
+        return u.walk == Walk::kNarrow ? channel[c] * gate : gate;
+      });
+    }
+    const Route route = args.y == args.x ? Route::kStaged : output_route(u);
+    T* y = static_cast<T*>(args.y) + n * u.sample;
+    with_bool(args.residual != nullptr, [&]<bool kResidual>() {
+      with_bool(u.p.relu, [&]<bool kRelu>() {
+        const T* residual = kResidual ? map(args.residual, n) : nullptr;
+        const GateForward<T, kResidual, kRelu> f{map(args.x, n), residual, u.sample};
+        gate_sample(f, y, route, channel, g, runs, parallel);
+      });
+    });
+  }
+
+  template <class F>
+  void gate_sample(const F& f, T* y, Route route, const A* channel, const Gates<T>& g, const A* runs,
+                   const cpu::Parallel* parallel) const {
+    if (u.walk == Walk::kChannels) {
+      const int64_t tasks = smaller<int64_t>(u.p.height, 32), stride = u.p.width * u.p.channels;
+      for_tasks(parallel, tasks, [&](int64_t t) {
+        const int64_t begin = t * u.p.height / tasks, end = (t + 1) * u.p.height / tasks;
+        Sink<T> sink(y + begin * stride, (end - begin) * stride, route);
+        for (int64_t r = begin; r < end; ++r) {
+          const int64_t i = r * u.p.grid_h / u.p.height;
+          for (int64_t j = 0; j < u.p.grid_w; ++j) {
+            for (int64_t q = u.col_begin[j]; q < u.col_begin[j + 1]; ++q) {
+              gate_pixel(f, r * stride + q * u.p.channels, u.p.channels, channel, g.spatial.gate[u.lattice.at(i, j)],
+                         sink);
+            }
+          }
+        }
+        sink.finish();
+      });
+    } else if (u.walk == Walk::kNarrow) {
+      for_tasks(parallel, u.runs, [&](int64_t k) {
+        Sink<T> sink(y + u.run_begin(k), u.run_length(k), route);
+        gate_run(f, u.run_begin(k), u.run_length(k), {runs + k * u.run_pitch, nullptr, u.period}, A{1}, sink);
+        sink.finish();
+      });
+    } else {
+      for_tasks(parallel, u.blocks, [&](int64_t b) {
+        const int64_t begin = b * u.block, end = smaller(begin + u.block, u.p.channels);
+        Sink<T> sink(y + begin * u.pixels, (end - begin) * u.pixels, route);
+        for (int64_t c = begin; c < end; ++c) {
+          for (int64_t k = 0; k < u.runs; ++k) {
+            gate_run(f, c * u.pixels + u.run_begin(k), u.run_length(k), {runs + k * u.run_pitch, nullptr, u.period},
+                     channel[c], sink);
+          }
+        }
+        sink.finish();
+      });
+    }
+  }
+};
+
+}  // namespace
+
+namespace cpu {
+#define STEAM_JOIN(a, b) a##b
+#define STEAM_NAME(prefix, variant) STEAM_JOIN(prefix, variant)
+void STEAM_NAME(forward_, STEAM_CPU_VARIANT)(const ForwardArgs& args) {
+  with_dtype(args.problem.dtype, [&]<class T>() {
+    Arena arena;
+    const Unit<T> unit = make_unit<T>(args.problem, args.channel_weight, args.spatial_weight, arena);
+    for_samples(unit, args.parallel, ForwardWalk<T>{unit, args});
+  });
+}
+}  // namespace cpu
+}  // namespace steam

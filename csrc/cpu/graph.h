@@ -1,0 +1,323 @@
+// The graph stage on the CPU: both branches, forward and backward, L::kLanes nodes at a time.
+#pragma once
+
+#include "../common/graph.h"
+#include "../common/problem.h"
+#include "scratch.h"
+#include "vec.h"
+
+namespace steam {
+namespace {
+
+// Where a branch's nodes lie: row i, column j at first + i * pitch + j of an array of `size` numbers that has room around
+// the nodes for the neighbours of the outermost ones. A ring is one row whose surroundings repeat its other end.
+template <class L>
+struct Branch {
+  using A = typename L::A;
+  int64_t rows, cols;
+  bool wraps;
+  int64_t first, pitch, span, size, margin;
+  int64_t count;            // neighbours of a node
+  const int64_t* offsets;   // their distances in the array
+  const typename L::I* present;  // lattice: bit k of present[position] says that neighbour k exists
+  int64_t nodes() const { return rows * cols; }
+  int64_t at(int64_t i, int64_t j) const { return first + i * pitch + j; }
+};
+
+template <class L>
+Branch<L> ring_branch(const Problem& p, Arena& arena) {
+  const RingStencil stencil = ring_stencil(p.channels, p.channel_radius, p.self_loops);
+  Branch<L> b{};
+  b.rows = 1;
+  b.cols = b.span = b.pitch = p.channels;
+  b.wraps = true;
+  b.margin = larger(-stencil.lo, stencil.hi);
+  b.first = round_up(b.margin, kLine);
+  b.size = b.first + round_up(p.channels, kLine) + b.margin + kLine;
+  b.count = stencil.count();
+  int64_t* offsets = arena.take<int64_t>(b.count);
+  for (int64_t k = 0; k < b.count; ++k) offsets[k] = stencil.offset(k);
+  b.offsets = offsets;
+  return b;
+}
+
+template <class L>
+Branch<L> lattice_branch(const Problem& p, Arena& arena) {
+  const LatticeStencil stencil = lattice_stencil(p.grid_h, p.grid_w, p.spatial_neighbors, p.self_loops);
+  Branch<L> b{};
+  b.rows = p.grid_h;
+  b.cols = p.grid_w;
+  b.pitch = p.grid_w + 2;
+  b.first = b.pitch + 1;
+  b.span = (b.rows - 1) * b.pitch + b.cols;
+  b.size = (b.rows + 2) * b.pitch + 2 * kLine;
+  b.count = stencil.count;
+  int64_t* offsets = arena.take<int64_t>(b.count);
+  using I = typename L::I;
+  I* present = arena.take<I>(b.size);
+  memset(present, 0, sizeof(I) * static_cast<size_t>(b.size));
+  for (int64_t k = 0; k < b.count; ++k) {
+    const int64_t dr = stencil.dr[k], dc = stencil.dc[k];
+    offsets[k] = dr * b.pitch + dc;
+    for (int64_t i = larger<int64_t>(0, -dr); i < smaller(b.rows, b.rows - dr); ++i) {
+      for (int64_t j = larger<int64_t>(0, -dc); j < smaller(b.cols, b.cols - dc); ++j) {
+        present[b.at(i, j)] |= I{1} << k;
+      }
+    }
+  }
+  b.offsets = offsets;
+  b.present = present;
+  return b;
+}
+
+// The neighbourhoods of L::kLanes consecutive positions. K: their size where it is known at compile time, else 0.
+template <class L, int K>
+struct RingNodes {
+  const typename L::A* at;
+  const Branch<L>* branch;
+  int64_t left;  // nodes from here on
+  STEAM_INLINE int64_t count() const { return K ? K : branch->count; }
+  STEAM_INLINE typename L::V token(int64_t k) const { return load(at + branch->offsets[k]); }
+  STEAM_INLINE typename L::M exists(int64_t) const { return typename L::M{} == typename L::M{}; }
+  STEAM_INLINE typename L::M is_node() const { return L::first(left < L::kLanes ? left : L::kLanes); }
+  static STEAM_INLINE RingNodes make(const Branch<L>& b, const typename L::A* tokens, int64_t position) {
+    return {tokens + position, &b, b.first + b.span - position};
+  }
+};
+
+template <class L, int K>
+struct LatticeNodes {
+  const typename L::A* at;
+  const Branch<L>* branch;
+  typename L::M bits;
+  STEAM_INLINE int64_t count() const { return K ? K : branch->count; }
+  STEAM_INLINE typename L::V token(int64_t k) const { return load(at + branch->offsets[k]); }
+  STEAM_INLINE typename L::M exists(int64_t k) const { return (bits & (typename L::M{} + (1 << k))) != 0; }
+  STEAM_INLINE typename L::M is_node() const { return bits != 0; }
+  static STEAM_INLINE LatticeNodes make(const Branch<L>& b, const typename L::A* tokens, int64_t position) {
+    typename L::M bits;
+    __builtin_memcpy(&bits, b.present + position, sizeof(bits));
+    return {tokens + position, &b, bits};
+  }
+};
+
+// Slopes a and gains b of the heads (math step T, collapsed).
+template <class L>
+struct Heads {
+  const typename L::A* a;
+  const typename L::A* b;
+  int64_t count;
+};
+
+template <class L, class N>
+void transform_nodes(const Branch<L>& branch, const Heads<L>& heads, const typename L::A* tokens,
+                     typename L::A* out) {
+  using V = typename L::V;
+  for (int64_t at = branch.first; at < branch.first + branch.span; at += L::kLanes) {
+    const N nodes = N::make(branch, tokens, at);
+    const V t = load(tokens + at);
+    V lo, hi, o = L::zero();
+    extremes<L>(nodes, lo, hi);
+    for (int64_t h = 0; h < heads.count; ++h) {
+      const Attention<L> head = attend<L>(nodes, L::set(heads.a[h]) * t, lo, hi, nullptr);
+      o += L::set(heads.b[h]) * (head.extreme + head.mean);
+    }
+    store(out + at, o);
+  }
+}
+
+// Working memory of one branch's backward pass.
+template <class L>
+struct GraphTape {
+  typename L::A* shares;  // count arrays of branch.size: what node i gives to its k-th neighbour (static neighbourhoods only)
+  typename L::V* sums;    // 2 * heads: lanes of the gradients of a and b
+};
+
+// token_grad = d<out_grad, T(tokens)>/d tokens; adds the gradients of a, then of b, to slope_gain_grad in the tape's sums.
+template <class L, class N, int K>
+void transform_nodes_backward(const Branch<L>& branch, const Heads<L>& heads, const typename L::A* tokens,
+                              const typename L::A* out_grad, typename L::A* token_grad, const GraphTape<L>& tape) {
+  using V = typename L::V;
+  using A = typename L::A;
+  memset(token_grad, 0, sizeof(A) * static_cast<size_t>(branch.size));
+  if (K && !branch.wraps) memset(tape.shares, 0, sizeof(A) * static_cast<size_t>(K * branch.size));
+  for (int64_t h = 0; h < 2 * heads.count; ++h) tape.sums[h] = L::zero();
+  for (int64_t at = branch.first; at < branch.first + branch.span; at += L::kLanes) {
+    const N nodes = N::make(branch, tokens, at);
+    const auto is_node = nodes.is_node();
+    const V t = load(tokens + at);
+    const V og = L::select(is_node, load(out_grad + at), L::zero());
+    V lo, hi, own = L::zero();
+    extremes<L>(nodes, lo, hi);
+    V weights[K ? K : 1], share[K ? K : 1];
+    for (int k = 0; k < K; ++k) share[k] = L::zero();
+    for (int64_t h = 0; h < heads.count; ++h) {
+      const V a = L::set(heads.a[h]), slope = a * t, mean_grad = L::set(heads.b[h]) * og;
+      const Attention<L> head = attend<L>(nodes, slope, lo, hi, K ? weights : nullptr);
+      V variance = L::zero();
+      for (int64_t k = 0; k < nodes.count(); ++k) {
+        const V d = edge_difference<L>(nodes, k, head.extreme);
+        const V alpha = (K ? weights[K ? k : 0] : edge_weight<L>(nodes, k, slope, d)) * head.inverse;
+        const V centred = d - head.mean;
+        variance += alpha * centred * centred;
+        const V given = mean_grad * alpha * (1 + slope * centred);
+        if (K) {
+          share[K ? k : 0] += given;
+        } else {
+          A* to = token_grad + at + branch.offsets[k];
+          store(to, load(to) + L::select(is_node & nodes.exists(k), given, L::zero()));
+        }
+      }
+      own += mean_grad * a * variance;
+      tape.sums[h] += L::select(is_node, mean_grad * t * variance, L::zero());
+      tape.sums[heads.count + h] += L::select(is_node, og * (head.extreme + head.mean), L::zero());
+    }
+    own = L::select(is_node, own, L::zero());
+    store(token_grad + at, load(token_grad + at) + own);
+    for (int k = 0; k < K; ++k) {
+      store(tape.shares + k * branch.size + at, L::select(is_node & nodes.exists(k), share[k], L::zero()));
+    }
+  }
+  const int64_t first = branch.first, n = branch.cols, margin = branch.margin;
+  if (K) {
+    // A gather over the same neighbours: graphs are symmetric, so no two nodes ever add to one place.
+    for (int64_t k = 0; k < K; ++k) {
+      A* share = tape.shares + k * branch.size;
+      if (branch.wraps) {
+        for (int64_t j = 0; j < margin; ++j) {
+          share[first - 1 - j] = share[first + n - 1 - j];
+          share[first + n + j] = share[first + j];
+        }
+      }
+      for (int64_t at = first; at < first + branch.span; at += L::kLanes) {
+        store(token_grad + at, load(token_grad + at) + load(share + at - branch.offsets[k]));
+      }
+    }
+  } else if (branch.wraps) {
+    for (int64_t j = 0; j < margin; ++j) {
+      token_grad[first + n - 1 - j] += token_grad[first - 1 - j];
+      token_grad[first + j] += token_grad[first + n + j];
+    }
+  }
+}
+
+// One function for each usual size of a neighbourhood, where weights stay in registers; any other size goes the general way.
+template <class L, class F>
+STEAM_INLINE void with_nodes(const Branch<L>& branch, const F& f) {
+  if constexpr (sizeof(typename L::A) == 4) {
+    if (branch.wraps) {
+      switch (branch.count) {
+        case 1: return f.template run<RingNodes<L, 1>, 1>();
+        case 2: return f.template run<RingNodes<L, 2>, 2>();
+        case 3: return f.template run<RingNodes<L, 3>, 3>();
+        case 5: return f.template run<RingNodes<L, 5>, 5>();
+        case 7: return f.template run<RingNodes<L, 7>, 7>();
+        default: break;
+      }
+    } else {
+      switch (branch.count) {
+        case 4: return f.template run<LatticeNodes<L, 4>, 4>();
+        case 5: return f.template run<LatticeNodes<L, 5>, 5>();
+        case 8: return f.template run<LatticeNodes<L, 8>, 8>();
+        case 9: return f.template run<LatticeNodes<L, 9>, 9>();
+        default: break;
+      }
+    }
+  }
+  if (branch.wraps) return f.template run<RingNodes<L, 0>, 0>();
+  return f.template run<LatticeNodes<L, 0>, 0>();
+}
+
+template <class L>
+struct TransformForward {
+  const Branch<L>& branch;
+  const Heads<L>& heads;
+  const typename L::A* tokens;
+  typename L::A* out;
+  template <class N, int K>
+  void run() const {
+    transform_nodes<L, N>(branch, heads, tokens, out);
+  }
+};
+
+template <class L>
+struct TransformBackward {
+  const Branch<L>& branch;
+  const Heads<L>& heads;
+  const typename L::A* tokens;
+  const typename L::A* out_grad;
+  typename L::A* token_grad;
+  const GraphTape<L>& tape;
+  template <class N, int K>
+  void run() const {
+    transform_nodes_backward<L, N, K>(branch, heads, tokens, out_grad, token_grad, tape);
+  }
+};
+
+// Fills what lies around the nodes: a ring's other end, zeros elsewhere. The nodes' own tokens are in place.
+template <class L>
+void surround(const Branch<L>& branch, typename L::A* tokens) {
+  using A = typename L::A;
+  const int64_t first = branch.first, n = branch.cols;
+  if (branch.wraps) {
+    for (int64_t i = first + n + branch.margin; i < branch.size; ++i) tokens[i] = 0;
+    for (int64_t j = 0; j < branch.margin; ++j) {
+      tokens[first - 1 - j] = tokens[first + n - 1 - j];
+      tokens[first + n + j] = tokens[first + j];
+    }
+    return;
+  }
+  for (int64_t i = 0; i < first; ++i) tokens[i] = 0;
+  for (int64_t i = 0; i + 1 < branch.rows; ++i) {
+    for (int64_t j = n; j < branch.pitch; ++j) tokens[first + i * branch.pitch + j] = A{0};
+  }
+  for (int64_t i = first + branch.span; i < branch.size; ++i) tokens[i] = 0;
+}
+
+// sigmoid(o) at every node.
+template <class L>
+void open_gates(const Branch<L>& branch, const typename L::A* o, typename L::A* gate) {
+  for (int64_t at = branch.first; at < branch.first + branch.span; at += L::kLanes) {
+    store(gate + at, sigmoid<L>(load(o + at)).open);
+  }
+}
+
+// o = T(tokens) at every node, and the gates open = sigmoid(o). `tokens`, `o` and `open` are arrays of branch.size.
+template <class L>
+void graph_forward(const Branch<L>& branch, const Heads<L>& heads, typename L::A* tokens, typename L::A* o,
+                   typename L::A* open) {
+  surround(branch, tokens);
+  with_nodes<L>(branch, TransformForward<L>{branch, heads, tokens, o});
+  open_gates(branch, o, open);
+}
+
+// From the gradient of the gates (in `grad`, overwritten by that of o) to the gradient of the tokens. `sums` receives the
+// gradients of a, then of b, for each head.
+template <class L>
+void graph_backward(const Branch<L>& branch, const Heads<L>& heads, typename L::A* tokens, const typename L::A* o,
+                    typename L::A* grad, typename L::A* token_grad, const GraphTape<L>& tape, double* sums) {
+  surround(branch, tokens);
+  for (int64_t at = branch.first; at < branch.first + branch.span; at += L::kLanes) {
+    const Gate<L> gate = sigmoid<L>(load(o + at));
+    store(grad + at, load(grad + at) * gate.open * gate.closed);
+  }
+  with_nodes<L>(branch, TransformBackward<L>{branch, heads, tokens, grad, token_grad, tape});
+  for (int64_t h = 0; h < 2 * heads.count; ++h) sums[h] = static_cast<double>(sum_lanes<L>(tape.sums[h]));
+}
+
+// Dense rows of nodes to and from a branch's array.
+template <class L>
+void scatter_nodes(const Branch<L>& branch, const typename L::A* dense, typename L::A* array) {
+  for (int64_t i = 0; i < branch.rows; ++i) {
+    memcpy(array + branch.at(i, 0), dense + i * branch.cols, sizeof(*dense) * static_cast<size_t>(branch.cols));
+  }
+}
+template <class L>
+void gather_nodes(const Branch<L>& branch, const typename L::A* array, typename L::A* dense) {
+  for (int64_t i = 0; i < branch.rows; ++i) {
+    memcpy(dense + i * branch.cols, array + branch.at(i, 0), sizeof(*dense) * static_cast<size_t>(branch.cols));
+  }
+}
+
+}  // namespace
+}  // namespace steam

@@ -1,0 +1,55 @@
+// The CPU kernels' interface: plain arguments, one entry for each instruction set and direction. No torch.
+#pragma once
+
+#include <cstdint>
+
+#include "../common/problem.h"
+
+namespace steam {
+namespace cpu {
+
+// Runs body(context, task) for every task in [0, tasks), each once, on any threads, and returns when all are done.
+using ParallelRun = void (*)(int64_t tasks, void (*body)(void* context, int64_t task), void* context);
+
+struct Parallel {
+  int64_t threads;
+  ParallelRun run;  // may be null where threads is 1
+};
+
+// All maps are dense in the problem's memory order. `saved` is (N, 2 * (C + gh * gw)) in the accumulation type: a sample's
+// row holds channel tokens, channel pre-activations, spatial tokens, spatial pre-activations.
+struct ForwardArgs {
+  Problem problem;
+  Weight channel_weight;
+  Weight spatial_weight;
+  const void* x;
+  const void* residual;  // may be null
+  void* y;               // may be x itself
+  void* saved;           // may be null
+  Parallel parallel;
+};
+
+struct BackwardArgs {
+  Problem problem;
+  Weight channel_weight;
+  Weight spatial_weight;
+  const void* dy;
+  const void* x;
+  const void* y;  // read where problem.relu
+  const void* saved;
+  void* dx;         // null: not asked for
+  void* dresidual;  // null: not asked for
+  WeightGrad channel_grad;
+  WeightGrad spatial_grad;
+  Parallel parallel;
+};
+
+using Forward = void (*)(const ForwardArgs&);
+using Backward = void (*)(const BackwardArgs&);
+
+// The variant in use: the best that the processor has, until another is selected.
+void forward(const ForwardArgs& args);
+void backward(const BackwardArgs& args);
+
+}  // namespace cpu
+}  // namespace steam

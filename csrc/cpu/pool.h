@@ -1,0 +1,271 @@
+// The pool stage on the CPU: sums of x (and of dy * x, backwards) over cells, in the pieces that each memory order wants.
+//
+// NCHW keeps column sums: for each channel and each strip of rows that shares a cell row, one sum per column. They cost one
+// vertical addition per element; columns are joined into cells once per sample, after the channels have been contracted.
+// channels_last sums whole cells, vectorised over channels.
+#pragma once
+
+#include "../common/problem.h"
+#include "vec.h"
+
+namespace steam {
+namespace {
+
+// Rows (or pixels) that one lane adds up before it starts afresh: keeps long sums from losing digits.
+constexpr int64_t kRun = 128;
+
+// How far ahead of the reads to prefetch, in bytes.
+constexpr int64_t kAhead = 2048;
+
+// One sample's maps, of equal layout. product = dy * x, where dy is masked by the ReLU whose output y is.
+template <class T, bool kProducts, bool kRelu>
+struct Maps {
+  using L = Lanes<T>;
+  using V = typename L::V;
+  static constexpr bool products = kProducts;
+  const T* x;
+  const T* dy;
+  const T* y;
+  int64_t size;  // elements of the sample
+
+  STEAM_INLINE V value(int64_t e) const { return load(x + e); }
+  STEAM_INLINE V value_until(int64_t e) const { return load_until(x + e, x + size); }
+  STEAM_INLINE V upstream(int64_t e) const { return masked<kRelu>(load(dy + e), [&] { return load(y + e); }); }
+  STEAM_INLINE V upstream_until(int64_t e) const {
+    return masked<kRelu>(load_until(dy + e, dy + size), [&] { return load_until(y + e, y + size); });
+  }
+  STEAM_INLINE void prefetch(int64_t e) const {
+    constexpr int64_t ahead = kAhead / static_cast<int64_t>(sizeof(T));
+    __builtin_prefetch(x + e + ahead);
+    if (kProducts) __builtin_prefetch(dy + e + ahead);
+    if (kProducts && kRelu) __builtin_prefetch(y + e + ahead);
+  }
+
+ private:
+  template <bool kMask, class F>
+  static STEAM_INLINE V masked(V g, const F& output) {
+    if constexpr (kMask) {
+      const V out = output();
+      // As PyTorch's: a NaN in y lets the gradient through.
+      return L::select(out <= L::zero(), L::zero(), g);
+    } else {
+      return g;
+    }
+  }
+};
+
+// `f.run<U>()` with U = n, for 1 <= n <= kMost.
+template <int kMost, class F>
+STEAM_INLINE void with_unroll(int64_t n, const F& f) {
+  if constexpr (kMost > 1) {
+    if (n < kMost) return with_unroll<kMost - 1>(n, f);
+  }
+  f.template operator()<kMost>();
+}
+
+// Splits `vectors` into tiles of at most kMost, as even as they can be, and calls f<U>(first vector) for each.
+// float64 serves gradient checks: it goes one vector at a time, which keeps the library small.
+template <class L, int kWant, class F>
+STEAM_INLINE void for_tiles(int64_t vectors, const F& f) {
+  constexpr int kMost = sizeof(typename L::A) == 8 ? 1 : kWant;
+  int64_t tiles = (vectors + kMost - 1) / kMost;
+  for (int64_t v = 0; tiles > 0; --tiles) {
+    const int64_t n = (vectors - v + tiles - 1) / tiles;
+    with_unroll<kMost>(n, [&]<int U>() { f.template operator()<U>(v); });
+    v += n;
+  }
+}
+
+// Sums of U vectors over `rows` rows from element e on. The last vector may reach past a row of `ragged` valid lanes (0: whole).
+template <int U, bool kValues, class S>
+__attribute__((noinline)) void strip_tile(const S& s, int64_t e, int64_t rows, int64_t stride, int64_t ragged,
+                             typename S::V* values, typename S::V* products) {
+  using L = typename S::L;
+  using V = typename S::V;
+  constexpr int64_t lanes = L::kLanes;
+  constexpr int64_t per_line = kLine / static_cast<int64_t>(sizeof(*s.x)) / lanes > 0
+                                   ? kLine / static_cast<int64_t>(sizeof(*s.x)) / lanes
+                                   : 1;
+  V total[U], total_products[U];
+  for (int u = 0; u < U; ++u) total[u] = total_products[u] = L::zero();
+  for (int64_t done = 0; done < rows; done += kRun) {
+    const int64_t n = smaller(rows - done, kRun);
+    int64_t at = e + done * stride;
+    // Rows whose vectors all end inside the sample.
+    const int64_t room = s.size - U * lanes - at;
+    const int64_t whole = room < 0 ? 0 : smaller(n, room / stride + 1);
+    V sum[U], product[U];
+    for (int u = 0; u < U; ++u) sum[u] = product[u] = L::zero();
+    int64_t r = 0;
+    for (; r < whole; ++r, at += stride) {
+#pragma GCC unroll 16
+      for (int u = 0; u < U; ++u) {
+        if (u % per_line == 0) s.prefetch(at + u * lanes);
+        const V x = s.value(at + u * lanes);
+        if (kValues) sum[u] += x;
+        if (S::products) product[u] += x * s.upstream(at + u * lanes);
+      }
+    }
+    for (; r < n; ++r, at += stride) {
+      for (int u = 0; u < U; ++u) {
+        const V x = s.value_until(at + u * lanes);
+        if (kValues) sum[u] += x;
+        if (S::products) product[u] += x * s.upstream_until(at + u * lanes);
+      }
+    }
+#pragma GCC unroll 16
+    for (int u = 0; u < U; ++u) {
+      total[u] += sum[u];
+      total_products[u] += product[u];
+    }
+  }
+  if (ragged) {
+    total[U - 1] = L::select(L::first(ragged), total[U - 1], L::zero());
+    total_products[U - 1] = L::select(L::first(ragged), total_products[U - 1], L::zero());
+  }
+#pragma GCC unroll 16
+  for (int u = 0; u < U; ++u) {
+    if (kValues) values[u] = total[u];
+    if (S::products) products[u] = total_products[u];
+  }
+}
+
+// Column sums of `rows` rows of `length` elements from element e on: f(column, value vector, product vector) for each
+// vector of columns, with zeros past the row's end.
+template <bool kValues, class S, class F>
+STEAM_INLINE void strip_sums(const S& s, int64_t e, int64_t rows, int64_t length, const F& f) {
+  using V = typename S::V;
+  constexpr int64_t lanes = S::L::kLanes;
+  constexpr int kMost = kValues && S::products ? 5 : 8;
+  const int64_t vectors = (length + lanes - 1) / lanes;
+  for_tiles<typename S::L, kMost>(vectors, [&]<int U>(int64_t v) {
+    V values[U], products[U];
+    const int64_t ragged = v + U == vectors ? length % lanes : 0;
+    strip_tile<U, kValues>(s, e + v * lanes, rows, length, ragged, values, products);
+#pragma GCC unroll 16
+    for (int u = 0; u < U; ++u) f((v + u) * lanes, values[u], products[u]);
+  });
+}
+
+// out[k] = sum over channels of weight[c] * source[c * stride + k] for the vectors first ... first + count of a row.
+// `source` may be x itself or column sums; nothing is read past its `size` elements.
+template <class S>
+void contract_channels(const S* source, int64_t size, int64_t channels, int64_t stride,
+                       const typename Lanes<S>::A* weight, int64_t first, int64_t count, typename Lanes<S>::A* out) {
+  using L = Lanes<S>;
+  using V = typename L::V;
+  constexpr int64_t lanes = L::kLanes;
+  for_tiles<L, 12>(count, [&]<int U>(int64_t v) {
+    const int64_t k = (first + v) * lanes;
+    V total[U];
+    for (int u = 0; u < U; ++u) total[u] = L::zero();
+    for (int64_t done = 0; done < channels; done += kRun) {
+      const int64_t n = smaller(channels - done, kRun);
+      int64_t at = done * stride + k;
+      const int64_t room = size - U * lanes - at;
+      const int64_t whole = room < 0 ? 0 : smaller(n, room / stride + 1);
+      V sum[U];
+      for (int u = 0; u < U; ++u) sum[u] = L::zero();
+      int64_t c = 0;
+      for (; c < whole; ++c, at += stride) {
+        const V w = L::set(weight[done + c]);
+#pragma GCC unroll 16
+        for (int u = 0; u < U; ++u) sum[u] += w * load(source + at + u * lanes);
+      }
+      for (; c < n; ++c, at += stride) {
+        const V w = L::set(weight[done + c]);
+        for (int u = 0; u < U; ++u) sum[u] += w * load_until(source + at + u * lanes, source + size);
+      }
+#pragma GCC unroll 16
+      for (int u = 0; u < U; ++u) total[u] += sum[u];
+    }
+#pragma GCC unroll 16
+    for (int u = 0; u < U; ++u) store(out + k + u * lanes, total[u]);
+  });
+}
+
+// f(k, vector of element e + k) over k < length; lanes past the end are zero, and nothing is read past `size`.
+template <class T, class F>
+STEAM_INLINE void for_vectors(const T* base, int64_t e, int64_t length, int64_t size, const F& f) {
+  using L = Lanes<T>;
+  const int64_t whole = length / L::kLanes * L::kLanes;
+  for (int64_t k = 0; k < whole; k += L::kLanes) f(k, load(base + e + k));
+  if (whole < length) {
+    f(whole, L::select(L::first(length - whole), load_until(base + e + whole, base + size), L::zero()));
+  }
+}
+
+// Adds up a function of each channel: f(c) gives a vector whose lanes are summed into out[c], L::kLanes channels at a time.
+template <class L, class F>
+STEAM_INLINE void sum_channels(int64_t begin, int64_t end, typename L::A* out, const F& f) {
+  using V = typename L::V;
+  int64_t c = begin;
+  for (; c + L::kLanes <= end; c += L::kLanes) {
+    V each[L::kLanes];
+    for (int i = 0; i < L::kLanes; ++i) each[i] = f(c + i);
+    store(out + c, sum_lanes_of_each<L>(each));
+  }
+  for (; c < end; ++c) out[c] = sum_lanes<L>(f(c));
+}
+
+// channels_last: sums over rows x cols pixels from element e on, into `values` and `products` (rows of `channels` numbers,
+// padded to whole vectors; what lies in the padding is undefined).
+template <bool kValues, class S>
+void cell_sums(const S& s, int64_t e, int64_t rows, int64_t cols, int64_t row_stride, int64_t channels,
+               typename S::L::A* values, typename S::L::A* products) {
+  using L = typename S::L;
+  using V = typename L::V;
+  constexpr int64_t lanes = L::kLanes;
+  constexpr int kMost = kValues && S::products ? 5 : 8;
+  const int64_t vectors = (channels + lanes - 1) / lanes;
+  // Blocks of pixels that stay in the first-level cache while the tiles of channels pass over them.
+  const int64_t pixel_bytes = channels * static_cast<int64_t>(sizeof(*s.x));
+  const int64_t block_cols = larger<int64_t>(1, smaller(smaller(cols, kRun), 16384 / pixel_bytes));
+  const int64_t block_rows = larger<int64_t>(1, smaller(kRun / block_cols, 16384 / (pixel_bytes * block_cols)));
+  bool fresh = true;
+  for (int64_t r0 = 0; r0 < rows; r0 += block_rows) {
+    const int64_t nr = smaller(block_rows, rows - r0);
+    for (int64_t q0 = 0; q0 < cols; q0 += block_cols, fresh = false) {
+      const int64_t nq = smaller(block_cols, cols - q0);
+      const int64_t origin = e + r0 * row_stride + q0 * channels;
+      const int64_t last = origin + (nr - 1) * row_stride + (nq - 1) * channels;
+      for_tiles<typename S::L, kMost>(vectors, [&]<int U>(int64_t v) {
+        const int64_t c = v * lanes;
+        V sum[U], product[U];
+        for (int u = 0; u < U; ++u) sum[u] = product[u] = L::zero();
+        const bool inside = last + c + U * lanes <= s.size;
+        for (int64_t r = 0; r < nr; ++r) {
+          int64_t at = origin + r * row_stride + c;
+          if (__builtin_expect(inside, 1)) {
+            for (int64_t q = 0; q < nq; ++q, at += channels) {
+#pragma GCC unroll 16
+              for (int u = 0; u < U; ++u) {
+                if (u * lanes * static_cast<int64_t>(sizeof(*s.x)) % kLine == 0) s.prefetch(at + u * lanes);
+                const V x = s.value(at + u * lanes);
+                if (kValues) sum[u] += x;
+                if (S::products) product[u] += x * s.upstream(at + u * lanes);
+              }
+            }
+          } else {
+            for (int64_t q = 0; q < nq; ++q, at += channels) {
+              for (int u = 0; u < U; ++u) {
+                const V x = s.value_until(at + u * lanes);
+                if (kValues) sum[u] += x;
+                if (S::products) product[u] += x * s.upstream_until(at + u * lanes);
+              }
+            }
+          }
+        }
+#pragma GCC unroll 16
+        for (int u = 0; u < U; ++u) {
+          const int64_t k = c + u * lanes;
+          if (kValues) store(values + k, fresh ? sum[u] : load(values + k) + sum[u]);
+          if (S::products) store(products + k, fresh ? product[u] : load(products + k) + product[u]);
+        }
+      });
+    }
+  }
+}
+
+}  // namespace
+}  // namespace steam

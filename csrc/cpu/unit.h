@@ -1,0 +1,312 @@
+// What a call works out once from its shape and weights, and how its samples are shared among threads.
+#pragma once
+
+#include <type_traits>
+
+#include "../common/graph.h"
+#include "../common/problem.h"
+#include "gate.h"
+#include "graph.h"
+#include "kernels.h"
+#include "scratch.h"
+#include "vec.h"
+
+namespace steam {
+namespace {
+
+// How a sample is walked.
+enum class Walk {
+  kColumns,   // NCHW: column sums of each strip of rows
+  kPixels,    // NCHW, small maps or cells one row high: x itself takes the place of column sums
+  kChannels,  // channels_last: vectors of channels
+  kNarrow,    // channels_last, fewer channels than lanes: a row of W * C numbers is one wide row
+};
+
+// Maps up to this many pixels take the walk kPixels: their sums are read again from cache faster than stored.
+constexpr int64_t kSmallMap = 256;
+// Maps up to this many pixels have their gate spelt out pixel by pixel; it must stay in the first-level cache.
+constexpr int64_t kGateMap = 4096;
+// Samples with fewer elements are never shared among threads.
+constexpr int64_t kShareElements = 16384;
+
+template <class T>
+struct Unit {
+  using L = Lanes<T>;
+  using A = typename L::A;
+  static constexpr int64_t lanes = L::kLanes;
+
+  Problem p;
+  Walk walk;
+  int64_t pixels, cells, sample;  // H * W, gh * gw, C * H * W
+  const int64_t* row_begin;       // gh + 1
+  const int64_t* col_begin;       // gw + 1
+  Branch<L> ring, lattice;
+  Heads<L> channel, spatial;
+  const A* ones;  // C, padded
+
+  // Rows of column sums: `rows` of `length` numbers, each padded to `pitch`.
+  int64_t rows, length, pitch;
+  // Gate patterns: `runs` a channel, each `period` numbers and their first few again, `run_pitch` apart. Either the whole
+  // map is one run, spelt out by pixel, or a row of cells is one, and its period a row of pixels.
+  bool by_pixel;
+  int64_t runs, period, run_pitch;
+  // Blocks of channels: what a thread takes at a time, and within which sums are kept apart.
+  int64_t block, blocks;
+  int64_t channel_pitch;  // C padded to whole vectors
+
+  int64_t sums() const { return rows * pitch; }
+  int64_t cell_size(int64_t i, int64_t j) const {
+    return (row_begin[i + 1] - row_begin[i]) * (col_begin[j + 1] - col_begin[j]);
+  }
+  bool cells_are_pixels() const { return p.grid_h == p.height && p.grid_w == p.width; }
+  // First element and length of run k of a channel's map (kNarrow: of the sample).
+  int64_t run_begin(int64_t k) const { return by_pixel ? 0 : row_begin[k] * length; }
+  int64_t run_length(int64_t k) const {
+    return by_pixel ? period : (row_begin[k + 1] - row_begin[k]) * length;
+  }
+};
+
+inline double read_number(const void* data, DType dtype, int64_t i) {
+  switch (dtype) {
+    case DType::kFloat64: return static_cast<const double*>(data)[i];
+    case DType::kFloat16: return to_double(static_cast<const Float16*>(data)[i]);
+    case DType::kBFloat16: return to_double(static_cast<const BFloat16*>(data)[i]);
+    default: return static_cast<double>(static_cast<const float*>(data)[i]);
+  }
+}
+
+inline void write_number(void* data, DType dtype, int64_t i, double value) {
+  const VecF v = LanesF::set(static_cast<float>(value));
+  switch (dtype) {
+    case DType::kFloat64: static_cast<double*>(data)[i] = value; return;
+    case DType::kFloat16: return store_first(static_cast<Float16*>(data) + i, v, 1);
+    case DType::kBFloat16: return store_first(static_cast<BFloat16*>(data) + i, v, 1);
+    default: static_cast<float*>(data)[i] = static_cast<float>(value);
+  }
+}
+
+template <class L>
+Heads<L> make_heads(const Problem& p, const Weight& weight, Arena& arena) {
+  using A = typename L::A;
+  A* a = arena.take<A>(p.num_heads);
+  A* b = arena.take<A>(p.num_heads);
+  const auto get = [&](int row, int column) {
+    return read_number(weight.data, weight.dtype, row * static_cast<int64_t>(p.embed_dim) + column);
+  };
+  for (int32_t h = 0; h < p.num_heads; ++h) {
+    double slope, gain;
+    collapse_head(get, p.embed_dim, p.num_heads, h, slope, gain);
+    a[h] = static_cast<A>(slope);
+    b[h] = static_cast<A>(gain);
+  }
+  return {a, b, p.num_heads};
+}
+
+template <class T>
+Unit<T> make_unit(const Problem& problem, const Weight& channel_weight, const Weight& spatial_weight, Arena& arena) {
+  using U = Unit<T>;
+  using L = typename U::L;
+  U u{};
+  u.p = problem;
+  Problem& p = u.p;
+  u.pixels = p.height * p.width;
+  u.cells = p.grid_h * p.grid_w;
+  u.sample = u.pixels * p.channels;
+  // Where one axis is 1 both memory orders are one; take the one that vectorises.
+  if (p.channels == 1) p.channels_last = false;
+  if (u.pixels == 1) p.channels_last = true;
+  if (p.channels_last) {
+    u.walk = p.channels < U::lanes ? Walk::kNarrow : Walk::kChannels;
+  } else {
+    u.walk = u.pixels <= kSmallMap || p.grid_h == p.height ? Walk::kPixels : Walk::kColumns;
+  }
+
+  int64_t* row_begin = arena.take<int64_t>(p.grid_h + 1);
+  int64_t* col_begin = arena.take<int64_t>(p.grid_w + 1);
+  for (int64_t i = 0; i <= p.grid_h; ++i) row_begin[i] = cell_begin(i, p.grid_h, p.height);
+  for (int64_t j = 0; j <= p.grid_w; ++j) col_begin[j] = cell_begin(j, p.grid_w, p.width);
+  u.row_begin = row_begin;
+  u.col_begin = col_begin;
+
+  u.ring = ring_branch<L>(p, arena);
+  u.lattice = lattice_branch<L>(p, arena);
+  u.channel = make_heads<L>(p, channel_weight, arena);
+  u.spatial = make_heads<L>(p, spatial_weight, arena);
+
+  u.rows = u.walk == Walk::kPixels ? 1 : p.grid_h;
+  u.length = u.walk == Walk::kPixels ? u.pixels : u.walk == Walk::kNarrow ? p.width * p.channels : p.width;
+  u.pitch = round_up(u.length, U::lanes);
+  u.by_pixel = u.walk == Walk::kPixels || (u.walk == Walk::kColumns && u.pixels <= kGateMap);
+  u.runs = u.by_pixel ? 1 : p.grid_h;
+  u.period = u.by_pixel ? u.pixels : u.length;
+  u.run_pitch = round_up(u.period + U::lanes, U::lanes);
+  // A function of the shape alone: sums must not depend on the number of threads.
+  u.block = round_up(larger<int64_t>(16, (p.channels + 31) / 32), 16);
+  u.blocks = (p.channels + u.block - 1) / u.block;
+  u.channel_pitch = round_up(p.channels, U::lanes);
+
+  typename U::A* ones = arena.take<typename U::A>(u.channel_pitch);
+  for (int64_t c = 0; c < u.channel_pitch; ++c) ones[c] = 1;
+  u.ones = ones;
+  return u;
+}
+
+// One branch of one sample, in arrays of branch.size.
+template <class L>
+struct Nodes {
+  typename L::A *token, *o, *gate;
+  Nodes(const Branch<L>& branch, Arena& arena)
+      : token(arena.take<typename L::A>(branch.size)),
+        o(arena.take<typename L::A>(branch.size)),
+        gate(arena.take<typename L::A>(branch.size)) {}
+};
+
+template <class T>
+struct Gates {
+  Nodes<Lanes<T>> channel, spatial;
+  Gates(const Unit<T>& u, Arena& arena) : channel(u.ring, arena), spatial(u.lattice, arena) {}
+};
+
+template <class T>
+Route output_route(const Unit<T>& u) {
+  return u.p.samples * u.sample * static_cast<int64_t>(sizeof(T)) > kStreamBytes ? Route::kStream : Route::kPlain;
+}
+
+// ---------------------------------------------------------------- between cells and maps
+
+// cell[at(i, j)] = sum of the map (rows of column sums, or pixels) over the cell, times scale(i, j).
+template <class T, class F>
+void join_cells(const Unit<T>& u, const typename Unit<T>::A* map, typename Unit<T>::A* cell, const F& scale) {
+  const bool by_pixel = u.walk == Walk::kPixels;
+  for (int64_t i = 0; i < u.p.grid_h; ++i) {
+    const int64_t r0 = by_pixel ? u.row_begin[i] : i, r1 = by_pixel ? u.row_begin[i + 1] : i + 1;
+    const int64_t stride = by_pixel ? u.p.width : u.pitch;
+    for (int64_t j = 0; j < u.p.grid_w; ++j) {
+      double sum = 0;
+      for (int64_t r = r0; r < r1; ++r) {
+        for (int64_t q = u.col_begin[j]; q < u.col_begin[j + 1]; ++q) sum += static_cast<double>(map[r * stride + q]);
+      }
+      cell[u.lattice.at(i, j)] = static_cast<typename Unit<T>::A>(sum * scale(i, j));
+    }
+  }
+}
+
+// A cell's number at each of its columns: out[q * repeat + c] = f(i, j, c), for one row of cells.
+template <class T, class F>
+STEAM_INLINE void spread_row(const Unit<T>& u, int64_t i, int64_t repeat, typename Unit<T>::A* out, const F& f) {
+  for (int64_t j = 0; j < u.p.grid_w; ++j) {
+    for (int64_t q = u.col_begin[j]; q < u.col_begin[j + 1]; ++q) {
+      for (int64_t c = 0; c < repeat; ++c) out[q * repeat + c] = f(i, j, c);
+    }
+  }
+}
+
+// The same in the geometry of column sums: `rows` of `pitch`, zeros in the padding.
+template <class T, class F>
+void spread_sums(const Unit<T>& u, typename Unit<T>::A* out, const F& f) {
+  using A = typename Unit<T>::A;
+  for (int64_t i = 0; i < u.p.grid_h; ++i) {
+    if (u.walk == Walk::kPixels) {
+      A* row = out + u.row_begin[i] * u.p.width;
+      spread_row(u, i, 1, row, f);
+      for (int64_t r = 1; r < u.row_begin[i + 1] - u.row_begin[i]; ++r) {
+        memcpy(row + r * u.p.width, row, sizeof(A) * static_cast<size_t>(u.p.width));
+      }
+    } else {
+      spread_row(u, i, 1, out + i * u.pitch, f);
+    }
+  }
+  for (int64_t i = 0; i < u.rows; ++i) {
+    for (int64_t q = u.length; q < u.pitch; ++q) out[i * u.pitch + q] = 0;
+  }
+}
+
+// And in the geometry of gate patterns: each run once, and then its beginning again.
+template <class T, class F>
+void spread_runs(const Unit<T>& u, typename Unit<T>::A* out, const F& f) {
+  using A = typename Unit<T>::A;
+  const int64_t repeat = u.walk == Walk::kNarrow ? u.p.channels : 1;
+  for (int64_t i = 0; i < u.p.grid_h; ++i) {
+    if (u.by_pixel) {
+      A* row = out + u.row_begin[i] * u.p.width;
+      spread_row(u, i, repeat, row, f);
+      for (int64_t r = 1; r < u.row_begin[i + 1] - u.row_begin[i]; ++r) {
+        memcpy(row + r * u.p.width, row, sizeof(A) * static_cast<size_t>(u.p.width));
+      }
+    } else {
+      spread_row(u, i, repeat, out + i * u.run_pitch, f);
+    }
+  }
+  for (int64_t k = 0; k < u.runs; ++k) {
+    A* run = out + k * u.run_pitch;
+    for (int64_t q = u.period; q < u.run_pitch; ++q) run[q] = run[q - u.period];
+  }
+}
+
+// channels_last with few channels: cells[j][c] from the wide column sums of one row of cells.
+template <class T>
+void join_wide(const Unit<T>& u, const typename Unit<T>::A* sums, typename Unit<T>::A* cells) {
+  for (int64_t j = 0; j < u.p.grid_w; ++j) {
+    for (int64_t c = 0; c < u.p.channels; ++c) {
+      double sum = 0;
+      for (int64_t q = u.col_begin[j]; q < u.col_begin[j + 1]; ++q) {
+        sum += static_cast<double>(sums[q * u.p.channels + c]);
+      }
+      cells[j * u.channel_pitch + c] = static_cast<typename Unit<T>::A>(sum);
+    }
+  }
+}
+
+// ---------------------------------------------------------------- threads
+
+// f(task) for all tasks: on the threads of `parallel`, or one after another where there is none.
+template <class F>
+STEAM_INLINE void for_tasks(const cpu::Parallel* parallel, int64_t tasks, const F& f) {
+  if (parallel == nullptr || tasks < 2) {
+    for (int64_t t = 0; t < tasks; ++t) f(t);
+    return;
+  }
+  parallel->run(
+      tasks, [](void* context, int64_t task) { (*static_cast<const F*>(context))(task); },
+      const_cast<void*>(static_cast<const void*>(&f)));
+}
+
+// sample(n, parallel) for every sample: whole samples side by side, and those left over shared by all threads.
+// What is summed together never depends on which way a sample went.
+template <class T, class F>
+void for_samples(const Unit<T>& u, const cpu::Parallel& parallel, const F& sample) {
+  const int64_t n = u.p.samples, threads = parallel.threads;
+  const bool tiny = n * u.sample < kShareElements;
+  const bool shareable = u.sample >= kShareElements;
+  int64_t side_by_side = threads < 2 || tiny ? n : n / threads * threads;
+  const int64_t left = n - side_by_side;
+  // Sharing a sample costs a few barriers, an idle thread costs its share of a sample.
+  if (!shareable || left * 4 >= threads * 3) side_by_side = n;
+  const int64_t workers = threads < 2 || tiny ? 1 : smaller(threads, side_by_side);
+  for_tasks(workers > 1 ? &parallel : nullptr, workers, [&](int64_t w) {
+    for (int64_t i = w * side_by_side / workers; i < (w + 1) * side_by_side / workers; ++i) sample(i, nullptr);
+  });
+  for (int64_t i = side_by_side; i < n; ++i) sample(i, &parallel);
+}
+
+template <class F>
+STEAM_INLINE void with_bool(bool value, const F& f) {
+  if (value) {
+    f.template operator()<true>();
+  } else {
+    f.template operator()<false>();
+  }
+}
+
+template <class F>
+STEAM_INLINE void with_dtype(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::kFloat32: return f.template operator()<float>();
+    case DType::kFloat64: return f.template operator()<double>();
+    case DType::kFloat16: return f.template operator()<Float16>();
+    case DType::kBFloat16: return f.template operator()<BFloat16>();
+  }
+}
+
+}  // namespace
+}  // namespace steam

@@ -1,0 +1,335 @@
+// SIMD lanes in GCC/Clang vector extensions: one source for AVX-512, AVX2, SSE2, NEON and whatever else has 16-byte vectors.
+// Intrinsics appear only where the extensions have no word for it: streaming stores and half conversions.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__) || defined(__i386__)
+#include <immintrin.h>
+#endif
+
+namespace steam {
+namespace {
+
+#if defined(STEAM_CPU_VECTOR_BYTES)
+constexpr int kVectorBytes = STEAM_CPU_VECTOR_BYTES;
+#elif defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+#define STEAM_INLINE inline __attribute__((always_inline))
+#define STEAM_LAMBDA_INLINE __attribute__((always_inline))
+
+template <class I>
+constexpr I smaller(I a, I b) {
+  return a < b ? a : b;
+}
+template <class I>
+constexpr I larger(I a, I b) {
+  return a < b ? b : a;
+}
+constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+typedef float VecF __attribute__((vector_size(kVectorBytes)));
+typedef int32_t VecI __attribute__((vector_size(kVectorBytes)));
+typedef uint32_t VecU __attribute__((vector_size(kVectorBytes)));
+typedef uint16_t VecH __attribute__((vector_size(kVectorBytes / 2)));
+typedef double VecD __attribute__((vector_size(kVectorBytes)));
+typedef int64_t VecL __attribute__((vector_size(kVectorBytes)));
+
+template <class To, class From>
+STEAM_INLINE To bit_cast(const From& v) {
+  static_assert(sizeof(To) == sizeof(From));
+  To out;
+  __builtin_memcpy(&out, &v, sizeof(To));
+  return out;
+}
+
+// ---------------------------------------------------------------- lanes: the arithmetic in the accumulation type
+
+struct LanesF {
+  using A = float;
+  using I = int32_t;
+  using V = VecF;
+  using M = VecI;
+  static constexpr int kLanes = kVectorBytes / 4;
+  static STEAM_INLINE V set(float a) { return a - V{}; }
+  static STEAM_INLINE V zero() { return V{}; }
+  static STEAM_INLINE V select(M m, V a, V b) { return m ? a : b; }
+  static STEAM_INLINE M less(V a, V b) { return a < b; }
+  static STEAM_INLINE M iota() {
+    M out;
+    for (int i = 0; i < kLanes; ++i) out[i] = i;
+    return out;
+  }
+  static STEAM_INLINE M first(int64_t n) { return iota() < static_cast<int32_t>(n); }
+  static STEAM_INLINE V magnitude(V a) { return bit_cast<V>(bit_cast<M>(a) & 0x7fffffff); }
+
+  static STEAM_INLINE V exp_nonpositive(V x) {
+    // Cody-Waite reduction by ln 2 and the Taylor polynomial of degree 6 on |r| <= ln(2)/2: 1 ulp or so.
+    const V n = (x * 1.44269504088896341f + 12582912.0f) - 12582912.0f;
+    V r = x - n * 0.693145751953125f;
+    r = r - n * 1.428606765330187e-06f;
+    V p = r * 1.3888889e-3f + 8.3333333e-3f;
+    p = p * r + 4.1666667e-2f;
+    p = p * r + 1.6666667e-1f;
+    p = p * r + 0.5f;
+    p = p * r + 1.0f;
+    p = p * r + 1.0f;
+    // 12582912 leaves n in the low mantissa bits; the multiplication keeps a NaN a NaN.
+    const M bits = bit_cast<M>(x * 1.44269504088896341f + 12582912.0f);
+    const V power = bit_cast<V>((bits + 127) << 23);
+    return select(x < -87.0f, zero(), p * power);
+  }
+};
+
+struct LanesD {
+  using A = double;
+  using I = int64_t;
+  using V = VecD;
+  using M = VecL;
+  static constexpr int kLanes = kVectorBytes / 8;
+  static STEAM_INLINE V set(double a) { return a - V{}; }
+  static STEAM_INLINE V zero() { return V{}; }
+  static STEAM_INLINE V select(M m, V a, V b) { return m ? a : b; }
+  static STEAM_INLINE M less(V a, V b) { return a < b; }
+  static STEAM_INLINE M iota() {
+    M out;
+    for (int i = 0; i < kLanes; ++i) out[i] = i;
+    return out;
+  }
+  static STEAM_INLINE M first(int64_t n) { return iota() < n; }
+  static STEAM_INLINE V magnitude(V a) { return bit_cast<V>(bit_cast<M>(a) & 0x7fffffffffffffffLL); }
+  // float64 is for checking gradients: libm's exactness before speed.
+  static STEAM_INLINE V exp_nonpositive(V x) {
+    V out;
+    for (int i = 0; i < kLanes; ++i) out[i] = exp(x[i]);
+    return out;
+  }
+};
+
+template <class L>
+struct Gate {
+  typename L::V open;    // sigmoid(o)
+  typename L::V closed;  // 1 - sigmoid(o), from the pre-activation
+};
+
+template <class L>
+STEAM_INLINE Gate<L> sigmoid(typename L::V o) {
+  using V = typename L::V;
+  const V e = L::exp_nonpositive(-L::magnitude(o));
+  const V large = L::set(1) / (e + 1), small = e * large;
+  const auto negative = L::less(o, L::zero());
+  return {L::select(negative, small, large), L::select(negative, large, small)};
+}
+
+template <class L>
+STEAM_INLINE typename L::A sum_lanes(typename L::V v) {
+  typename L::A a[L::kLanes];
+  __builtin_memcpy(a, &v, sizeof(v));
+  for (int step = L::kLanes / 2; step > 0; step /= 2) {
+    for (int i = 0; i < step; ++i) a[i] += a[i + step];
+  }
+  return a[0];
+}
+
+// Neighbouring lanes of (a, b) added: the sums of a's pairs, then of b's.
+template <class L>
+STEAM_INLINE typename L::V add_pairs(typename L::V a, typename L::V b) {
+  constexpr int n = L::kLanes;
+#if defined(__clang__)
+  if constexpr (n == 2) {
+    return __builtin_shufflevector(a, b, 0, 2) + __builtin_shufflevector(a, b, 1, 3);
+  } else if constexpr (n == 4) {
+    return __builtin_shufflevector(a, b, 0, 2, 4, 6) + __builtin_shufflevector(a, b, 1, 3, 5, 7);
+  } else if constexpr (n == 8) {
+    return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14) +
+           __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15);
+  } else {
+    return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
+           __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+  }
+#else
+  typename L::M even;
+  for (int i = 0; i < n; ++i) even[i] = 2 * i;
+  return __builtin_shuffle(a, b, even) + __builtin_shuffle(a, b, even + 1);
+#endif
+}
+
+// Lane i of the result is the sum over the lanes of v[i]. Overwrites v.
+template <class L>
+STEAM_INLINE typename L::V sum_lanes_of_each(typename L::V* v) {
+#pragma GCC unroll 16
+  for (int n = L::kLanes; n > 1; n /= 2) {
+#pragma GCC unroll 16
+    for (int i = 0; i < n / 2; ++i) v[i] = add_pairs<L>(v[2 * i], v[2 * i + 1]);
+  }
+  return v[0];
+}
+
+// ---------------------------------------------------------------- loads and stores: storage type <-> lanes
+
+template <class T>
+struct LanesOf {
+  using type = LanesF;
+};
+template <>
+struct LanesOf<double> {
+  using type = LanesD;
+};
+template <class T>
+using Lanes = typename LanesOf<T>::type;
+
+STEAM_INLINE VecF widen(VecH h, BFloat16) {
+  return bit_cast<VecF>(__builtin_convertvector(h, VecU) << 16);
+}
+
+STEAM_INLINE VecH narrow(VecF v, BFloat16) {
+  const VecU u = bit_cast<VecU>(v);
+  const VecU rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+  const VecU quiet = (u >> 16) | 0x40;
+  return __builtin_convertvector(bit_cast<VecU>((v != v) ? bit_cast<VecI>(quiet) : bit_cast<VecI>(rounded)), VecH);
+}
+
+#if defined(__AVX512F__) && !defined(STEAM_CPU_VECTOR_BYTES)
+STEAM_INLINE VecF widen(VecH h, Float16) { return bit_cast<VecF>(_mm512_cvtph_ps(bit_cast<__m256i>(h))); }
+STEAM_INLINE VecH narrow(VecF v, Float16) {
+  return bit_cast<VecH>(_mm512_cvtps_ph(bit_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+#elif defined(__AVX2__) && defined(__F16C__) && !defined(STEAM_CPU_VECTOR_BYTES)
+STEAM_INLINE VecF widen(VecH h, Float16) { return bit_cast<VecF>(_mm256_cvtph_ps(bit_cast<__m128i>(h))); }
+STEAM_INLINE VecH narrow(VecF v, Float16) {
+  return bit_cast<VecH>(_mm256_cvtps_ph(bit_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+#else
+STEAM_INLINE VecF widen(VecH h, Float16) {
+  const VecU u = __builtin_convertvector(h, VecU);
+  VecU bits = (u & 0x7fff) << 13;
+  const VecU exponent = bits & (0x7c00u << 13);
+  bits += (127u - 15u) << 23;
+  // Infinity and NaN need the exponent's other half; subnormals are renormalised by one exact subtraction.
+  bits += bit_cast<VecU>(exponent == (0x7c00u << 13)) & ((128u - 16u) << 23);
+  const VecU magic = VecU{} + (113u << 23);
+  const VecF renormalised = bit_cast<VecF>(bits + (1u << 23)) - bit_cast<VecF>(magic);
+  const VecU out = bit_cast<VecU>((exponent == 0u) ? bit_cast<VecI>(renormalised) : bit_cast<VecI>(bits));
+  return bit_cast<VecF>(out | ((u & 0x8000) << 16));
+}
+STEAM_INLINE VecH narrow(VecF v, Float16) {
+  const VecU u = bit_cast<VecU>(v);
+  const VecU sign = u & 0x80000000u;
+  const VecU m = u ^ sign;
+  const VecU magic = VecU{} + (((127u - 15u) + (23u - 10u) + 1u) << 23);
+  const VecU subnormal = bit_cast<VecU>(bit_cast<VecF>(m) + bit_cast<VecF>(magic)) - magic;
+  const VecU normal = (m - ((127u - 15u) << 23) + 0xfff + ((m >> 13) & 1)) >> 13;
+  const VecI special = (m > (255u << 23)) ? VecI{} + 0x7e00 : VecI{} + 0x7c00;
+  VecI out = (m < (113u << 23)) ? bit_cast<VecI>(subnormal) : bit_cast<VecI>(normal);
+  out = (m >= ((127u + 16u) << 23)) ? special : out;
+  return __builtin_convertvector(bit_cast<VecU>(out) | (sign >> 16), VecH);
+}
+#endif
+
+STEAM_INLINE VecF load(const float* p) {
+  VecF v;
+  __builtin_memcpy(&v, p, sizeof(v));
+  return v;
+}
+STEAM_INLINE VecD load(const double* p) {
+  VecD v;
+  __builtin_memcpy(&v, p, sizeof(v));
+  return v;
+}
+template <class H>
+STEAM_INLINE VecF load(const H* p) {
+  VecH v;
+  __builtin_memcpy(&v, p, sizeof(v));
+  return widen(v, H{});
+}
+
+STEAM_INLINE VecF pack(VecF v, float) { return v; }
+STEAM_INLINE VecD pack(VecD v, double) { return v; }
+template <class H>
+STEAM_INLINE VecH pack(VecF v, H h) {
+  return narrow(v, h);
+}
+
+template <class T>
+STEAM_INLINE void store(T* p, typename Lanes<T>::V v) {
+  const auto bits = pack(v, T{});
+  __builtin_memcpy(p, &bits, sizeof(bits));
+}
+
+// The first n lanes only; a load leaves the others zero.
+template <class T>
+__attribute__((noinline)) typename Lanes<T>::V load_first(const T* p, int64_t n) {
+  T buffer[Lanes<T>::kLanes] = {};
+  memcpy(buffer, p, static_cast<size_t>(n) * sizeof(T));
+  return load(buffer);
+}
+template <class T>
+__attribute__((noinline)) void store_first(T* p, typename Lanes<T>::V v, int64_t n) {
+  T buffer[Lanes<T>::kLanes];
+  store(buffer, v);
+  memcpy(p, buffer, static_cast<size_t>(n) * sizeof(T));
+}
+
+// A whole vector where that stays below `end`, else what there is. Lanes past the row hold its neighbours: callers ignore them.
+template <class T>
+STEAM_INLINE typename Lanes<T>::V load_until(const T* p, const T* end) {
+  const int64_t left = end - p;
+  return __builtin_expect(left >= Lanes<T>::kLanes, 1) ? load(p) : load_first(p, larger<int64_t>(left, 0));
+}
+
+template <class T>
+STEAM_INLINE double to_double(T v) {
+  if constexpr (sizeof(T) == 2) {
+    return static_cast<double>(load_first(&v, 1)[0]);
+  } else {
+    return static_cast<double>(v);
+  }
+}
+
+// ---------------------------------------------------------------- streaming: stores that bypass the caches
+
+constexpr int kLine = 64;
+
+// 64 bytes to a 64-byte boundary.
+STEAM_INLINE void stream_line(void* to, const void* from) {
+#if defined(__AVX512F__)
+  _mm512_stream_si512(static_cast<__m512i*>(to), _mm512_loadu_si512(from));
+#elif defined(__AVX2__)
+  const __m256i* f = static_cast<const __m256i*>(from);
+  __m256i* t = static_cast<__m256i*>(to);
+  const __m256i a = _mm256_loadu_si256(f), b = _mm256_loadu_si256(f + 1);
+  _mm256_stream_si256(t, a);
+  _mm256_stream_si256(t + 1, b);
+#elif defined(__SSE2__)
+  const __m128i* f = static_cast<const __m128i*>(from);
+  __m128i* t = static_cast<__m128i*>(to);
+  for (int i = 0; i < 4; ++i) _mm_stream_si128(t + i, _mm_loadu_si128(f + i));
+#else
+  memcpy(to, from, kLine);
+#endif
+}
+
+// Streaming stores are not ordered with later stores of this thread: fence before anyone else may read.
+STEAM_INLINE void stream_fence() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
+}  // namespace
+}  // namespace steam
