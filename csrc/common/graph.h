@@ -11,9 +11,9 @@
 #include <cstdint>
 
 #if defined(__CUDACC__)
-#define STEAM_HD __host__ __device__ __forceinline__
+#  define STEAM_HD __host__ __device__ __forceinline__
 #else
-#define STEAM_HD inline __attribute__((always_inline))
+#  define STEAM_HD inline __attribute__((always_inline))
 #endif
 
 namespace steam {
@@ -113,7 +113,8 @@ STEAM_HD Attention<L> attend(const N& nodes, typename L::V slope, typename L::V 
   return out;
 }
 
-// Per head k: a = <w_q, w_k> / sqrt(d_h) and b = <w_v, w_o> over the head's columns; `get(row, column)` reads the weight.
+// Per head k: a = <w_q, w_k> / sqrt(d_h) and b = <w_v, w_o> over the head's columns; `get(row, column)` reads the
+// weight.
 template <class Get>
 STEAM_HD void collapse_head(const Get& get, int32_t dim, int32_t heads, int32_t head, double& a, double& b) {
   const int32_t width = dim / heads;

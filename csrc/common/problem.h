@@ -1,4 +1,5 @@
-// One STEAM unit on one batch: everything that a kernel is told besides pointers. Plain data, shared by host and device.
+// One STEAM unit on one batch: everything that a kernel is told besides pointers. Plain data, shared by host and
+// device.
 #pragma once
 
 #include <cstdint>
@@ -15,8 +16,8 @@ struct Problem {
   int64_t grid_h;    // gh <= H
   int64_t grid_w;    // gw <= W
   int64_t channel_radius;
-  int32_t embed_dim;  // d, columns of a weight
-  int32_t num_heads;  // h, divides d
+  int32_t embed_dim;          // d, columns of a weight
+  int32_t num_heads;          // h, divides d
   int32_t spatial_neighbors;  // 4 or 8
   bool self_loops;
   bool sequential;     // space looks at the channel-gated map

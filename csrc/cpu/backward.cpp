@@ -1,4 +1,5 @@
-// The backward walk of one sample: pool' -> graph' -> gate' while x and dy are in cache. Compiled once per instruction set.
+// The backward walk of one sample: pool' -> graph' -> gate' while x and dy are in cache. Compiled once per instruction
+// set.
 #include "gate.h"
 #include "graph.h"
 #include "kernels.h"
@@ -8,7 +9,8 @@
 namespace steam {
 namespace {
 
-// Sums over cells of x and dy * x for channels c, c + 1, ... of one cell: from memory, or formed where a cell is a pixel.
+// Sums over cells of x and dy * x for channels c, c + 1, ... of one cell: from memory, or formed where a cell is a
+// pixel.
 template <class L>
 struct StoredCells {
   const typename L::A* values;
@@ -159,8 +161,10 @@ struct BackwardWalk {
     channel_backward(g, d, n);
   }
 
-  // One channel where x itself stands for column sums: adds w * dy * x to `contracted`, and the gate's share to `total`.
-  void pixel_products(const Source& maps, int64_t c, V w, const A* spread, A* contracted, V& total) const {
+  // One channel where x itself stands for column sums: adds w * dy * x to `contracted`, and the gate's share to
+  // `total`.
+  void pixel_products(const Source& source, int64_t c, V w, const A* spread, A* contracted, V& total) const {
+    const Source maps = source;
     const int64_t e = c * u.pixels;
     for (int64_t k0 = 0; k0 < u.pixels; k0 += kRun * lanes) {
       const int64_t n = smaller(k0 + kRun * lanes, u.pixels), whole = k0 + (n - k0) / lanes * lanes;
@@ -182,17 +186,14 @@ struct BackwardWalk {
   }
 
   template <bool kValues>
-  void column_products(const Source& maps, int64_t c, V w, const A* spread, A* contracted, A* columns,
-                       V& total) const {
-    for (int64_t i = 0; i < u.rows; ++i) {
-      const int64_t r = u.row_begin[i], k = i * u.pitch;
-      strip_sums<kValues>(maps, c * u.pixels + r * u.p.width, u.row_begin[i + 1] - r, u.p.width,
-                          [&](int64_t q, V value, V product) {
-                            if (kValues) store(columns + k + q, value);
-                            store(contracted + k + q, load(contracted + k + q) + w * product);
-                            total += load(spread + k + q) * product;
-                          });
-    }
+  void column_products(const Source& maps, int64_t c, V w, const A* spread, A* contracted, A* columns, V& total) const {
+    strip_sums<kValues>(maps, c * u.pixels, u.row_begin, u.rows, u.p.width,
+                        [&](int64_t i, int64_t q, V value, V product) {
+                          const int64_t k = i * u.pitch + q;
+                          if (kValues) store(columns + k, value);
+                          store(contracted + k, load(contracted + k) + w * product);
+                          total += load(spread + k) * product;
+                        });
   }
 
   void pool_channels_last(const Source& maps, const Gates<T>& g, const Grads& d, int64_t n,
@@ -211,7 +212,7 @@ struct BackwardWalk {
       if (u.walk == Walk::kNarrow) {
         A* wide_products = wide + 2 * i * u.pitch;
         A* wide_values = wide_products + u.pitch;
-        strip_sums<true>(maps, r * stride, rows, stride, [&](int64_t q, V value, V product) {
+        strip_sums<true>(maps, 0, u.row_begin + i, 1, stride, [&](int64_t, int64_t q, V value, V product) {
           store(wide_values + q, value);
           store(wide_products + q, product);
         });
@@ -312,11 +313,9 @@ struct BackwardWalk {
     const Outputs out{dx, dresidual, scaled, offset, runs};
     // Without a ReLU the residual's gradient is dy itself, and nobody asks for it.
     if (!kRelu || dresidual == nullptr) {
-      gate_sample<Sink<T>, NoSink<T>>(maps, out, g, d, parallel);
+      gate_sample<true, false>(maps, out, g, d, parallel);
     } else if constexpr (kRelu) {
-      with_bool(input, [&]<bool kInput>() {
-        gate_sample<std::conditional_t<kInput, Sink<T>, NoSink<T>>, Sink<T>>(maps, out, g, d, parallel);
-      });
+      with_bool(input, [&]<bool kInput>() { gate_sample<kInput, true>(maps, out, g, d, parallel); });
     }
   }
 
@@ -325,60 +324,24 @@ struct BackwardWalk {
     const A *scaled, *offset, *runs;
   };
 
-  template <class S>
-  S open(T* at, int64_t begin, int64_t count) const {
-    return S(at ? at + begin : nullptr, count, output_route(u));
-  }
-
-  template <class DxSink, class ResidualSink>
+  template <bool kInput, bool kResidual>
   void gate_sample(const Source& maps, const Outputs& out, const Gates<T>& g, const Grads& d,
                    const cpu::Parallel* parallel) const {
     const A* share = token_weights(g);
-    const int64_t shifts = u.runs * u.run_pitch;
-    if (u.walk == Walk::kChannels) {
-      const int64_t tasks = smaller<int64_t>(u.p.height, 32), stride = u.p.width * u.p.channels;
-      for_tasks(parallel, tasks, [&](int64_t t) {
-        const int64_t begin = t * u.p.height / tasks, end = (t + 1) * u.p.height / tasks;
-        DxSink dx = open<DxSink>(out.dx, begin * stride, (end - begin) * stride);
-        ResidualSink dresidual = open<ResidualSink>(out.dresidual, begin * stride, (end - begin) * stride);
-        for (int64_t r = begin; r < end; ++r) {
-          const int64_t i = r * u.p.grid_h / u.p.height;
-          for (int64_t j = 0; j < u.p.grid_w; ++j) {
-            const A gate = g.spatial.gate[u.lattice.at(i, j)], token = token_share(d, i, j);
-            for (int64_t q = u.col_begin[j]; q < u.col_begin[j + 1]; ++q) {
-              gate_pixel_backward(maps, r * stride + q * u.p.channels, u.p.channels, out.scaled, share, out.offset,
-                                  gate, token, dx, dresidual);
-            }
-          }
-        }
-        dx.finish();
-        dresidual.finish();
-      });
-    } else if (u.walk == Walk::kNarrow) {
-      for_tasks(parallel, u.runs, [&](int64_t k) {
-        DxSink dx = open<DxSink>(out.dx, u.run_begin(k), u.run_length(k));
-        ResidualSink dresidual = open<ResidualSink>(out.dresidual, u.run_begin(k), u.run_length(k));
-        const Pattern<L> pattern{out.runs + k * u.run_pitch, out.runs + shifts + k * u.run_pitch, u.period};
-        gate_run_backward(maps, u.run_begin(k), u.run_length(k), pattern, A{1}, A{1}, A{0}, dx, dresidual);
-        dx.finish();
-        dresidual.finish();
-      });
-    } else {
-      for_tasks(parallel, u.blocks, [&](int64_t b) {
-        const int64_t begin = b * u.block, end = smaller(begin + u.block, u.p.channels);
-        DxSink dx = open<DxSink>(out.dx, begin * u.pixels, (end - begin) * u.pixels);
-        ResidualSink dresidual = open<ResidualSink>(out.dresidual, begin * u.pixels, (end - begin) * u.pixels);
-        for (int64_t c = begin; c < end; ++c) {
-          for (int64_t k = 0; k < u.runs; ++k) {
-            const Pattern<L> pattern{out.runs + k * u.run_pitch, out.runs + shifts + k * u.run_pitch, u.period};
-            gate_run_backward(maps, c * u.pixels + u.run_begin(k), u.run_length(k), pattern, out.scaled[c], share[c],
-                              out.offset[c], dx, dresidual);
-          }
-        }
-        dx.finish();
-        dresidual.finish();
-      });
-    }
+    const int64_t tokens = u.runs * u.run_pitch;
+    gate_walk<true, std::conditional_t<kInput, Sink<T>, NoSink<T>>, std::conditional_t<kResidual, Sink<T>, NoSink<T>>>(
+        u, GateBackward<Source, kInput, kResidual>{maps, u.sample}, out.dx, out.dresidual, output_route(u), parallel,
+        [&](int64_t i, int64_t j) {
+          const A gate = kInput ? g.spatial.gate[u.lattice.at(i, j)] : A{0};
+          return Along<L>{out.scaled, share, out.offset, u.channel_pitch, gate, kInput ? token_share(d, i, j) : A{0},
+                          0};
+        },
+        [&](int64_t c, int64_t k) {
+          const A* run = out.runs + k * u.run_pitch;
+          return u.walk == Walk::kNarrow
+                     ? Along<L>{run, run + tokens, nullptr, u.period, 1, 1, 0}
+                     : Along<L>{run, run + tokens, nullptr, u.period, out.scaled[c], share[c], out.offset[c]};
+        });
   }
 };
 
@@ -410,9 +373,8 @@ void STEAM_NAME(backward_, STEAM_CPU_VARIANT)(const BackwardArgs& args) {
   memset(sums, 0, sizeof(double) * static_cast<size_t>(larger<int64_t>(p.samples, 1) * 4 * heads));
   with_dtype(p.dtype, [&]<class T>() {
     const Unit<T> unit = make_unit<T>(p, args.channel_weight, args.spatial_weight, arena);
-    with_bool(p.relu, [&]<bool kRelu>() {
-      for_samples(unit, args.parallel, BackwardWalk<T, kRelu>{unit, args, sums});
-    });
+    with_bool(p.relu,
+              [&]<bool kRelu>() { for_samples(unit, args.parallel, BackwardWalk<T, kRelu>{unit, args, sums}); });
   });
   // Samples in their order, whoever computed them.
   for (int64_t n = 1; n < p.samples; ++n) {

@@ -1,4 +1,5 @@
-// The operators' CPU kernels on LibTorch's stable ABI. Schemas, checks and autograd are Python's (steam_kernels/ops.py).
+// The operators' CPU kernels on LibTorch's stable ABI. Schemas, checks and autograd are Python's
+// (steam_kernels/ops.py).
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -36,9 +37,9 @@ Sizes strides_of(const Tensor& t) { return {t.stride(0), t.stride(1), t.stride(2
 template <std::size_t n>
 Tensor empty(const std::array<int64_t, n>& sizes, const std::array<int64_t, n>& strides, ScalarType dtype) {
   AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(n, sizes.data(), strides.data(),
-                                                  torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
-                                                  aoti_torch_device_type_cpu(), 0, &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      n, sizes.data(), strides.data(), torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
+      aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
 Tensor output_like(const Tensor& t) {
@@ -89,8 +90,9 @@ steam::Problem problem(const Tensor& x, const Tensor& weight, const std::vector<
 // The kernels know nothing of the map but x's strides: every other map must share them.
 void check_same(const Tensor& x, const Tensor& t) {
   for (int64_t axis = 0; axis < 4; ++axis) {
-    STD_TORCH_CHECK(t.size(axis) == x.size(axis) && (t.size(axis) == 1 || t.numel() == 0 || t.stride(axis) == x.stride(axis)),
-                    "steam_kernels: the operator takes all maps with x's sizes and strides; steam() makes them so");
+    STD_TORCH_CHECK(
+        t.size(axis) == x.size(axis) && (t.size(axis) == 1 || t.numel() == 0 || t.stride(axis) == x.stride(axis)),
+        "steam_kernels: the operator takes all maps with x's sizes and strides; steam() makes them so");
   }
   STD_TORCH_CHECK(t.scalar_type() == x.scalar_type(), "steam_kernels: the operator takes all maps in x's dtype");
 }
@@ -116,9 +118,8 @@ std::tuple<Tensor, Tensor> forward(Tensor x, Tensor channel_weight, Tensor spati
                                    std::optional<Tensor> residual, std::vector<int64_t> grid, int64_t num_heads,
                                    int64_t channel_radius, int64_t spatial_neighbors, bool self_loops, bool sequential,
                                    double scale, bool relu, bool save) {
-  const steam::Problem p =
-      problem(x, channel_weight, grid,
-              {num_heads, channel_radius, spatial_neighbors, self_loops, sequential, relu, scale});
+  const steam::Problem p = problem(x, channel_weight, grid,
+                                   {num_heads, channel_radius, spatial_neighbors, self_loops, sequential, relu, scale});
   Tensor y = output_like(x);
   const ScalarType accumulate = p.dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
   const int64_t row = 2 * (p.channels + p.grid_h * p.grid_w);
@@ -131,19 +132,17 @@ std::tuple<Tensor, Tensor> forward(Tensor x, Tensor channel_weight, Tensor spati
 void forward_(Tensor x, Tensor channel_weight, Tensor spatial_weight, std::optional<Tensor> residual,
               std::vector<int64_t> grid, int64_t num_heads, int64_t channel_radius, int64_t spatial_neighbors,
               bool self_loops, bool sequential, double scale, bool relu) {
-  const steam::Problem p =
-      problem(x, channel_weight, grid,
-              {num_heads, channel_radius, spatial_neighbors, self_loops, sequential, relu, scale});
+  const steam::Problem p = problem(x, channel_weight, grid,
+                                   {num_heads, channel_radius, spatial_neighbors, self_loops, sequential, relu, scale});
   run_forward(x, channel_weight, spatial_weight, residual, p, x.mutable_data_ptr(), nullptr);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor dy, Tensor x, std::optional<Tensor> y,
-                                                    Tensor channel_weight, Tensor spatial_weight, Tensor saved,
-                                                    std::vector<int64_t> grid, int64_t num_heads,
-                                                    int64_t channel_radius, int64_t spatial_neighbors, bool self_loops,
-                                                    bool sequential, double scale, bool need_x,
-                                                    bool need_channel_weight, bool need_spatial_weight,
-                                                    bool need_residual) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor dy, Tensor x, std::optional<Tensor> y, Tensor channel_weight,
+                                                    Tensor spatial_weight, Tensor saved, std::vector<int64_t> grid,
+                                                    int64_t num_heads, int64_t channel_radius,
+                                                    int64_t spatial_neighbors, bool self_loops, bool sequential,
+                                                    double scale, bool need_x, bool need_channel_weight,
+                                                    bool need_spatial_weight, bool need_residual) {
   const steam::Problem p =
       problem(x, channel_weight, grid,
               {num_heads, channel_radius, spatial_neighbors, self_loops, sequential, y.has_value(), scale});

@@ -1,4 +1,6 @@
 // Which instruction set's kernels run. Compiled for the plain target, like everything that runs before the choice.
+#include <unistd.h>
+
 #include <atomic>
 #include <cstring>
 #include <string>
@@ -8,7 +10,7 @@
 namespace steam {
 namespace cpu {
 
-#define STEAM_DECLARE(variant)                 \
+#define STEAM_DECLARE(variant)                \
   void forward_##variant(const ForwardArgs&); \
   void backward_##variant(const BackwardArgs&);
 STEAM_DECLARE(generic)
@@ -31,8 +33,7 @@ struct Variant {
 #if defined(STEAM_CPU_HAS_AVX512)
 bool has_avx512() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
-         __builtin_cpu_supports("avx512vl");
+         __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 #endif
 #if defined(STEAM_CPU_HAS_AVX2)
@@ -75,6 +76,17 @@ const Variant& variant() {
 
 }  // namespace
 
+int64_t last_level_cache() {
+  static const int64_t bytes = [] {
+    int64_t found = 0;
+#if defined(_SC_LEVEL3_CACHE_SIZE)
+    found = sysconf(_SC_LEVEL3_CACHE_SIZE);
+#endif
+    return found > 0 ? found : int64_t{24} << 20;
+  }();
+  return bytes;
+}
+
 void forward(const ForwardArgs& args) { variant().forward(args); }
 void backward(const BackwardArgs& args) { variant().backward(args); }
 
@@ -88,7 +100,9 @@ STEAM_API const char* steam_cpu_supported() {
   static const std::string names = [] {
     std::string out;
     for (const auto& v : steam::cpu::kVariants) {
-      if (v.runs_here()) out += (out.empty() ? "" : ",") + std::string(v.name);
+      if (!v.runs_here()) continue;
+      if (!out.empty()) out += ',';
+      out += v.name;
     }
     return out;
   }();

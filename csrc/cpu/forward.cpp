@@ -1,4 +1,5 @@
-// The forward walk of one sample: pool -> graph -> gate while the sample is in cache. Compiled once per instruction set.
+// The forward walk of one sample: pool -> graph -> gate while the sample is in cache. Compiled once per instruction
+// set.
 #include "gate.h"
 #include "graph.h"
 #include "kernels.h"
@@ -35,9 +36,7 @@ struct ForwardWalk {
   }
 
   // What space looks at: the channel gates, or nothing (math step 4).
-  const A* token_weights(const Gates<T>& g) const {
-    return u.p.sequential ? g.channel.gate + u.ring.first : u.ones;
-  }
+  const A* token_weights(const Gates<T>& g) const { return u.p.sequential ? g.channel.gate + u.ring.first : u.ones; }
   double token_scale(int64_t i, int64_t j) const {
     return 1.0 / (static_cast<double>(u.p.channels) * static_cast<double>(u.cell_size(i, j)));
   }
@@ -63,14 +62,10 @@ struct ForwardWalk {
           }
         } else {
           A* out = columns + c * u.sums();
-          for (int64_t i = 0; i < u.rows; ++i, out += u.pitch) {
-            const int64_t r = u.row_begin[i];
-            strip_sums<true>(x, c * u.pixels + r * u.p.width, u.row_begin[i + 1] - r, u.p.width,
-                             [&](int64_t q, V v, V) {
-                               store(out + q, v);
-                               total += v;
-                             });
-          }
+          strip_sums<true>(x, c * u.pixels, u.row_begin, u.rows, u.p.width, [&](int64_t i, int64_t q, V v, V) {
+            store(out + i * u.pitch + q, v);
+            total += v;
+          });
         }
         return total * mean;
       });
@@ -82,7 +77,8 @@ struct ForwardWalk {
       if (by_pixel) {
         contract_channels(x.x, u.sample, u.p.channels, u.pixels, token_weights(g), first, count, contracted);
       } else {
-        contract_channels(columns, u.p.channels * u.sums(), u.p.channels, u.sums(), token_weights(g), first, count, contracted);
+        contract_channels(columns, u.p.channels * u.sums(), u.p.channels, u.sums(), token_weights(g), first, count,
+                          contracted);
       }
     });
     join_cells(u, contracted, g.spatial.token, [&](int64_t i, int64_t j) { return token_scale(i, j); });
@@ -102,7 +98,7 @@ struct ForwardWalk {
       A* row = cells + i * u.p.grid_w * u.channel_pitch;
       if (u.walk == Walk::kNarrow) {
         A* sums = wide + i * u.pitch;
-        strip_sums<true>(x, r * stride, rows, stride, [&](int64_t q, V v, V) { store(sums + q, v); });
+        strip_sums<true>(x, 0, u.row_begin + i, 1, stride, [&](int64_t, int64_t q, V v, V) { store(sums + q, v); });
         join_wide(u, sums, row);
         return;
       }
@@ -193,41 +189,15 @@ struct ForwardWalk {
   template <class F>
   void gate_sample(const F& f, T* y, Route route, const A* channel, const Gates<T>& g, const A* runs,
                    const cpu::Parallel* parallel) const {
-    if (u.walk == Walk::kChannels) {
-      const int64_t tasks = smaller<int64_t>(u.p.height, 32), stride = u.p.width * u.p.channels;
-      for_tasks(parallel, tasks, [&](int64_t t) {
-        const int64_t begin = t * u.p.height / tasks, end = (t + 1) * u.p.height / tasks;
-        Sink<T> sink(y + begin * stride, (end - begin) * stride, route);
-        for (int64_t r = begin; r < end; ++r) {
-          const int64_t i = r * u.p.grid_h / u.p.height;
-          for (int64_t j = 0; j < u.p.grid_w; ++j) {
-            for (int64_t q = u.col_begin[j]; q < u.col_begin[j + 1]; ++q) {
-              gate_pixel(f, r * stride + q * u.p.channels, u.p.channels, channel, g.spatial.gate[u.lattice.at(i, j)],
-                         sink);
-            }
-          }
-        }
-        sink.finish();
-      });
-    } else if (u.walk == Walk::kNarrow) {
-      for_tasks(parallel, u.runs, [&](int64_t k) {
-        Sink<T> sink(y + u.run_begin(k), u.run_length(k), route);
-        gate_run(f, u.run_begin(k), u.run_length(k), {runs + k * u.run_pitch, nullptr, u.period}, A{1}, sink);
-        sink.finish();
-      });
-    } else {
-      for_tasks(parallel, u.blocks, [&](int64_t b) {
-        const int64_t begin = b * u.block, end = smaller(begin + u.block, u.p.channels);
-        Sink<T> sink(y + begin * u.pixels, (end - begin) * u.pixels, route);
-        for (int64_t c = begin; c < end; ++c) {
-          for (int64_t k = 0; k < u.runs; ++k) {
-            gate_run(f, c * u.pixels + u.run_begin(k), u.run_length(k), {runs + k * u.run_pitch, nullptr, u.period},
-                     channel[c], sink);
-          }
-        }
-        sink.finish();
-      });
-    }
+    gate_walk<false, Sink<T>, NoSink<T>>(
+        u, f, y, static_cast<T*>(nullptr), route, parallel,
+        [&](int64_t i, int64_t j) {
+          return Along<L>{channel, nullptr, nullptr, u.channel_pitch, g.spatial.gate[u.lattice.at(i, j)], 0, 0};
+        },
+        [&](int64_t c, int64_t k) {
+          const A gate = u.walk == Walk::kNarrow ? A{1} : channel[c];
+          return Along<L>{runs + k * u.run_pitch, nullptr, nullptr, u.period, gate, 0, 0};
+        });
   }
 };
 

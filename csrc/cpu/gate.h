@@ -10,10 +10,7 @@ namespace {
 // Elements that a loop produces before it hands them over.
 constexpr int64_t kChunk = 1024;
 
-// Outputs larger than this go past the caches: they would only evict what is still to be read.
-constexpr int64_t kStreamBytes = int64_t{12} << 20;
-
-// Where a contiguous run of output goes, in pieces: begin(n) gives room for n elements and the rest of a vector, commit(n)
+// Where a contiguous run of output goes, in pieces: begin(n) gives room for n elements and one vector more, commit(n)
 // says that n of them are valid. What a vector wrote past n is overwritten or dropped.
 enum class Route {
   kPlain,   // straight into the output, which nobody reads meanwhile
@@ -32,7 +29,7 @@ class Sink {
   }
 
   STEAM_INLINE T* begin(int64_t n) {
-    detour_ = route_ != Route::kPlain || end_ - at_ < round_up(n, Lanes<T>::kLanes);
+    detour_ = route_ != Route::kPlain || end_ - at_ < n + Lanes<T>::kLanes;
     return detour_ ? buffer_ + fill_ : at_;
   }
 
@@ -98,143 +95,136 @@ struct NoSink {
   void finish() {}
 };
 
-// What one vector of output takes: forward, out = relu(x * gate + residual).
+// An output that nobody asked for has no address to move along.
+template <class T>
+STEAM_INLINE T* ahead(T* at, int64_t n) {
+  return at ? at + n : nullptr;
+}
+
+// How one vector of output is made. An operation reads its maps at element e, whole vectors or what there is of one
+// before the sample's end, and writes to one or two places. Loops copy it first: their stores could otherwise change
+// it, for all that the compiler knows.
+
+// y = relu(x * gate + residual).
 template <class T, bool kResidual, bool kRelu>
 struct GateForward {
+  using Type = T;
   using L = Lanes<T>;
   using V = typename L::V;
+  using A = typename L::A;
   const T* x;
   const T* residual;
   int64_t size;
-  STEAM_INLINE V operator()(V in, V gate, V rest) const {
-    V out = in * gate;
-    if (kResidual) out += rest;
+
+  template <bool kWhole>
+  STEAM_INLINE void run(int64_t e, V gate, V, V, T* y, T*) const {
+    const auto read = [&](const T* map) { return kWhole ? load(map + e) : load_until(map + e, map + size); };
+    V out = read(x) * gate;
+    if (kResidual) out += read(residual);
     // As PyTorch's: a NaN stays.
     if (kRelu) out = L::select(out < L::zero(), L::zero(), out);
-    return out;
+    store(y, out);
   }
 };
 
-// A row of a periodic map: `period` numbers, then at least a vector's worth of them again.
+// dx = dy * gate + (share * token + offset), and the residual's gradient: dy where the ReLU let it pass.
+template <class M, bool kInput, bool kResidual>
+struct GateBackward {
+  using Type = typename M::Type;
+  using L = typename M::L;
+  using V = typename L::V;
+  using A = typename L::A;
+  M maps;
+  int64_t size;
+
+  template <bool kWhole>
+  STEAM_INLINE void run(int64_t e, V gate, V shift, V offset, Type* dx, Type* dresidual) const {
+    const V g = kWhole ? maps.upstream(e) : maps.upstream_until(e);
+    if (kInput) store(dx, g * gate + (shift + offset));
+    if (kResidual) store(dresidual, g);
+  }
+};
+
+// Along a run of elements that share what varies slowest: one channel's pixels, or one pixel's channels.
 template <class L>
-struct Pattern {
+struct Along {
+  // Numbers that vary along the run: `period` of them, and then at least a vector's worth of them again.
   const typename L::A* gate;
-  const typename L::A* shift;  // backward only
+  const typename L::A* share;   // backward only, like the rest
+  const typename L::A* offset;  // null: `add` for all
   int64_t period;
+  // And those that do not: gate * gate_factor, share * share_factor + offset.
+  typename L::A gate_factor;
+  typename L::A share_factor;
+  typename L::A add;
 };
 
-// y over a run of `length` elements of one channel, from element e of the sample on. gate = channel_gate * pattern.
-template <class T, bool kResidual, bool kRelu>
-STEAM_INLINE void gate_run(const GateForward<T, kResidual, kRelu>& g, int64_t e, int64_t length,
-                           const Pattern<Lanes<T>>& pattern, typename Lanes<T>::A channel_gate, Sink<T>& sink) {
-  using L = Lanes<T>;
+// n <= kChunk elements from e on, whose pattern starts at q. Returns where it stopped.
+template <bool kBackward, class G, class L>
+STEAM_INLINE int64_t gate_chunk(const G& operation, int64_t e, int64_t n, const Along<L>& pattern, int64_t q,
+                                typename G::Type* out, typename G::Type* second) {
   using V = typename L::V;
   constexpr int64_t lanes = L::kLanes;
-  const V channel = L::set(channel_gate);
-  const int64_t step = lanes % pattern.period;
-  int64_t q = 0;
-  for (int64_t done = 0; done < length; done += kChunk, e += kChunk) {
-    const int64_t n = smaller(kChunk, length - done);
-    T* out = sink.begin(n);
-    const bool inside = e + round_up(n, lanes) <= g.size;
-    const int64_t whole = inside ? round_up(n, lanes) : n / lanes * lanes;
+  const G op = operation;
+  const Along<L> along = pattern;
+  const V gate_factor = L::set(along.gate_factor), share_factor = L::set(along.share_factor), add = L::set(along.add);
+  const int64_t whole = e + round_up(n, lanes) <= op.size ? round_up(n, lanes) : n / lanes * lanes;
+  const auto vector = [&]<bool kWhole>(int64_t k) STEAM_LAMBDA_INLINE {
+    const V gate = gate_factor * load(along.gate + q);
+    V shift = L::zero(), offset = L::zero();
+    if (kBackward) {
+      shift = share_factor * load(along.share + q);
+      offset = along.offset ? load(along.offset + q) : add;
+    }
+    op.template run<kWhole>(e + k, gate, shift, offset, ahead(out, k), ahead(second, k));
+  };
+  if (q + whole <= along.period + lanes) {
+    for (int64_t k = 0; k < whole; k += lanes, q += lanes) vector.template operator()<true>(k);
+  } else {
+    const int64_t step = lanes % along.period;
     for (int64_t k = 0; k < whole; k += lanes) {
-      const V rest = kResidual ? load(g.residual + e + k) : L::zero();
-      store(out + k, g(load(g.x + e + k), channel * load(pattern.gate + q), rest));
+      vector.template operator()<true>(k);
       q += step;
-      q -= q >= pattern.period ? pattern.period : 0;
+      q -= q >= along.period ? along.period : 0;
     }
-    if (whole < n) {
-      const V rest = kResidual ? load_until(g.residual + e + whole, g.residual + g.size) : L::zero();
-      store(out + whole, g(load_until(g.x + e + whole, g.x + g.size), channel * load(pattern.gate + q), rest));
-    }
-    sink.commit(n);
   }
+  if (whole < n) vector.template operator()<false>(whole);
+  return q;
 }
 
-// dx = dy * channel_gate * gate + (channel_share * shift + offset), and the residual's gradient, the masked dy.
-template <class M, class DxSink, class ResidualSink>
-STEAM_INLINE void gate_run_backward(const M& maps, int64_t e, int64_t length, const Pattern<typename M::L>& pattern,
-                                    typename M::L::A channel_gate, typename M::L::A channel_share,
-                                    typename M::L::A offset, DxSink& dx_sink, ResidualSink& residual_sink) {
-  using L = typename M::L;
-  using V = typename L::V;
-  constexpr int64_t lanes = L::kLanes;
-  const V channel = L::set(channel_gate), share = L::set(channel_share), add = L::set(offset);
-  const int64_t step = lanes % pattern.period;
+// A run of any length from element e on.
+template <bool kBackward, class G, class L, class S1, class S2>
+STEAM_INLINE void gate_run(const G& op, int64_t e, int64_t length, const Along<L>& along, S1& sink, S2& second) {
   int64_t q = 0;
-  for (int64_t done = 0; done < length; done += kChunk, e += kChunk) {
+  for (int64_t done = 0; done < length; done += kChunk) {
     const int64_t n = smaller(kChunk, length - done);
-    auto* dx = dx_sink.begin(n);
-    auto* dres = residual_sink.begin(n);
-    const bool inside = e + round_up(n, lanes) <= maps.size;
-    const int64_t whole = inside ? round_up(n, lanes) : n / lanes * lanes;
-    const auto one = [&](int64_t k, V g) STEAM_LAMBDA_INLINE {
-      if (dx) store(dx + k, g * (channel * load(pattern.gate + q)) + (share * load(pattern.shift + q) + add));
-      if (dres) store(dres + k, g);
-    };
-    for (int64_t k = 0; k < whole; k += lanes) {
-      one(k, maps.upstream(e + k));
-      q += step;
-      q -= q >= pattern.period ? pattern.period : 0;
-    }
-    if (whole < n) one(whole, maps.upstream_until(e + whole));
-    dx_sink.commit(n);
-    residual_sink.commit(n);
-  }
-}
-
-// channels_last, a pixel: y over its channels. `channel_gates` is padded to whole vectors.
-template <class T, bool kResidual, bool kRelu>
-STEAM_INLINE void gate_pixel(const GateForward<T, kResidual, kRelu>& g, int64_t e, int64_t channels,
-                             const typename Lanes<T>::A* channel_gates, typename Lanes<T>::A spatial_gate, Sink<T>& sink) {
-  using L = Lanes<T>;
-  using V = typename L::V;
-  constexpr int64_t lanes = L::kLanes;
-  const V spatial = L::set(spatial_gate);
-  for (int64_t done = 0; done < channels; done += kChunk, e += kChunk) {
-    const int64_t n = smaller(kChunk, channels - done);
-    T* out = sink.begin(n);
-    const bool inside = e + round_up(n, lanes) <= g.size;
-    const int64_t whole = inside ? round_up(n, lanes) : n / lanes * lanes;
-    for (int64_t k = 0; k < whole; k += lanes) {
-      const V rest = kResidual ? load(g.residual + e + k) : L::zero();
-      store(out + k, g(load(g.x + e + k), spatial * load(channel_gates + done + k), rest));
-    }
-    if (whole < n) {
-      const V rest = kResidual ? load_until(g.residual + e + whole, g.residual + g.size) : L::zero();
-      const V gate = spatial * load(channel_gates + done + whole);
-      store(out + whole, g(load_until(g.x + e + whole, g.x + g.size), gate, rest));
-    }
+    auto* out = sink.begin(n);
+    q = gate_chunk<kBackward>(op, e + done, n, along, q, out, second.begin(n));
+    q -= q >= along.period ? along.period : 0;
     sink.commit(n);
+    second.commit(n);
   }
 }
 
-// channels_last, a pixel: dx = dy * gate * spatial_gate + (share * spatial_share + offset) over its channels.
-template <class M, class DxSink, class ResidualSink>
-STEAM_INLINE void gate_pixel_backward(const M& maps, int64_t e, int64_t channels, const typename M::L::A* gates,
-                                      const typename M::L::A* shares, const typename M::L::A* offsets,
-                                      typename M::L::A spatial_gate, typename M::L::A spatial_share, DxSink& dx_sink,
-                                      ResidualSink& residual_sink) {
-  using L = typename M::L;
-  using V = typename L::V;
-  constexpr int64_t lanes = L::kLanes;
-  const V spatial = L::set(spatial_gate), share = L::set(spatial_share);
-  for (int64_t done = 0; done < channels; done += kChunk, e += kChunk) {
-    const int64_t n = smaller(kChunk, channels - done);
-    auto* dx = dx_sink.begin(n);
-    auto* dres = residual_sink.begin(n);
-    const bool inside = e + round_up(n, lanes) <= maps.size;
-    const int64_t whole = inside ? round_up(n, lanes) : n / lanes * lanes;
-    const auto one = [&](int64_t k, V g) STEAM_LAMBDA_INLINE {
-      const int64_t c = done + k;
-      if (dx) store(dx + k, g * (spatial * load(gates + c)) + (share * load(shares + c) + load(offsets + c)));
-      if (dres) store(dres + k, g);
-    };
-    for (int64_t k = 0; k < whole; k += lanes) one(k, maps.upstream(e + k));
-    if (whole < n) one(whole, maps.upstream_until(e + whole));
-    dx_sink.commit(n);
-    residual_sink.commit(n);
+// Several short runs of `length` elements one behind the other; along(i) says what the i-th goes by.
+template <bool kBackward, class G, class F, class S1, class S2>
+STEAM_INLINE void gate_runs(const G& op, int64_t e, int64_t runs, int64_t length, const F& along, S1& sink,
+                            S2& second) {
+  const int64_t group = kChunk / length;
+  if (group < 2) {
+    for (int64_t i = 0; i < runs; ++i) gate_run<kBackward>(op, e + i * length, length, along(i), sink, second);
+    return;
+  }
+  for (int64_t done = 0; done < runs; done += group) {
+    const int64_t n = smaller(group, runs - done);
+    auto* out = sink.begin(n * length);
+    auto* second_out = second.begin(n * length);
+    for (int64_t i = 0; i < n; ++i) {
+      gate_chunk<kBackward>(op, e + (done + i) * length, length, along(done + i), 0, ahead(out, i * length),
+                            ahead(second_out, i * length));
+    }
+    sink.commit(n * length);
+    second.commit(n * length);
   }
 }
 

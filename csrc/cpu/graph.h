@@ -9,16 +9,16 @@
 namespace steam {
 namespace {
 
-// Where a branch's nodes lie: row i, column j at first + i * pitch + j of an array of `size` numbers that has room around
-// the nodes for the neighbours of the outermost ones. A ring is one row whose surroundings repeat its other end.
+// Where a branch's nodes lie: row i, column j at first + i * pitch + j of an array of `size` numbers that has room
+// around the nodes for the neighbours of the outermost ones. A ring is one row whose surroundings repeat its other end.
 template <class L>
 struct Branch {
   using A = typename L::A;
   int64_t rows, cols;
   bool wraps;
   int64_t first, pitch, span, size, margin;
-  int64_t count;            // neighbours of a node
-  const int64_t* offsets;   // their distances in the array
+  int64_t count;                 // neighbours of a node
+  const int64_t* offsets;        // their distances in the array
   const typename L::I* present;  // lattice: bit k of present[position] says that neighbour k exists
   int64_t nodes() const { return rows * cols; }
   int64_t at(int64_t i, int64_t j) const { return first + i * pitch + j; }
@@ -110,8 +110,7 @@ struct Heads {
 };
 
 template <class L, class N>
-void transform_nodes(const Branch<L>& branch, const Heads<L>& heads, const typename L::A* tokens,
-                     typename L::A* out) {
+void transform_nodes(const Branch<L>& branch, const Heads<L>& heads, const typename L::A* tokens, typename L::A* out) {
   using V = typename L::V;
   for (int64_t at = branch.first; at < branch.first + branch.span; at += L::kLanes) {
     const N nodes = N::make(branch, tokens, at);
@@ -129,11 +128,13 @@ void transform_nodes(const Branch<L>& branch, const Heads<L>& heads, const typen
 // Working memory of one branch's backward pass.
 template <class L>
 struct GraphTape {
-  typename L::A* shares;  // count arrays of branch.size: what node i gives to its k-th neighbour (static neighbourhoods only)
-  typename L::V* sums;    // 2 * heads: lanes of the gradients of a and b
+  typename L::A*
+      shares;  // count arrays of branch.size: what node i gives to its k-th neighbour (static neighbourhoods only)
+  typename L::V* sums;  // 2 * heads: lanes of the gradients of a and b
 };
 
-// token_grad = d<out_grad, T(tokens)>/d tokens; adds the gradients of a, then of b, to slope_gain_grad in the tape's sums.
+// token_grad = d<out_grad, T(tokens)>/d tokens; adds the gradients of a, then of b, to slope_gain_grad in the tape's
+// sums.
 template <class L, class N, int K>
 void transform_nodes_backward(const Branch<L>& branch, const Heads<L>& heads, const typename L::A* tokens,
                               const typename L::A* out_grad, typename L::A* token_grad, const GraphTape<L>& tape) {
@@ -201,7 +202,8 @@ void transform_nodes_backward(const Branch<L>& branch, const Heads<L>& heads, co
   }
 }
 
-// One function for each usual size of a neighbourhood, where weights stay in registers; any other size goes the general way.
+// One function for each usual size of a neighbourhood, where weights stay in registers; any other size goes the general
+// way.
 template <class L, class F>
 STEAM_INLINE void with_nodes(const Branch<L>& branch, const F& f) {
   if constexpr (sizeof(typename L::A) == 4) {
@@ -291,8 +293,8 @@ void graph_forward(const Branch<L>& branch, const Heads<L>& heads, typename L::A
   open_gates(branch, o, open);
 }
 
-// From the gradient of the gates (in `grad`, overwritten by that of o) to the gradient of the tokens. `sums` receives the
-// gradients of a, then of b, for each head.
+// From the gradient of the gates (in `grad`, overwritten by that of o) to the gradient of the tokens. `sums` receives
+// the gradients of a, then of b, for each head.
 template <class L>
 void graph_backward(const Branch<L>& branch, const Heads<L>& heads, typename L::A* tokens, const typename L::A* o,
                     typename L::A* grad, typename L::A* token_grad, const GraphTape<L>& tape, double* sums) {

@@ -16,8 +16,8 @@ struct Parallel {
   ParallelRun run;  // may be null where threads is 1
 };
 
-// All maps are dense in the problem's memory order. `saved` is (N, 2 * (C + gh * gw)) in the accumulation type: a sample's
-// row holds channel tokens, channel pre-activations, spatial tokens, spatial pre-activations.
+// All maps are dense in the problem's memory order. `saved` is (N, 2 * (C + gh * gw)) in the accumulation type: a
+// sample's row holds channel tokens, channel pre-activations, spatial tokens, spatial pre-activations.
 struct ForwardArgs {
   Problem problem;
   Weight channel_weight;
@@ -43,6 +43,9 @@ struct BackwardArgs {
   WeightGrad spatial_grad;
   Parallel parallel;
 };
+
+// Bytes of the machine's last-level cache. Decides how outputs are stored, never what they hold.
+int64_t last_level_cache();
 
 using Forward = void (*)(const ForwardArgs&);
 using Backward = void (*)(const BackwardArgs&);

@@ -1,8 +1,9 @@
-// The pool stage on the CPU: sums of x (and of dy * x, backwards) over cells, in the pieces that each memory order wants.
+// The pool stage on the CPU: sums of x (and of dy * x, backwards) over cells, in the pieces that each memory order
+// wants.
 //
-// NCHW keeps column sums: for each channel and each strip of rows that shares a cell row, one sum per column. They cost one
-// vertical addition per element; columns are joined into cells once per sample, after the channels have been contracted.
-// channels_last sums whole cells, vectorised over channels.
+// NCHW keeps column sums: for each channel and each strip of rows that shares a cell row, one sum per column. They cost
+// one vertical addition per element; columns are joined into cells once per sample, after the channels have been
+// contracted. channels_last sums whole cells, vectorised over channels.
 #pragma once
 
 #include "../common/problem.h"
@@ -20,6 +21,7 @@ constexpr int64_t kAhead = 2048;
 // One sample's maps, of equal layout. product = dy * x, where dy is masked by the ReLU whose output y is.
 template <class T, bool kProducts, bool kRelu>
 struct Maps {
+  using Type = T;
   using L = Lanes<T>;
   using V = typename L::V;
   static constexpr bool products = kProducts;
@@ -30,7 +32,9 @@ struct Maps {
 
   STEAM_INLINE V value(int64_t e) const { return load(x + e); }
   STEAM_INLINE V value_until(int64_t e) const { return load_until(x + e, x + size); }
-  STEAM_INLINE V upstream(int64_t e) const { return masked<kRelu>(load(dy + e), [&] { return load(y + e); }); }
+  STEAM_INLINE V upstream(int64_t e) const {
+    return masked<kRelu>(load(dy + e), [&] { return load(y + e); });
+  }
   STEAM_INLINE V upstream_until(int64_t e) const {
     return masked<kRelu>(load_until(dy + e, dy + size), [&] { return load_until(y + e, y + size); });
   }
@@ -76,75 +80,103 @@ STEAM_INLINE void for_tiles(int64_t vectors, const F& f) {
   }
 }
 
-// Sums of U vectors over `rows` rows from element e on. The last vector may reach past a row of `ragged` valid lanes (0: whole).
+// Where the rows of a strip lie: `rows` rows, `stride` elements apart, from element e on.
+struct Strip {
+  int64_t e, rows, stride;
+  // Whether `width` elements can be read from every row without leaving the sample.
+  STEAM_INLINE bool inside(int64_t width, int64_t size) const { return e + (rows - 1) * stride + width <= size; }
+};
+
+// Sums of U vectors over a strip that is short and lies inside the sample.
 template <int U, bool kValues, class S>
-__attribute__((noinline)) void strip_tile(const S& s, int64_t e, int64_t rows, int64_t stride, int64_t ragged,
-                             typename S::V* values, typename S::V* products) {
-  using L = typename S::L;
+STEAM_INLINE void add_rows(const S& s, const Strip& strip, typename S::V* values, typename S::V* products) {
   using V = typename S::V;
-  constexpr int64_t lanes = L::kLanes;
-  constexpr int64_t per_line = kLine / static_cast<int64_t>(sizeof(*s.x)) / lanes > 0
-                                   ? kLine / static_cast<int64_t>(sizeof(*s.x)) / lanes
-                                   : 1;
-  V total[U], total_products[U];
-  for (int u = 0; u < U; ++u) total[u] = total_products[u] = L::zero();
-  for (int64_t done = 0; done < rows; done += kRun) {
-    const int64_t n = smaller(rows - done, kRun);
-    int64_t at = e + done * stride;
-    // Rows whose vectors all end inside the sample.
-    const int64_t room = s.size - U * lanes - at;
-    const int64_t whole = room < 0 ? 0 : smaller(n, room / stride + 1);
-    V sum[U], product[U];
-    for (int u = 0; u < U; ++u) sum[u] = product[u] = L::zero();
-    int64_t r = 0;
-    for (; r < whole; ++r, at += stride) {
-#pragma GCC unroll 16
-      for (int u = 0; u < U; ++u) {
-        if (u % per_line == 0) s.prefetch(at + u * lanes);
-        const V x = s.value(at + u * lanes);
-        if (kValues) sum[u] += x;
-        if (S::products) product[u] += x * s.upstream(at + u * lanes);
-      }
-    }
-    for (; r < n; ++r, at += stride) {
-      for (int u = 0; u < U; ++u) {
-        const V x = s.value_until(at + u * lanes);
-        if (kValues) sum[u] += x;
-        if (S::products) product[u] += x * s.upstream_until(at + u * lanes);
-      }
-    }
+  constexpr int64_t lanes = S::L::kLanes;
+  int64_t at = strip.e;
+  for (int64_t r = 0; r < strip.rows; ++r, at += strip.stride) {
 #pragma GCC unroll 16
     for (int u = 0; u < U; ++u) {
-      total[u] += sum[u];
-      total_products[u] += product[u];
+      if (u * lanes * static_cast<int64_t>(sizeof(*s.x)) % kLine == 0) s.prefetch(at + u * lanes);
+      const V x = s.value(at + u * lanes);
+      if (kValues) values[u] += x;
+      if (S::products) products[u] += x * s.upstream(at + u * lanes);
     }
-  }
-  if (ragged) {
-    total[U - 1] = L::select(L::first(ragged), total[U - 1], L::zero());
-    total_products[U - 1] = L::select(L::first(ragged), total_products[U - 1], L::zero());
-  }
-#pragma GCC unroll 16
-  for (int u = 0; u < U; ++u) {
-    if (kValues) values[u] = total[u];
-    if (S::products) products[u] = total_products[u];
   }
 }
 
-// Column sums of `rows` rows of `length` elements from element e on: f(column, value vector, product vector) for each
-// vector of columns, with zeros past the row's end.
-template <bool kValues, class S, class F>
-STEAM_INLINE void strip_sums(const S& s, int64_t e, int64_t rows, int64_t length, const F& f) {
+// Any strip: long ones in runs, and what would be read past the sample's end as zeros.
+template <int U, bool kValues, class S>
+__attribute__((noinline)) void add_any_rows(const S& s, const Strip& strip, typename S::V* values,
+                                            typename S::V* products) {
+  using L = typename S::L;
   using V = typename S::V;
-  constexpr int64_t lanes = S::L::kLanes;
-  constexpr int kMost = kValues && S::products ? 5 : 8;
+  constexpr int64_t lanes = L::kLanes;
+  for (int64_t done = 0; done < strip.rows; done += kRun) {
+    const Strip run{strip.e + done * strip.stride, smaller(strip.rows - done, kRun), strip.stride};
+    V sum[U], product[U];
+    for (int u = 0; u < U; ++u) sum[u] = product[u] = L::zero();
+    if (run.inside(U * lanes, s.size)) {
+      add_rows<U, kValues>(s, run, sum, product);
+    } else {
+      for (int64_t r = 0; r < run.rows; ++r) {
+        for (int u = 0; u < U; ++u) {
+          const int64_t at = run.e + r * run.stride + u * lanes;
+          const V x = s.value_until(at);
+          if (kValues) sum[u] += x;
+          if (S::products) product[u] += x * s.upstream_until(at);
+        }
+      }
+    }
+    for (int u = 0; u < U; ++u) {
+      if (kValues) values[u] += sum[u];
+      if (S::products) products[u] += product[u];
+    }
+  }
+}
+
+// Column sums of strips of rows of `length` elements: f(i, column, value vector, product vector) for each vector of
+// columns of each strip, with zeros past the row's end. Strip i has the rows begin[i] ... begin[i + 1] - 1, counted
+// from element e.
+template <bool kValues, class S, class F>
+STEAM_INLINE void strip_sums(const S& s, int64_t e, const int64_t* begin, int64_t strips, int64_t length, const F& f) {
+  using L = typename S::L;
+  using V = typename S::V;
+  constexpr int64_t lanes = L::kLanes;
+  constexpr int kMost = sizeof(typename L::A) == 8 ? 1 : kValues && S::products ? 5 : 8;
   const int64_t vectors = (length + lanes - 1) / lanes;
-  for_tiles<typename S::L, kMost>(vectors, [&]<int U>(int64_t v) {
+  const auto tile = [&]<int U, bool kShort>(int64_t i, int64_t v) STEAM_LAMBDA_INLINE {
+    const Strip strip{e + begin[i] * length + v * lanes, begin[i + 1] - begin[i], length};
     V values[U], products[U];
-    const int64_t ragged = v + U == vectors ? length % lanes : 0;
-    strip_tile<U, kValues>(s, e + v * lanes, rows, length, ragged, values, products);
 #pragma GCC unroll 16
-    for (int u = 0; u < U; ++u) f((v + u) * lanes, values[u], products[u]);
-  });
+    for (int u = 0; u < U; ++u) values[u] = products[u] = L::zero();
+    if (kShort && strip.rows <= kRun && strip.inside(U * lanes, s.size)) {
+      add_rows<U, kValues>(s, strip, values, products);
+    } else {
+      V more_values[U], more_products[U];
+      for (int u = 0; u < U; ++u) more_values[u] = more_products[u] = L::zero();
+      add_any_rows<U, kValues>(s, strip, more_values, more_products);
+      for (int u = 0; u < U; ++u) {
+        values[u] = more_values[u];
+        products[u] = more_products[u];
+      }
+    }
+    if (v + U == vectors && length % lanes) {
+      values[U - 1] = L::select(L::first(length % lanes), values[U - 1], L::zero());
+      products[U - 1] = L::select(L::first(length % lanes), products[U - 1], L::zero());
+    }
+#pragma GCC unroll 16
+    for (int u = 0; u < U; ++u) f(i, (v + u) * lanes, values[u], products[u]);
+  };
+  if (vectors <= kMost) {
+    // Narrow maps have short strips: choose the tile once for all of them.
+    with_unroll<kMost>(vectors, [&]<int U>() {
+      for (int64_t i = 0; i < strips; ++i) tile.template operator()<U, true>(i, 0);
+    });
+    return;
+  }
+  for (int64_t i = 0; i < strips; ++i) {
+    for_tiles<L, kMost>(vectors, [&]<int U>(int64_t v) { tile.template operator()<U, false>(i, v); });
+  }
 }
 
 // out[k] = sum over channels of weight[c] * source[c * stride + k] for the vectors first ... first + count of a row.
@@ -163,7 +195,7 @@ void contract_channels(const S* source, int64_t size, int64_t channels, int64_t 
       const int64_t n = smaller(channels - done, kRun);
       int64_t at = done * stride + k;
       const int64_t room = size - U * lanes - at;
-      const int64_t whole = room < 0 ? 0 : smaller(n, room / stride + 1);
+      const int64_t whole = room >= (n - 1) * stride ? n : room < 0 ? 0 : room / stride + 1;
       V sum[U];
       for (int u = 0; u < U; ++u) sum[u] = L::zero();
       int64_t c = 0;
@@ -195,7 +227,8 @@ STEAM_INLINE void for_vectors(const T* base, int64_t e, int64_t length, int64_t 
   }
 }
 
-// Adds up a function of each channel: f(c) gives a vector whose lanes are summed into out[c], L::kLanes channels at a time.
+// Adds up a function of each channel: f(c) gives a vector whose lanes are summed into out[c], L::kLanes channels at a
+// time.
 template <class L, class F>
 STEAM_INLINE void sum_channels(int64_t begin, int64_t end, typename L::A* out, const F& f) {
   using V = typename L::V;
@@ -208,8 +241,8 @@ STEAM_INLINE void sum_channels(int64_t begin, int64_t end, typename L::A* out, c
   for (; c < end; ++c) out[c] = sum_lanes<L>(f(c));
 }
 
-// channels_last: sums over rows x cols pixels from element e on, into `values` and `products` (rows of `channels` numbers,
-// padded to whole vectors; what lies in the padding is undefined).
+// channels_last: sums over rows x cols pixels from element e on, into `values` and `products` (rows of `channels`
+// numbers, padded to whole vectors; what lies in the padding is undefined).
 template <bool kValues, class S>
 void cell_sums(const S& s, int64_t e, int64_t rows, int64_t cols, int64_t row_stride, int64_t channels,
                typename S::L::A* values, typename S::L::A* products) {

@@ -1,4 +1,5 @@
-// Working memory of a thread, kept between calls: a fresh block of this size would page-fault for longer than a kernel runs.
+// Working memory of a thread, kept between calls: a fresh block of this size would page-fault for longer than a kernel
+// runs.
 #pragma once
 
 #include <cstddef>
@@ -11,7 +12,8 @@ struct ScratchMark {
   int chunk;
   std::size_t used;
 };
-// A stack of memory that belongs to the calling thread: `take` gives 64-byte aligned pieces, `release` drops all taken since.
+// A stack of memory that belongs to the calling thread: `take` gives 64-byte aligned pieces, `release` drops all taken
+// since.
 ScratchMark scratch_mark();
 void* scratch_take(std::size_t bytes);
 void scratch_release(ScratchMark mark);

@@ -46,8 +46,8 @@ struct Unit {
 
   // Rows of column sums: `rows` of `length` numbers, each padded to `pitch`.
   int64_t rows, length, pitch;
-  // Gate patterns: `runs` a channel, each `period` numbers and their first few again, `run_pitch` apart. Either the whole
-  // map is one run, spelt out by pixel, or a row of cells is one, and its period a row of pixels.
+  // Gate patterns: `runs` a channel, each `period` numbers and their first few again, `run_pitch` apart. Either the
+  // whole map is one run, spelt out by pixel, or a row of cells is one, and its period a row of pixels.
   bool by_pixel;
   int64_t runs, period, run_pitch;
   // Blocks of channels: what a thread takes at a time, and within which sums are kept apart.
@@ -61,9 +61,7 @@ struct Unit {
   bool cells_are_pixels() const { return p.grid_h == p.height && p.grid_w == p.width; }
   // First element and length of run k of a channel's map (kNarrow: of the sample).
   int64_t run_begin(int64_t k) const { return by_pixel ? 0 : row_begin[k] * length; }
-  int64_t run_length(int64_t k) const {
-    return by_pixel ? period : (row_begin[k + 1] - row_begin[k]) * length;
-  }
+  int64_t run_length(int64_t k) const { return by_pixel ? period : (row_begin[k + 1] - row_begin[k]) * length; }
 };
 
 inline double read_number(const void* data, DType dtype, int64_t i) {
@@ -167,9 +165,12 @@ struct Gates {
   Gates(const Unit<T>& u, Arena& arena) : channel(u.ring, arena), spatial(u.lattice, arena) {}
 };
 
+// Outputs that the last-level cache cannot hold beside their inputs go past it: they would evict what is still to be
+// read.
 template <class T>
 Route output_route(const Unit<T>& u) {
-  return u.p.samples * u.sample * static_cast<int64_t>(sizeof(T)) > kStreamBytes ? Route::kStream : Route::kPlain;
+  const int64_t bytes = u.p.samples * u.sample * static_cast<int64_t>(sizeof(T));
+  return 2 * bytes > cpu::last_level_cache() ? Route::kStream : Route::kPlain;
 }
 
 // ---------------------------------------------------------------- between cells and maps
@@ -287,6 +288,60 @@ void for_samples(const Unit<T>& u, const cpu::Parallel& parallel, const F& sampl
     for (int64_t i = w * side_by_side / workers; i < (w + 1) * side_by_side / workers; ++i) sample(i, nullptr);
   });
   for (int64_t i = side_by_side; i < n; ++i) sample(i, &parallel);
+}
+
+// The last stage of a sample, in whichever order its memory is walked: `op` over all elements, outputs to one or two
+// sinks. by_pixel(i, j) says what the channels of a pixel in cell (i, j) go by, by_channel(c, k) the same for run k of
+// a channel.
+template <bool kBackward, class S1, class S2, class T, class G, class P, class C>
+void gate_walk(const Unit<T>& u, const G& op, T* out, T* second, Route route, const cpu::Parallel* parallel,
+               const P& by_pixel, const C& by_channel) {
+  const auto sinks = [&](int64_t begin, int64_t count, const auto& f) STEAM_LAMBDA_INLINE {
+    S1 sink(ahead(out, begin), count, route);
+    S2 other(ahead(second, begin), count, route);
+    f(sink, other);
+    sink.finish();
+    other.finish();
+  };
+  if (u.walk == Walk::kChannels) {
+    const int64_t tasks = smaller<int64_t>(u.p.height, 32), stride = u.p.width * u.p.channels;
+    for_tasks(parallel, tasks, [&](int64_t t) {
+      const int64_t begin = t * u.p.height / tasks, end = (t + 1) * u.p.height / tasks;
+      sinks(begin * stride, (end - begin) * stride, [&](S1& sink, S2& other) STEAM_LAMBDA_INLINE {
+        for (int64_t r = begin; r < end; ++r) {
+          const int64_t i = r * u.p.grid_h / u.p.height;
+          for (int64_t j = 0; j < u.p.grid_w; ++j) {
+            const auto along = by_pixel(i, j);
+            const int64_t q = u.col_begin[j], pixels = u.col_begin[j + 1] - q;
+            gate_runs<kBackward>(
+                op, r * stride + q * u.p.channels, pixels, u.p.channels, [&](int64_t) { return along; }, sink, other);
+          }
+        }
+      });
+    });
+  } else if (u.walk == Walk::kNarrow) {
+    for_tasks(parallel, u.runs, [&](int64_t k) {
+      sinks(u.run_begin(k), u.run_length(k), [&](S1& sink, S2& other) STEAM_LAMBDA_INLINE {
+        gate_run<kBackward>(op, u.run_begin(k), u.run_length(k), by_channel(0, k), sink, other);
+      });
+    });
+  } else {
+    for_tasks(parallel, u.blocks, [&](int64_t b) {
+      const int64_t begin = b * u.block, count = smaller(u.block, u.p.channels - begin);
+      sinks(begin * u.pixels, count * u.pixels, [&](S1& sink, S2& other) STEAM_LAMBDA_INLINE {
+        if (u.by_pixel) {
+          gate_runs<kBackward>(
+              op, begin * u.pixels, count, u.pixels, [&](int64_t c) { return by_channel(begin + c, 0); }, sink, other);
+          return;
+        }
+        for (int64_t c = begin; c < begin + count; ++c) {
+          for (int64_t k = 0; k < u.runs; ++k) {
+            gate_run<kBackward>(op, c * u.pixels + u.run_begin(k), u.run_length(k), by_channel(c, k), sink, other);
+          }
+        }
+      });
+    });
+  }
 }
 
 template <class F>

@@ -1,5 +1,5 @@
-// SIMD lanes in GCC/Clang vector extensions: one source for AVX-512, AVX2, SSE2, NEON and whatever else has 16-byte vectors.
-// Intrinsics appear only where the extensions have no word for it: streaming stores and half conversions.
+// SIMD lanes in GCC/Clang vector extensions: one source for AVX-512, AVX2, SSE2, NEON and whatever else has 16-byte
+// vectors. Intrinsics appear only where the extensions have no word for it: streaming stores and half conversions.
 #pragma once
 
 #include <cmath>
@@ -7,7 +7,7 @@
 #include <cstring>
 
 #if defined(__x86_64__) || defined(__i386__)
-#include <immintrin.h>
+#  include <immintrin.h>
 #endif
 
 namespace steam {
@@ -193,15 +193,29 @@ struct LanesOf<double> {
 template <class T>
 using Lanes = typename LanesOf<T>::type;
 
-STEAM_INLINE VecF widen(VecH h, BFloat16) {
-  return bit_cast<VecF>(__builtin_convertvector(h, VecU) << 16);
+// __builtin_convertvector says the same, but GCC makes three times the instructions of it.
+#if defined(__AVX512BW__) && !defined(STEAM_CPU_VECTOR_BYTES)
+STEAM_INLINE VecU extend(VecH h) { return bit_cast<VecU>(_mm512_cvtepu16_epi32(bit_cast<__m256i>(h))); }
+STEAM_INLINE VecH truncate(VecU u) { return bit_cast<VecH>(_mm512_cvtepi32_epi16(bit_cast<__m512i>(u))); }
+#elif defined(__AVX2__) && !defined(STEAM_CPU_VECTOR_BYTES)
+STEAM_INLINE VecU extend(VecH h) { return bit_cast<VecU>(_mm256_cvtepu16_epi32(bit_cast<__m128i>(h))); }
+// Takes numbers below 2^16.
+STEAM_INLINE VecH truncate(VecU u) {
+  const __m256i v = bit_cast<__m256i>(u);
+  return bit_cast<VecH>(_mm256_castsi256_si128(_mm256_permute4x64_epi64(_mm256_packus_epi32(v, v), 0x08)));
 }
+#else
+STEAM_INLINE VecU extend(VecH h) { return __builtin_convertvector(h, VecU); }
+STEAM_INLINE VecH truncate(VecU u) { return __builtin_convertvector(u, VecH); }
+#endif
+
+STEAM_INLINE VecF widen(VecH h, BFloat16) { return bit_cast<VecF>(extend(h) << 16); }
 
 STEAM_INLINE VecH narrow(VecF v, BFloat16) {
   const VecU u = bit_cast<VecU>(v);
   const VecU rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
   const VecU quiet = (u >> 16) | 0x40;
-  return __builtin_convertvector(bit_cast<VecU>((v != v) ? bit_cast<VecI>(quiet) : bit_cast<VecI>(rounded)), VecH);
+  return truncate(bit_cast<VecU>((v != v) ? bit_cast<VecI>(quiet) : bit_cast<VecI>(rounded)));
 }
 
 #if defined(__AVX512F__) && !defined(STEAM_CPU_VECTOR_BYTES)
@@ -216,7 +230,7 @@ STEAM_INLINE VecH narrow(VecF v, Float16) {
 }
 #else
 STEAM_INLINE VecF widen(VecH h, Float16) {
-  const VecU u = __builtin_convertvector(h, VecU);
+  const VecU u = extend(h);
   VecU bits = (u & 0x7fff) << 13;
   const VecU exponent = bits & (0x7c00u << 13);
   bits += (127u - 15u) << 23;
@@ -237,7 +251,7 @@ STEAM_INLINE VecH narrow(VecF v, Float16) {
   const VecI special = (m > (255u << 23)) ? VecI{} + 0x7e00 : VecI{} + 0x7c00;
   VecI out = (m < (113u << 23)) ? bit_cast<VecI>(subnormal) : bit_cast<VecI>(normal);
   out = (m >= ((127u + 16u) << 23)) ? special : out;
-  return __builtin_convertvector(bit_cast<VecU>(out) | (sign >> 16), VecH);
+  return truncate(bit_cast<VecU>(out) | (sign >> 16));
 }
 #endif
 
@@ -285,7 +299,8 @@ __attribute__((noinline)) void store_first(T* p, typename Lanes<T>::V v, int64_t
   memcpy(p, buffer, static_cast<size_t>(n) * sizeof(T));
 }
 
-// A whole vector where that stays below `end`, else what there is. Lanes past the row hold its neighbours: callers ignore them.
+// A whole vector where that stays below `end`, else what there is. Lanes past the row hold its neighbours: callers
+// ignore them.
 template <class T>
 STEAM_INLINE typename Lanes<T>::V load_until(const T* p, const T* end) {
   const int64_t left = end - p;
