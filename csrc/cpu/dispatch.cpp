@@ -1,7 +1,6 @@
 // Which instruction set's kernels run. Compiled for the plain target, like everything that runs before the choice.
-#include <unistd.h>
-
 #include <atomic>
+#include <cstdio>
 #include <cstring>
 #include <string>
 
@@ -78,11 +77,13 @@ const Variant& variant() {
 
 int64_t last_level_cache() {
   static const int64_t bytes = [] {
-    int64_t found = 0;
-#if defined(_SC_LEVEL3_CACHE_SIZE)
-    found = sysconf(_SC_LEVEL3_CACHE_SIZE);
-#endif
-    return found > 0 ? found : int64_t{24} << 20;
+    // Not sysconf: glibc reports the whole package where several such caches share it.
+    long long kilobytes = 0;
+    if (std::FILE* file = std::fopen("/sys/devices/system/cpu/cpu0/cache/index3/size", "r")) {
+      if (std::fscanf(file, "%lldK", &kilobytes) != 1) kilobytes = 0;
+      std::fclose(file);
+    }
+    return kilobytes > 0 ? static_cast<int64_t>(kilobytes) << 10 : int64_t{24} << 20;
   }();
   return bytes;
 }

@@ -1,0 +1,64 @@
+"""Checks that no code of one CPU variant can run in place of another's: `python .ci/check_symbols.py BUILD_DIR`.
+
+The variants are the same sources under different -march flags. Where two of their objects hold one weak symbol (an
+inline function, a template instance), the linker keeps either for both, and a processor without AVX-512 meets AVX-512
+code. So a variant's object may have no weak symbol at all, and exports one name: <source>_<variant>, which dispatch.cpp
+picks from.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+VARIANTS = ("avx512", "avx2", "generic")
+SOURCES = ("forward", "backward")
+
+
+def complaints(path: Path, entry: str) -> list[str]:
+    """What is wrong with the symbols of one object file of a variant, whose one export is `entry`."""
+    listing = subprocess.run(["nm", "-C", str(path)], check=True, capture_output=True, text=True).stdout
+    bad, entries = [], 0
+    for line in listing.splitlines():
+        found = re.match(r"[0-9a-fA-F]*\s+(\S) (.*)", line)
+        if found is None:
+            bad.append(f"cannot read this line of nm: {line!r}")
+            continue
+        kind, name = found.groups()
+        if kind in "WVu":
+            bad.append(f"weak symbol ({kind}): {name}")
+        elif kind.isupper() and kind != "U":
+            if re.search(rf"\b{entry}\b", name):
+                entries += 1
+            else:
+                bad.append(f"exported beside {entry} ({kind}): {name}")
+    if entries != 1:
+        bad.append(f"exports {entry} {entries} times")
+    return [f"{path}: {text}" for text in bad]
+
+
+def check(build_dir: Path) -> tuple[list[str], list[Path]]:
+    """The complaints about a CMake build folder, and the objects that were read."""
+    bad, objects = [], []
+    for variant in VARIANTS:
+        folder = build_dir / "CMakeFiles" / f"steam_cpu_{variant}.dir"
+        if not folder.is_dir() and variant != "generic":
+            continue  # left out by CMake: this compiler or processor does not have it
+        found = sorted(folder.rglob("*.o"))
+        if sorted(path.name for path in found) != sorted(f"{source}.cpp.o" for source in SOURCES):
+            bad.append(f"{folder}: expected the objects of {', '.join(SOURCES)}, found {[path.name for path in found]}")
+        for path in found:
+            bad += complaints(path, f"{path.name.removesuffix('.cpp.o')}_{variant}")
+        objects += found
+    return bad, objects
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit(f"usage: {sys.argv[0]} BUILD_DIR")
+    bad, objects = check(Path(sys.argv[1]))
+    if bad:
+        sys.exit("\n".join(bad))
+    print(f"{len(objects)} objects of the CPU variants: no weak symbols, nothing exported but their entries")

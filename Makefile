@@ -1,0 +1,58 @@
+# make venv    .venv with everything that the other targets need, and the native library built in place
+# make demo    a ResNet-50 with five units on a photo, fused beside reference
+# make test    the tests                      (PYTEST_FLAGS="-k layouts" for some of them)
+# make lint    ruff, clang-format, mypy, and the check that no CPU variant's code leaks into another
+# make bench   the benchmark table            (BENCH_FLAGS)
+# make clean   removes what was built, .venv too
+#
+# PYTHON is the interpreter that .venv is made from. STEAM_KERNELS_BUILD is `require` here, so that a library that
+# cannot be built stops make; `make test STEAM_KERNELS_BUILD=auto` goes on without it.
+
+PYTHON ?= python3
+STEAM_KERNELS_BUILD ?= require
+export STEAM_KERNELS_BUILD
+
+VENV := .venv
+PY := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+LIBRARY := steam_kernels/libsteam_cpu.so
+NATIVE_SOURCES := $(shell find csrc -type f 2>/dev/null) CMakeLists.txt setup.py
+PYTEST_FLAGS ?=
+BENCH_FLAGS ?=
+
+.PHONY: venv demo test lint bench clean
+.DELETE_ON_ERROR:
+
+venv: $(INSTALLED) $(LIBRARY)
+
+# The stamp is written last, so a run that was cut off is taken up again; venv and pip leave alone what is right already,
+# and an environment whose pip itself was cut off is made anew.
+$(INSTALLED): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "steam_kernels needs Python 3.10 or newer; PYTHON=$(PYTHON) is " + sys.version.split()[0])'
+	$(PYTHON) -m venv $(VENV) && $(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	STEAM_KERNELS_BUILD=skip $(PY) -m pip install --disable-pip-version-check --quiet --editable '.[dev]'
+	@touch $@
+
+$(LIBRARY): $(NATIVE_SOURCES) $(INSTALLED)
+	$(PY) setup.py --quiet build_ext --inplace
+	@if test -e $@; then touch $@; fi
+
+demo: venv
+	$(PY) examples/quickstart.py
+
+test: venv
+	$(PY) -m pytest tests $(PYTEST_FLAGS)
+
+lint: venv
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	find csrc -type f | xargs $(VENV)/bin/clang-format --dry-run -Werror
+	$(PY) -m mypy
+	$(PY) .ci/check_symbols.py build/cmake
+
+bench: venv
+	$(PY) -m pytest benchmarks --benchmark-only $(BENCH_FLAGS)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info $(LIBRARY) steam_kernels/_build.txt .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,135 @@
+"""The unit at ResNet-50's stage shapes: forward (no grad), backward and forward + backward (autograd), all contenders,
+both layouts.
+
+All contenders and floors of a problem are measured together, in interleaved rounds, when its first test asks;
+pytest-benchmark gets each one's own rounds. A contender whose output or gradients are out of bounds has a failing
+test, and no time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from benchmarks import core
+
+
+class Clock:
+    """The clock that pytest-benchmark reads: it advances by the recorded time of the round that is being reported, and
+    only by it."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def replay(self, rounds: list[float]) -> Any:
+        """A function to be benchmarked, which takes the recorded time of the next round."""
+        left = iter(rounds)
+
+        def take() -> None:
+            self.now += next(left)
+
+        return take
+
+
+CLOCK = Clock()
+
+
+@dataclass
+class Row:
+    """A problem's measurement, or for each contender the reason why it has none."""
+
+    problem: core.Problem
+    measured: core.Measured = field(default_factory=core.Measured)
+    wrong: dict[str, str] = field(default_factory=dict)
+
+    def median(self, contender: str, direction: str) -> float | None:
+        block = contender if contender.startswith("floor") else _block(contender, direction)
+        return self.measured.median(block, direction) if block in self.measured.samples else None
+
+    def lines(self) -> list[dict[str, Any]]:
+        """Rows of the closing table."""
+        out = []
+        for contender in core.CONTENDERS:
+            for direction, parts in core.DIRECTIONS.items():
+                seconds = self.median(contender, direction)
+                if seconds is None:
+                    continue
+                floor = sum(self.measured.median(f"floor-{d}", d) for d in parts)
+                others = {name: self.median(name, direction) for name in ("eager", "compiled", "plain-compiled")}
+                out.append(
+                    {
+                        "problem": self.problem.label,
+                        "contender": contender,
+                        "direction": direction,
+                        "seconds": seconds,
+                        "floor_seconds": floor,
+                        "gflops": self.problem.flops(direction) / seconds * 1e-9,
+                        "gbytes": self.problem.ideal_bytes(direction) / seconds * 1e-9,
+                        "over_floor": seconds / floor,
+                    }
+                    | {f"speedup_{k.replace('-', '_')}": v and v / seconds for k, v in others.items()}
+                )
+        return out
+
+
+def _block(contender: str, direction: str) -> str:
+    return f"{contender} {'forward' if direction == 'forward' else 'training'}"
+
+
+def measure(problem: core.Problem, names: list[str], effort: core.Effort) -> Row:
+    """Judge and measure the contenders of one problem."""
+    row = Row(problem)
+    tensors = problem.tensors()
+    judge = core.judge(problem, tensors)
+    blocks = core.floor_blocks(problem, tensors)
+    core.forget_compiled()
+    for name in names:
+        unit = core.CONTENDERS[name]()
+        try:
+            judge.check(core.outputs(unit, problem, tensors), label=name)
+            pair = {
+                f"{name} forward": core.forward_block(unit, problem, tensors),
+                f"{name} training": core.training_block(unit, problem, tensors),
+            }
+            for block in pair.values():
+                block(1)
+            if isinstance(unit, core.Compiled):
+                unit.warmed()
+        except Exception as error:  # the contender's own tests fail with it; the others go on
+            row.wrong[name] = f"{type(error).__name__}: {error}"
+            continue
+        blocks |= pair
+    del judge
+    steady = core.Steady()
+    row.measured = core.interleaved(blocks, effort)
+    steady.check()
+    return row
+
+
+@pytest.mark.benchmark(timer=CLOCK)
+def test_unit(
+    benchmark: Any,
+    problem: core.Problem,
+    contender: str,
+    direction: str,
+    rows: dict[core.Problem, Row],
+    request: pytest.FixtureRequest,
+) -> None:
+    if problem not in rows:
+        from benchmarks.conftest import contenders
+
+        effort = core.Effort.quick() if request.config.getoption("--quick") else core.Effort()
+        with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+            core.say(f"\n  measuring {problem.label}")
+        rows[problem] = measure(problem, contenders(request.config), effort)
+    row = rows[problem]
+    assert contender not in row.wrong, row.wrong[contender]
+    samples = row.measured.rounds(_block(contender, direction), direction)
+    benchmark.group = f"{problem.label} {direction}"
+    benchmark.extra_info.update(floor=sum(row.measured.median(f"floor-{d}", d) for d in core.DIRECTIONS[direction]))
+    benchmark.pedantic(CLOCK.replay(samples), rounds=len(samples), iterations=1)

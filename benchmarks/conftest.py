@@ -1,0 +1,127 @@
+"""pytest's side of the benchmarks: options, the malloc setting, the closing table."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks import core
+
+DIRECTIONS = ("forward", "backward", "both")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("steam_kernels benchmarks")
+    group.addoption(
+        "--quick", action="store_true", help="two shapes at batch 1, few rounds: that it runs, not what it takes"
+    )
+    group.addoption("--size", default="", help="comma list of ResNet-50 stages: 56, 28, 14, 7")
+    group.addoption("--batch", default="", help="comma list of batch sizes (32,1)")
+    group.addoption("--dtype", default="", help="comma list: float32, bfloat16, float16")
+    group.addoption("--layout", default="", help="comma list: nchw, channels_last")
+    group.addoption("--contender", default="", help=f"comma list: {', '.join(core.CONTENDERS)}")
+    group.addoption("--json", default="", metavar="PATH", help="write the rows of the closing table as JSON")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> int | None:
+    """Run in a child that has the malloc setting, which glibc reads once, before main: the user need not set it."""
+    if core.malloc_is_set() or hasattr(config, "workerinput"):
+        return None
+    capture = config.pluginmanager.getplugin("capturemanager")
+    if capture is not None:
+        capture.suspend_global_capture(in_=True)  # or the child would write into this process's capture file
+    command = [sys.executable, "-m", "pytest", *config.invocation_params.args]
+    return subprocess.call(command, cwd=config.invocation_params.dir, env=core.malloc_environment())
+
+
+def pytest_report_header() -> str:
+    return "steam_kernels benchmarks: " + core.describe(core.machine())
+
+
+def _choice(config: pytest.Config, option: str, allowed: list[str], default: list[str]) -> list[str]:
+    given = [v.strip() for v in config.getoption(option).split(",") if v.strip()]
+    wrong = [v for v in given if v not in allowed]
+    if wrong:
+        raise pytest.UsageError(f"{option} {wrong[0]!r}: allowed are {', '.join(allowed)}")
+    return given or default
+
+
+def problems(config: pytest.Config) -> list[core.Problem]:
+    quick = config.getoption("--quick")
+    sizes = _choice(config, "--size", list(core.STAGES), ["14", "7"] if quick else list(core.STAGES))
+    layouts = _choice(config, "--layout", list(core.LAYOUTS), list(core.LAYOUTS))
+    dtypes = _choice(config, "--dtype", ["float32", "bfloat16", "float16"], ["float32", "bfloat16"])
+    try:
+        batches = [int(b) for b in config.getoption("--batch").split(",") if b] or ([1] if quick else [32, 1])
+    except ValueError as error:
+        raise pytest.UsageError(f"--batch {config.getoption('--batch')!r}: a comma list of numbers") from error
+    return [
+        core.Problem(n, *core.STAGES[size], dtype=dtype, layout=layout)
+        for n in batches
+        for size in sizes
+        for dtype in dtypes
+        for layout in layouts
+    ]
+
+
+def contenders(config: pytest.Config) -> list[str]:
+    return _choice(config, "--contender", list(core.CONTENDERS), list(core.CONTENDERS))
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "problem" in metafunc.fixturenames:
+        cases = [
+            pytest.param(problem, contender, direction, id=f"{problem.label}-{direction}-{contender}")
+            for problem in problems(metafunc.config)
+            for direction in DIRECTIONS
+            for contender in contenders(metafunc.config)
+        ]
+        metafunc.parametrize(("problem", "contender", "direction"), cases)
+
+
+@pytest.fixture(scope="session")
+def rows(request: pytest.FixtureRequest) -> Iterator[dict]:
+    """The measured rows of this run, by problem; the closing table is made of them."""
+    yield request.config.stash.setdefault(ROWS, {})
+
+
+ROWS: pytest.StashKey[dict] = pytest.StashKey()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    measured = config.stash.get(ROWS, {})
+    rows = [line for row in measured.values() for line in row.lines()]
+    if not rows:
+        return
+    head = ("latency", "GFLOP/s", "GB/s", "over floor", "x eager", "x compiled", "x plain-compiled")
+    for direction in DIRECTIONS:
+        keys = ("gflops", "gbytes", "over_floor", "speedup_eager", "speedup_compiled", "speedup_plain_compiled")
+        body = [
+            (f"{r['problem']}  {r['contender']}", core.micro(r["seconds"]), *(r[k] for k in keys))
+            for r in rows
+            if r["direction"] == direction
+        ]
+        if body:
+            title = {"both": "forward + backward (autograd)", "backward": "backward (autograd)"}.get(
+                direction, "forward (no grad)"
+            )
+            terminalreporter.write_line("")
+            terminalreporter.write_line(
+                core.table(f"== {title}: medians of interleaved rounds ==", ("unit", *head), body)
+            )
+    terminalreporter.write_line(
+        "\nGFLOP/s and GB/s: least operations and bytes (steam_kernels.cost) over the time.\n"
+        "Floor: torch.mul(x, 0.5, out=y) forward, torch.add(x, dy, out=dx) backward.\n"
+        "x eager, x compiled: speed-up over the reference, eager and by torch.compile; x plain-compiled: over "
+        "torch.compile of benchmarks/plain.py."
+    )
+    if config.getoption("--json"):
+        core.write_json(Path(config.getoption("--json")), "unit", rows)

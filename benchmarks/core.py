@@ -1,0 +1,596 @@
+"""What all benchmarks share: problems, contenders, floors, the correctness gate, interleaved measurement, tables.
+
+* A *problem* is a shape, dtype, memory format and unit; it makes the tensors.
+* A *contender* is a way to compute it. It is judged (output and every gradient, by the rule of
+  ``tests/tolerances.py``) before it is timed.
+* The *floor* is the least memory traffic that a pass can have: ``torch.mul(x, 0.5, out=y)`` forward and
+  ``torch.add(x, dy, out=dx)`` backward, in the same run, memory format and dtype, on preallocated tensors.
+* Rounds of everything that is compared are interleaved and medians are taken, so that a drift of the machine hits all
+  alike.
+"""
+
+from __future__ import annotations
+
+import datetime
+import gc
+import importlib.util
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Without these a fresh large output costs page faults that exceed the kernel: glibc maps and unmaps it on every call.
+MALLOC = {
+    "glibc.malloc.mmap_threshold": "4294967296",
+    "glibc.malloc.trim_threshold": "8589934592",
+    "glibc.malloc.top_pad": "536870912",
+}
+TUNABLES = ":".join(f"{key}={value}" for key, value in MALLOC.items())
+
+
+def malloc_is_set(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether this process was started with the malloc setting of the benchmarks."""
+    return all(f"{key}={value}" in environ.get("GLIBC_TUNABLES", "") for key, value in MALLOC.items())
+
+
+def malloc_environment(stock: bool = False) -> dict[str, str]:
+    """This process's environment with the malloc setting of the benchmarks, or (``stock``) without it."""
+    env = dict(os.environ)
+    others = [t for t in env.get("GLIBC_TUNABLES", "").split(":") if t and t.split("=")[0] not in MALLOC]
+    tunables = ":".join(others + ([] if stock else [TUNABLES]))
+    env.pop("GLIBC_TUNABLES", None)
+    return env | ({"GLIBC_TUNABLES": tunables} if tunables else {})
+
+
+def restart_with_malloc() -> None:
+    """Start this program again with the malloc setting, if it lacks it; glibc reads it once, before main."""
+    if not malloc_is_set():
+        sys.stdout.flush()
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], malloc_environment())
+
+
+import torch  # noqa: E402  (after the environment helpers, which a parent process uses without torch's start-up cost)
+from torch import Tensor  # noqa: E402
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
+RESULTS = ("y", "dx", "dchannel_weight", "dspatial_weight")
+STAGES = {"56": (256, 56, 56), "28": (512, 28, 28), "14": (1024, 14, 14), "7": (2048, 7, 7)}
+
+
+def say(text: str = "") -> None:
+    """A progress line, at once."""
+    print(text, flush=True)
+
+
+def tolerances() -> Any:
+    """The tests' rule of tolerance; the one place where it is written."""
+    name = "steam_benchmarks_tolerances"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, ROOT / "tests" / "tolerances.py")
+        assert spec is not None and spec.loader is not None
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+# --- problems ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One unit at one shape. ``grid`` is the resolved (gh, gw); ``order`` and the rest as in ``steam()``."""
+
+    n: int
+    c: int
+    h: int
+    w: int
+    dtype: str = "float32"
+    layout: str = "nchw"
+    grid_size: tuple[int, int] = (7, 7)
+    embed_dim: int = 8
+    num_heads: int = 4
+    channel_radius: int = 1
+    spatial_neighbors: int = 4
+    self_loops: bool = True
+    order: str = "sequential"
+    tail: bool = False
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        return min(self.grid_size[0], self.h), min(self.grid_size[1], self.w)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype]
+
+    @property
+    def unit(self) -> dict[str, Any]:
+        """Keyword arguments of ``steam()``."""
+        return {
+            "num_heads": self.num_heads,
+            "grid_size": self.grid_size,
+            "channel_radius": self.channel_radius,
+            "spatial_neighbors": self.spatial_neighbors,
+            "self_loops": self.self_loops,
+            "order": self.order,
+        } | ({"activation": "relu"} if self.tail else {})
+
+    @property
+    def op_arguments(self) -> tuple[Any, ...]:
+        """What the operators take after the tensors: grid, heads, radius, neighbours, self loops, sequential, scale."""
+        return (
+            list(self.grid), self.num_heads, self.channel_radius, self.spatial_neighbors, self.self_loops,
+            self.order == "sequential", 1.0,
+        )  # fmt: skip
+
+    @property
+    def numel(self) -> int:
+        return self.n * self.c * self.h * self.w
+
+    @property
+    def map_bytes(self) -> int:
+        """Bytes of x."""
+        return self.numel * self.torch_dtype.itemsize
+
+    @property
+    def shape(self) -> str:
+        return f"{self.n}x{self.c}x{self.h}x{self.w}"
+
+    @property
+    def label(self) -> str:
+        grid = "" if self.grid_size == (7, 7) else f"-grid{self.grid[0]}x{self.grid[1]}"
+        return f"{self.shape}{grid}-{self.dtype}-{self.layout}"
+
+    def flops(self, direction: str) -> int:
+        """Floating-point operations of ``forward``, ``backward`` or ``both``."""
+        from steam_kernels import cost
+
+        report = cost(self.c, self.h, self.w, embed_dim=self.embed_dim, residual=self.tail, **self.unit)
+        each = {"forward": report.flops, "backward": report.backward_flops}
+        return self.n * sum(each[d] for d in DIRECTIONS[direction])
+
+    def ideal_bytes(self, direction: str) -> int:
+        """Bytes that the direction must move: forward reads x and writes y, backward reads x and dy and writes dx; the
+        tail adds one read forward (residual), one read (y) and one write (the residual's gradient) backward."""
+        maps = {"forward": 2 + self.tail, "backward": 3 + 2 * self.tail}
+        return self.map_bytes * sum(maps[d] for d in DIRECTIONS[direction])
+
+    def tensors(self, seed: int = 0) -> dict[str, Tensor]:
+        """x, dy, both weights (and residual with a tail), without gradients recorded."""
+        generator = torch.Generator().manual_seed(seed)
+        shape = (self.n, self.c, self.h, self.w)
+
+        def feature_map() -> Tensor:
+            value = torch.randn(shape, generator=generator).to(self.torch_dtype)
+            return value.contiguous(memory_format=LAYOUTS[self.layout])
+
+        def weight() -> Tensor:
+            rows = torch.rand(4, self.embed_dim, generator=generator) * 2 - 1
+            rows[3] /= math.sqrt(self.embed_dim)
+            return rows.double() if self.dtype == "float64" else rows
+
+        out = {"x": feature_map(), "dy": feature_map(), "channel_weight": weight(), "spatial_weight": weight()}
+        return out | ({"residual": feature_map()} if self.tail else {})
+
+
+DIRECTIONS: dict[str, tuple[str, ...]] = {
+    "forward": ("forward",),
+    "backward": ("backward",),
+    "both": ("forward", "backward"),
+}
+
+
+# --- contenders -------------------------------------------------------------------------------------------------------
+
+Unit = Callable[..., Tensor]  # (x, channel_weight, spatial_weight, residual, **unit) -> y
+
+
+def fused(backend: str | None = None) -> Unit:
+    """``steam()`` itself, the package's choice of backend or a named one."""
+    from steam_kernels import steam
+
+    def run(
+        x: Tensor, channel_weight: Tensor, spatial_weight: Tensor, residual: Tensor | None = None, **unit: Any
+    ) -> Tensor:
+        if residual is not None:
+            return steam(x, channel_weight, spatial_weight, residual, backend=backend, **unit)
+        return steam(x, channel_weight, spatial_weight, backend=backend, **unit)
+
+    return run
+
+
+def eager() -> Unit:
+    """The reference, eager."""
+    from steam_kernels import reference
+
+    return reference.steam
+
+
+def plain() -> Unit:
+    """The fastest plain PyTorch form of the unit that we could write, eager."""
+    from benchmarks.plain import steam
+
+    return steam
+
+
+class Compiled:
+    """``torch.compile`` of a unit, which raises if what ran was not a compiled graph."""
+
+    def __init__(self, unit: Unit) -> None:
+        self.function = torch.compile(unit, fullgraph=True, dynamic=False)
+        self.before: tuple[int, int] | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        if self.before is None:
+            self.before = _compiled_so_far()
+        return self.function(*args, **kwargs)
+
+    def warmed(self) -> None:
+        """To be called when every path has run: there are graphs, and kernels that Inductor made of them."""
+        if self.before is None or _compiled_so_far()[0] <= self.before[0]:
+            raise RuntimeError("torch.compile made no graph: the baseline would be eager PyTorch")
+        if _compiled_so_far()[1] <= self.before[1]:
+            raise RuntimeError("torch.compile made a graph without a single generated kernel")
+
+
+class Steady:
+    """Raises at ``check()`` if anything was compiled, or fell back to eager, since it was made."""
+
+    def __init__(self) -> None:
+        self.graphs = _compiled_so_far()[0]
+
+    def check(self) -> None:
+        from torch._dynamo.utils import counters
+
+        if _compiled_so_far()[0] != self.graphs:
+            raise RuntimeError(
+                f"torch.compile compiled in the measurement: {self.graphs} graphs before, {_compiled_so_far()[0]} after"
+            )
+        if counters["graph_break"]:
+            raise RuntimeError(f"torch.compile broke a graph: {dict(counters['graph_break'])}")
+
+
+def _compiled_so_far() -> tuple[int, int]:
+    """Graphs captured and kernels generated since the last :func:`forget_compiled`."""
+    import torch._inductor.metrics as metrics
+    from torch._dynamo.utils import counters
+
+    return int(counters["stats"]["unique_graphs"]), metrics.generated_kernel_count
+
+
+def forget_compiled() -> None:
+    """A fresh start for ``torch.compile``, so that a shape is compiled as the first one, not as a dynamic
+    recompilation."""
+    import torch._dynamo
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    gc.collect()
+
+
+CONTENDERS: dict[str, Callable[[], Unit]] = {
+    "fused": fused,
+    "eager": eager,
+    "compiled": lambda: Compiled(eager()),
+    "plain": plain,
+    "plain-compiled": lambda: Compiled(plain()),
+}
+
+
+# --- correctness ------------------------------------------------------------------------------------------------------
+
+
+def outputs(unit: Unit, problem: Problem, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """y and every gradient, by autograd through ``unit``."""
+    names = [k for k in ("x", "channel_weight", "spatial_weight", "residual") if k in tensors]
+    leaves = {k: tensors[k].detach().requires_grad_() for k in names}
+    y = unit(*leaves.values(), **problem.unit)
+    strides = zip(y.shape, y.stride(), torch.empty_like(leaves["x"]).stride(), strict=True)
+    if any(size > 1 and a != b for size, a, b in strides):  # where there is one element, a stride says nothing
+        raise AssertionError(f"y has strides {y.stride()}, x {leaves['x'].stride()}")
+    grads = torch.autograd.grad(y, list(leaves.values()), tensors["dy"])
+    return {"y": y.detach(), **{f"d{k}": g for k, g in zip(names, grads, strict=True)}}
+
+
+def judge(problem: Problem, tensors: Mapping[str, Tensor], perturbations: int = 0) -> Any:
+    """The float64 truth and the bound of every result of a problem. A small problem is perturbed more often: its floor
+    is noisier."""
+    perturbations = perturbations or (2 if problem.numel > 4_000_000 else 4)
+    reference = eager()
+
+    def run(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        return outputs(reference, problem, inputs)
+
+    dtypes = {f"d{k}": v.dtype for k, v in tensors.items() if k != "dy"} | {"y": problem.torch_dtype}
+    return tolerances().judge(run, dict(tensors), dtypes, problem.grid, perturbations=perturbations)
+
+
+# --- measurement ------------------------------------------------------------------------------------------------------
+
+Sample = dict[str, float]  # direction -> seconds per call
+Block = Callable[[int], Sample]  # number of calls -> the mean of each direction
+
+
+def timed(direction: str, call: Callable[[], object], warm: bool = True) -> Block:
+    """A block of calls, timed together; one untimed call before, which brings back what the neighbours evicted from
+    the caches."""
+
+    def block(calls: int) -> Sample:
+        if warm:
+            call()
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        return {direction: (time.perf_counter() - start) / calls}
+
+    return block
+
+
+def forward_block(unit: Unit, problem: Problem, tensors: Mapping[str, Tensor]) -> Block:
+    """Forward without gradients."""
+    args = [tensors[k] for k in ("x", "channel_weight", "spatial_weight", "residual") if k in tensors]
+    options = problem.unit
+
+    def block(calls: int) -> Sample:
+        with torch.no_grad():
+            unit(*args, **options)
+            start = time.perf_counter()
+            for _ in range(calls):
+                unit(*args, **options)
+            return {"forward": (time.perf_counter() - start) / calls}
+
+    return block
+
+
+def training_block(unit: Unit, problem: Problem, tensors: Mapping[str, Tensor]) -> Block:
+    """Forward with a graph and the backward through it, ``autograd.grad`` to all inputs; also the two parts."""
+    leaves = [
+        tensors[k].detach().requires_grad_()
+        for k in ("x", "channel_weight", "spatial_weight", "residual")
+        if k in tensors
+    ]
+    options, dy, clock, grad = problem.unit, tensors["dy"], time.perf_counter, torch.autograd.grad
+
+    def block(calls: int) -> Sample:
+        grad(unit(*leaves, **options), leaves, dy)
+        forward = backward = 0.0
+        for _ in range(calls):
+            start = clock()
+            y = unit(*leaves, **options)
+            middle = clock()
+            grads = grad(y, leaves, dy)
+            end = clock()
+            forward += middle - start
+            backward += end - middle
+            del y, grads
+        return {"both": (forward + backward) / calls, "backward": backward / calls}
+
+    return block
+
+
+def floor_blocks(problem: Problem, tensors: Mapping[str, Tensor]) -> dict[str, Block]:
+    """The least traffic of a forward and of a backward pass; with a tail, its own."""
+    x, dy = tensors["x"], tensors["dy"]
+    y, dx = torch.empty_like(x), torch.empty_like(x)
+    if not problem.tail:
+        return {
+            "floor-forward": timed("forward", lambda: torch.mul(x, 0.5, out=y)),
+            "floor-backward": timed("backward", lambda: torch.add(x, dy, out=dx)),
+        }
+    residual, dresidual = tensors["residual"], torch.empty_like(x)
+
+    def backward() -> None:
+        torch.add(x, dy, out=dx)
+        torch.mul(y, 0.5, out=dresidual)
+
+    return {
+        "floor-forward": timed("forward", lambda: torch.add(x, residual, out=y)),
+        "floor-backward": timed("backward", backward),
+    }
+
+
+def op_backward_block(problem: Problem, tensors: Mapping[str, Tensor]) -> Block:
+    """The backward operator alone on ready tensors, all gradients asked for, its outputs allocated by it."""
+    import steam_kernels  # noqa: F401  (defines the operators)
+
+    x, dy, cw, sw = (tensors[k] for k in ("x", "dy", "channel_weight", "spatial_weight"))
+    ops = torch.ops.steam_kernels
+    arguments = problem.op_arguments
+    with torch.no_grad():
+        y, saved = ops.forward.default(x, cw, sw, tensors.get("residual"), *arguments, problem.tail, True)
+    masked = y if problem.tail else None
+    call = ops.backward.default
+
+    def block(calls: int) -> Sample:
+        with torch.no_grad():
+            call(dy, x, masked, cw, sw, saved, *arguments, True, True, True, problem.tail)
+            start = time.perf_counter()
+            for _ in range(calls):
+                call(dy, x, masked, cw, sw, saved, *arguments, True, True, True, problem.tail)
+            return {"backward": (time.perf_counter() - start) / calls}
+
+    return block
+
+
+def op_forward_block(problem: Problem, tensors: Mapping[str, Tensor]) -> Block:
+    """The forward operator alone, nothing saved, its output allocated by it."""
+    import steam_kernels  # noqa: F401  (defines the operators)
+
+    x, cw, sw = (tensors[k] for k in ("x", "channel_weight", "spatial_weight"))
+    call = torch.ops.steam_kernels.forward.default
+    arguments = (x, cw, sw, tensors.get("residual"), *problem.op_arguments, problem.tail, False)
+
+    def block(calls: int) -> Sample:
+        with torch.no_grad():
+            call(*arguments)
+            start = time.perf_counter()
+            for _ in range(calls):
+                call(*arguments)
+            return {"forward": (time.perf_counter() - start) / calls}
+
+    return block
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long to measure: ``seconds`` for each block's share of a comparison, in ``least`` to ``most`` rounds of at
+    least ``block`` s."""
+
+    seconds: float = 0.5
+    least: int = 7
+    most: int = 60
+    block: float = 1e-3
+
+    @staticmethod
+    def quick() -> Effort:
+        return Effort(seconds=0.05, least=3, most=5, block=2e-4)
+
+
+@dataclass
+class Measured:
+    """Samples of every block, round by round."""
+
+    samples: dict[str, list[Sample]] = field(default_factory=dict)
+
+    def median(self, block: str, direction: str) -> float:
+        return statistics.median(s[direction] for s in self.samples[block])
+
+    def rounds(self, block: str, direction: str) -> list[float]:
+        return [s[direction] for s in self.samples[block]]
+
+    def directions(self, block: str) -> list[str]:
+        return list(self.samples[block][0])
+
+
+def interleaved(blocks: Mapping[str, Block], effort: Effort) -> Measured:
+    """Rounds of all blocks in turn; a slow block runs in fewer rounds than a quick one, spread evenly over the
+    whole."""
+    calls, rounds = {}, {}
+    for name, block in blocks.items():
+        block(1)
+        once = max(block(1).values())
+        calls[name] = max(1, min(1000, math.ceil(effort.block / once)))
+        rounds[name] = max(effort.least, min(effort.most, int(effort.seconds / (once * (calls[name] + 1)))))
+    measured = Measured({name: [] for name in blocks})
+    longest = max(rounds.values(), default=0)
+    for i in range(longest):
+        for name, block in blocks.items():
+            if (i * rounds[name]) // longest != ((i + 1) * rounds[name]) // longest:
+                measured.samples[name].append(block(calls[name]))
+    return measured
+
+
+# --- reports ----------------------------------------------------------------------------------------------------------
+
+
+def table(title: str, head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Plain text, columns aligned; numbers to the right."""
+    cells = [[c if isinstance(c, str) else number(c) for c in row] for row in rows]
+    widths = [max(len(h), *(len(r[i]) for r in cells)) if cells else len(h) for i, h in enumerate(head)]
+    lines = [
+        title,
+        "  ".join(h.ljust(w) if i == 0 else h.rjust(w) for i, (h, w) in enumerate(zip(head, widths, strict=True))),
+    ]
+    lines.append("  ".join("-" * w for w in widths))
+    for row in cells:
+        lines.append(
+            "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+        )
+    return "\n".join(lines)
+
+
+def number(value: object) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.2f}" if value < 100 else f"{value:.0f}"
+    return str(value)
+
+
+def micro(seconds: float) -> str:
+    """Seconds as microseconds or milliseconds."""
+    return f"{seconds * 1e6:.1f} us" if seconds < 1e-3 else f"{seconds * 1e3:.2f} ms"
+
+
+def machine() -> dict[str, Any]:
+    """What a figure depends on: processor, threads, versions, backends, CPU variant, malloc setting, date, commit."""
+    import steam_kernels
+
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "processor": _processor(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "steam_kernels": getattr(steam_kernels, "__version__", "unknown"),
+        "backends": steam_kernels.available_backends(),
+        "cpu_variant": cpu_variant(),
+        "malloc": "benchmark setting" if malloc_is_set() else "stock",
+        "commit": _commit(),
+    }
+
+
+def cpu_variant() -> str:
+    """The instruction-set variant of the CPU kernels in use, or why there is none."""
+    import steam_kernels
+    from steam_kernels.backends import native
+
+    reason = steam_kernels.available_backends()["cpu"]
+    return f"none ({reason})" if reason else native.CPU.variant
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    fields: dict[str, str] = {}
+    for key, _, value in (line.partition(":") for line in lines):
+        fields.setdefault(key.strip(), value.strip())
+    name = fields.get("model name", platform.machine())
+    return f"{name} (family {fields.get('cpu family')}, model {fields.get('model')})"
+
+
+def _commit() -> str:
+    try:
+        return subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
+        ).stdout.strip()
+    except OSError:
+        return ""
+
+
+def describe(facts: Mapping[str, Any]) -> str:
+    return (
+        f"{facts['processor']}, torch sees {facts['cpu_capability']}; {facts['threads']} threads; "
+        f"torch {facts['torch']}; "
+        f"steam_kernels {facts['steam_kernels']}, cpu variant {facts['cpu_variant']}; malloc: {facts['malloc']}"
+    )
+
+
+def write_json(
+    path: Path, name: str, rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Any] | None = None
+) -> None:
+    """One file: what was measured, on what, the rows."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"benchmark": name, "machine": facts or machine(), "rows": list(rows)}, indent=1) + "\n")
+    say(f"wrote {path}")
+
+
+def as_json(problem: Problem) -> dict[str, Any]:
+    return asdict(problem)

@@ -1,0 +1,11 @@
+"""Fused kernels for STEAM, a channel and spatial attention unit for CNNs (arXiv 2412.09023; a reconstruction)."""
+
+from . import reference
+from .backends import available_backends
+from .cost import cost
+from .functional import steam
+from .models import insert_steam
+from .module import FusedSTEAM
+
+__all__ = ["FusedSTEAM", "available_backends", "cost", "insert_steam", "reference", "steam"]
+__version__ = "0.1.0"

@@ -1,0 +1,269 @@
+"""One frozen description of a STEAM unit, and everything that follows from it and a call's shapes.
+
+Symbols are those of the unit's definition: ``x`` is ``(N, C, H, W)``, the grid ``(gh, gw)``, ``d`` the embedding width
+and ``h`` the heads. Every option is checked here, once; every tensor of a call is checked by :meth:`Unit.check`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+#: Names that ``backend=`` and ``STEAM_KERNELS_BACKEND`` accept.
+BACKENDS = ("cpu", "reference")
+ORDERS = ("sequential", "parallel")
+ACTIVATIONS = (None, "relu")
+DEFAULT_GRID = 7
+
+_DTYPES = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
+_FLOAT32, _FLOAT64 = torch.float32, torch.float64
+_RESIDUAL = "residual must be None or a tensor of x's shape, dtype and device"
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type that sums, gates and saved tokens have for an input of ``dtype``: float64 for float64, else float32."""
+    return _FLOAT64 if dtype is _FLOAT64 else _FLOAT32
+
+
+def check_integer(name: str, value: Any, least: int = 1) -> None:
+    """Raises unless ``value`` is an int of at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name} must be an int of at least {least}, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def _flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
+def check_backend(backend: Any, name: str = "backend") -> None:
+    """Raises ValueError unless ``backend`` is None or one of :data:`BACKENDS`."""
+    if backend is not None and (not isinstance(backend, str) or backend not in BACKENDS):
+        raise ValueError(f"{name} must be None or one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
+
+
+def check_embed_dim(embed_dim: Any, num_heads: int) -> None:
+    """Raises unless ``embed_dim`` is a positive int that ``num_heads`` divides."""
+    check_integer("embed_dim", embed_dim)
+    if embed_dim % num_heads:
+        raise ValueError(f"num_heads must divide embed_dim, got num_heads={num_heads} and embed_dim={embed_dim}")
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What a call of :func:`steam_kernels.steam` may be told besides its tensors; see there for the meaning of each.
+
+    ``grid_size`` is normalised: an int becomes a pair, and None becomes ``(7, 7)`` unless ``window`` is given.
+
+    Raises:
+        TypeError, ValueError: an option is of the wrong type or out of its range; the message names it.
+    """
+
+    num_heads: int = 4
+    grid_size: int | tuple[int, int] | None = None
+    window: int | None = None
+    channel_radius: int = 1
+    spatial_neighbors: int = 4
+    self_loops: bool = True
+    order: str = "sequential"
+    scale: float = 1.0
+    activation: str | None = None
+    inplace: bool = False
+    backend: str | None = None
+    sequential: bool = field(init=False)
+    relu: bool = field(init=False)
+    #: The operators' arguments num_heads to scale.
+    options: tuple[int, int, int, bool, bool, float] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        check_integer("num_heads", self.num_heads)
+        if self.window is not None:
+            if self.grid_size is not None:
+                raise ValueError(
+                    f"grid_size and window exclude each other, got grid_size={self.grid_size!r}, window={self.window!r}"
+                )
+            check_integer("window", self.window)
+        else:
+            object.__setattr__(self, "grid_size", _grid_size(self.grid_size))
+        check_integer("channel_radius", self.channel_radius, 0)
+        neighbors = self.spatial_neighbors
+        if isinstance(neighbors, bool) or neighbors not in (4, 8):
+            raise ValueError(f"spatial_neighbors must be 4 or 8, got {neighbors!r}")
+        _flag("self_loops", self.self_loops)
+        if self.order not in ORDERS:
+            raise ValueError(f"order must be one of {', '.join(map(repr, ORDERS))}, got {self.order!r}")
+        if isinstance(self.scale, bool) or not isinstance(self.scale, (int, float)):
+            raise TypeError(f"scale must be a finite float, got {self.scale!r}")
+        if not -math.inf < self.scale < math.inf:
+            raise ValueError(f"scale must be a finite float, got {self.scale!r}")
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation must be None or 'relu', got {self.activation!r}")
+        _flag("inplace", self.inplace)
+        check_backend(self.backend)
+
+        object.__setattr__(self, "sequential", self.order == "sequential")
+        object.__setattr__(self, "relu", self.activation == "relu")
+        options = (self.num_heads, self.channel_radius, neighbors, self.self_loops, self.sequential, float(self.scale))
+        object.__setattr__(self, "options", options)
+
+    def without_tail(self) -> Unit:
+        """This unit without its activation."""
+        return replace(self, activation=None)
+
+    def grid(self, height: Any, width: Any) -> tuple[int, int]:
+        """The cells per axis at a map of ``height`` x ``width``: at most one per pixel."""
+        window = self.window
+        if window is not None:
+            return -(-height // window), -(-width // window)
+        gh, gw = self.grid_size  # type: ignore[misc]
+        # Python's min() would put a guard on a symbolic size, and an exported graph would serve a few sizes only.
+        if isinstance(height, torch.SymInt) or isinstance(width, torch.SymInt):
+            return torch.sym_min(gh, height), torch.sym_min(gw, width)
+        return min(gh, int(height)), min(gw, int(width))
+
+    def check(
+        self, x: Tensor, channel_weight: Tensor, spatial_weight: Tensor, residual: Tensor | None = None
+    ) -> tuple[int, int]:
+        """Checks the tensors of one call and returns its grid.
+
+        Raises:
+            TypeError: an argument is no tensor, or of a dtype that the unit does not take.
+            ValueError: a shape or device is wrong; the message names the argument, what was given and what is allowed.
+        """
+        height, width = _check_x(x)
+        dtype, device = x.dtype, x.device
+        _check_weight("channel_weight", channel_weight, dtype, device)
+        _check_weight("spatial_weight", spatial_weight, dtype, device)
+        d = channel_weight.shape[1]
+        if spatial_weight.shape[1] != d:
+            raise ValueError(
+                f"spatial_weight must be of channel_weight's shape {tuple(channel_weight.shape)}, "
+                f"got {tuple(spatial_weight.shape)}"
+            )
+        if d % self.num_heads:
+            raise ValueError(f"num_heads must divide the weights' {d} columns, got {self.num_heads}")
+        if residual is not None:
+            if not isinstance(residual, Tensor):
+                raise TypeError(f"{_RESIDUAL}, got {type(residual).__name__}")
+            if residual.dtype is not dtype:
+                raise TypeError(f"{_RESIDUAL}: {dtype} is allowed, got {residual.dtype}")
+            if residual.shape != x.shape:
+                raise ValueError(f"{_RESIDUAL}: {tuple(x.shape)} is allowed, got {tuple(residual.shape)}")
+            if residual.device != device:
+                raise ValueError(f"{_RESIDUAL}: {device} is allowed, got {residual.device}")
+        return self.grid(height, width)
+
+
+def _grid_size(value: Any) -> tuple[int, int]:
+    if value is None:
+        return DEFAULT_GRID, DEFAULT_GRID
+    if isinstance(value, (tuple, list)):
+        if len(value) != 2:
+            raise ValueError(f"grid_size must be an int or a pair of ints, got {value!r}")
+    else:
+        value = (value, value)
+    for cells in value:
+        check_integer("grid_size", cells)
+    return value[0], value[1]
+
+
+def _check_x(x: Any) -> tuple[int, int]:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a tensor of shape (N, C, H, W), got {type(x).__name__}")
+    if x.dtype not in _DTYPES:
+        raise TypeError(f"x must be of dtype float16, bfloat16, float32 or float64, got {x.dtype}")
+    shape = x.shape
+    if len(shape) != 4:
+        raise ValueError(f"x must have 4 dimensions (N, C, H, W), got shape {tuple(shape)}")
+    if x.layout is not torch.strided:
+        raise TypeError(f"x must be a dense (strided) tensor, got layout {x.layout}")
+    _, channels, height, width = shape
+    if channels == 0 or height == 0 or width == 0:
+        raise ValueError(f"x must have C, H and W of at least 1, got shape {tuple(shape)}")
+    return height, width
+
+
+def _check_weight(name: str, weight: Any, dtype: torch.dtype, device: torch.device) -> None:
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"{name} must be a tensor of shape (4, embed_dim), got {type(weight).__name__}")
+    shape = weight.shape
+    if len(shape) != 2 or shape[0] != 4 or shape[1] == 0:
+        raise ValueError(
+            f"{name} must have shape (4, embed_dim): query, key, value and output rows, got {tuple(shape)}"
+        )
+    own = weight.dtype
+    if own is not _FLOAT32 and own is not dtype:
+        raise TypeError(f"{name} must be of dtype torch.float32 or x's {dtype}, got {own}")
+    if weight.device != device:
+        raise ValueError(f"{name} must be on x's device {device}, got {weight.device}")
+
+
+_cached_unit = lru_cache(maxsize=1024, typed=True)(Unit)
+
+
+def make_unit(
+    num_heads: Any,
+    grid_size: Any,
+    window: Any,
+    channel_radius: Any,
+    spatial_neighbors: Any,
+    self_loops: Any,
+    order: Any,
+    scale: Any,
+    activation: Any,
+    inplace: Any,
+    backend: Any,
+) -> Unit:
+    """The :class:`Unit` of these options, validated the first time that they are seen together."""
+    if isinstance(grid_size, list):
+        grid_size = tuple(grid_size)
+    options = (
+        num_heads,
+        grid_size,
+        window,
+        channel_radius,
+        spatial_neighbors,
+        self_loops,
+        order,
+        scale,
+        activation,
+        inplace,
+        backend,
+    )
+    if torch.compiler.is_compiling():
+        return Unit(*options)
+    try:
+        return _cached_unit(*options)
+    except TypeError:
+        # An option that cannot be hashed is a wrong one: the constructor's message says which.
+        return Unit(*options)
+
+
+def ring_offsets(channels: int, radius: int, self_loops: bool) -> tuple[int, ...]:
+    """The neighbours of a channel as offsets modulo ``channels``, each node once.
+
+    c - r and c + r may be one node in a small ring, and an offset that wraps onto the channel itself counts as a self
+    loop. A channel without neighbours attends to itself.
+    """
+    if channels > 2 * radius:
+        offsets = [offset for offset in range(-radius, radius + 1) if offset or self_loops]
+    else:
+        offsets = [offset for offset in range(channels) if offset or self_loops]
+    return tuple(offsets) or (0,)
+
+
+def lattice_offsets(grid: tuple[int, int], neighbors: int, self_loops: bool) -> tuple[tuple[int, int], ...]:
+    """The neighbours of a cell as (row, column) offsets, also beyond the edge; a lone cell attends to itself."""
+    offsets = [(-1, 0), (0, -1), (0, 1), (1, 0)]
+    if neighbors == 8:
+        offsets += [(-1, -1), (-1, 1), (1, -1), (1, 1)]
+    if self_loops or grid[0] * grid[1] == 1:
+        offsets.append((0, 0))
+    return tuple(offsets)

@@ -1,0 +1,35 @@
+"""``python -m steam_kernels.env_report``: versions, backends or the reason why not, and the CPU kernels in use."""
+
+from __future__ import annotations
+
+import os
+import platform
+
+import torch
+
+from . import __version__, available_backends
+from .backends import ENVIRONMENT, native
+
+
+def report() -> str:
+    """The report as text, one fact a line."""
+    cuda = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA"
+    lines = [
+        f"steam_kernels  {__version__}",
+        f"torch          {torch.__version__} ({cuda}, {torch.get_num_threads()} threads)",
+        f"Python         {platform.python_version()}, {platform.system()} {platform.machine()}",
+        "",
+        "backends, in the order in which they are tried:",
+    ]
+    lines += [f"  {name:12} {reason or 'usable'}" for name, reason in available_backends().items()]
+    cpu = native.CPU
+    lines += ["", f"CPU kernels    {cpu.path if cpu.path.is_file() else 'not built'}"]
+    if cpu.supported:
+        lines += [f"  in use       {cpu.variant}", f"  supported    {', '.join(cpu.supported)}"]
+    lines.append("")
+    lines += [f"{name} = {os.environ.get(name, '(not set)')}" for name in (ENVIRONMENT, native.ENVIRONMENT)]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(report())

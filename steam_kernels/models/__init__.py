@@ -1,0 +1,5 @@
+"""STEAM units put into models."""
+
+from .insert import insert_steam
+
+__all__ = ["insert_steam"]

@@ -1,0 +1,390 @@
+"""The operators: schema, fakes, autograd and FLOP formulas; the one place that knows PyTorch's dispatcher.
+
+``steam_kernels::forward`` and ``steam_kernels::backward`` are functional and opaque to the compiler; ``forward_``
+writes into x. x arrives dense in NCHW or channels_last, residual and dy with x's strides, ``grid`` resolved. ``saved``
+is ``(N, 2 (C + gh gw))`` in the accumulation dtype, a row being [z | o_c | u | o_s]: tokens and pre-activations of the
+channel and the spatial graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from . import reference
+from .config import Unit, accumulation_dtype
+from .cost import backward_flops, forward_flops
+
+# At module level: the operators vanish with the library object.
+_LIBRARY = torch.library.Library("steam_kernels", "DEF")
+_OPTIONS = (
+    "SymInt[2] grid, int num_heads, int channel_radius, int spatial_neighbors, bool self_loops, bool sequential, "
+    "float scale"
+)
+_SCHEMAS = {
+    "forward": "(Tensor x, Tensor channel_weight, Tensor spatial_weight, Tensor? residual, "
+    f"{_OPTIONS}, bool relu, bool save) -> (Tensor y, Tensor saved)",
+    "backward": "(Tensor dy, Tensor x, Tensor? y, Tensor channel_weight, Tensor spatial_weight, Tensor saved, "
+    f"{_OPTIONS}, bool need_x, bool need_channel_weight, bool need_spatial_weight, bool need_residual) "
+    "-> (Tensor dx, Tensor dchannel_weight, Tensor dspatial_weight, Tensor dresidual)",
+    "forward_": "(Tensor(a!) x, Tensor channel_weight, Tensor spatial_weight, Tensor? residual, "
+    f"{_OPTIONS}, bool relu) -> ()",
+}
+for _name, _schema in _SCHEMAS.items():
+    _LIBRARY.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+
+class Operators(NamedTuple):
+    """The three operators of one backend, all of the schemas above."""
+
+    forward: Callable[..., tuple[Tensor, Tensor]]
+    backward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
+    forward_: Callable[..., None]
+
+
+#: Backend name -> operators; a backend that is not here is plain differentiable PyTorch.
+OPERATORS: dict[str, Operators] = {
+    "cpu": Operators(
+        torch.ops.steam_kernels.forward.default,
+        torch.ops.steam_kernels.backward.default,
+        torch.ops.steam_kernels.forward_.default,
+    ),
+}
+
+
+# ---- fakes: shapes, dtypes and strides -------------------------------------------------------------------------------
+
+
+def _fake_forward(
+    x: Tensor,
+    channel_weight: Tensor,
+    spatial_weight: Tensor,
+    residual: Tensor | None,
+    grid: tuple[int, int],
+    num_heads: int,
+    channel_radius: int,
+    spatial_neighbors: int,
+    self_loops: bool,
+    sequential: bool,
+    scale: float,
+    relu: bool,
+    save: bool,
+) -> tuple[Tensor, Tensor]:
+    shape = (x.shape[0], 2 * (x.shape[1] + grid[0] * grid[1])) if save else (0,)
+    return torch.empty_like(x), x.new_empty(shape, dtype=accumulation_dtype(x.dtype))
+
+
+def _fake_backward(
+    dy: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    channel_weight: Tensor,
+    spatial_weight: Tensor,
+    saved: Tensor,
+    grid: tuple[int, int],
+    num_heads: int,
+    channel_radius: int,
+    spatial_neighbors: int,
+    self_loops: bool,
+    sequential: bool,
+    scale: float,
+    need_x: bool,
+    need_channel_weight: bool,
+    need_spatial_weight: bool,
+    need_residual: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (
+        _like(x, need_x),
+        _like(channel_weight, need_channel_weight),
+        _like(spatial_weight, need_spatial_weight),
+        _like(x, need_residual),
+    )
+
+
+def _like(t: Tensor, wanted: bool) -> Tensor:
+    return torch.empty_like(t) if wanted else t.new_empty(0)
+
+
+def _fake_forward_(*args: Any) -> None:
+    return None
+
+
+torch.library.register_fake("steam_kernels::forward", _fake_forward, lib=_LIBRARY)
+torch.library.register_fake("steam_kernels::backward", _fake_backward, lib=_LIBRARY)
+torch.library.register_fake("steam_kernels::forward_", _fake_forward_, lib=_LIBRARY)
+
+
+# ---- the operators in plain PyTorch, for every device that has no kernels --------------------------------------------
+
+
+def _unit(
+    num_heads: int,
+    channel_radius: int,
+    spatial_neighbors: int,
+    self_loops: bool,
+    sequential: bool,
+    scale: float,
+    relu: bool = False,
+) -> Unit:
+    return Unit(
+        num_heads=num_heads,
+        channel_radius=channel_radius,
+        spatial_neighbors=spatial_neighbors,
+        self_loops=self_loops,
+        order="sequential" if sequential else "parallel",
+        scale=scale,
+        activation="relu" if relu else None,
+    )
+
+
+def _plain_forward(
+    x: Tensor,
+    channel_weight: Tensor,
+    spatial_weight: Tensor,
+    residual: Tensor | None,
+    grid: tuple[int, int],
+    num_heads: int,
+    channel_radius: int,
+    spatial_neighbors: int,
+    self_loops: bool,
+    sequential: bool,
+    scale: float,
+    relu: bool,
+    save: bool,
+) -> tuple[Tensor, Tensor]:
+    unit = _unit(num_heads, channel_radius, spatial_neighbors, self_loops, sequential, scale, relu)
+    with torch.no_grad():
+        y, saved = reference.forward(x, channel_weight, spatial_weight, residual, unit, (grid[0], grid[1]))
+        return torch.empty_like(x).copy_(y), saved if save else saved.new_empty(0)
+
+
+def _plain_backward(
+    dy: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    channel_weight: Tensor,
+    spatial_weight: Tensor,
+    saved: Tensor,
+    grid: tuple[int, int],
+    num_heads: int,
+    channel_radius: int,
+    spatial_neighbors: int,
+    self_loops: bool,
+    sequential: bool,
+    scale: float,
+    need_x: bool,
+    need_channel_weight: bool,
+    need_spatial_weight: bool,
+    need_residual: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    unit = _unit(num_heads, channel_radius, spatial_neighbors, self_loops, sequential, scale)
+    with torch.no_grad():
+        if y is not None:
+            dy = dy.masked_fill(y <= 0, 0)
+        gradients = reference.backward(dy, x, channel_weight, spatial_weight, saved, unit, (grid[0], grid[1]))
+        wanted = (
+            (x, need_x, gradients[0]),
+            (channel_weight, need_channel_weight, gradients[1]),
+            (spatial_weight, need_spatial_weight, gradients[2]),
+            (x, need_residual, dy),
+        )
+        dx, dchannel, dspatial, dresidual = (
+            torch.empty_like(t).copy_(value) if need else t.new_empty(0) for t, need, value in wanted
+        )
+        return dx, dchannel, dspatial, dresidual
+
+
+def _plain_forward_(
+    x: Tensor,
+    channel_weight: Tensor,
+    spatial_weight: Tensor,
+    residual: Tensor | None,
+    grid: tuple[int, int],
+    num_heads: int,
+    channel_radius: int,
+    spatial_neighbors: int,
+    self_loops: bool,
+    sequential: bool,
+    scale: float,
+    relu: bool,
+) -> None:
+    unit = _unit(num_heads, channel_radius, spatial_neighbors, self_loops, sequential, scale, relu)
+    with torch.no_grad():
+        x.copy_(reference.evaluate(x, channel_weight, spatial_weight, residual, unit, (grid[0], grid[1])))
+
+
+_LIBRARY.impl("forward", _plain_forward, "CompositeExplicitAutograd")
+_LIBRARY.impl("backward", _plain_backward, "CompositeExplicitAutograd")
+_LIBRARY.impl("forward_", _plain_forward_, "CompositeExplicitAutograd")
+
+
+# ---- autograd --------------------------------------------------------------------------------------------------------
+
+
+class _Steam(torch.autograd.Function):
+    # The classic form: setup_context and register_autograd cost 20 to 30 us more a call.
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        channel_weight: Tensor,
+        spatial_weight: Tensor,
+        residual: Tensor | None,
+        unit: Unit,
+        grid: tuple[int, int],
+        backend: str,
+    ) -> Tensor:
+        need_x, need_channel, need_spatial = ctx.needs_input_grad[:3]
+        save = need_x or need_channel or need_spatial
+        relu = unit.relu
+        y, saved = OPERATORS[backend].forward(
+            x, channel_weight, spatial_weight, residual, grid, *unit.options, relu, save
+        )
+        if save:
+            ctx.save_for_backward(x, channel_weight, spatial_weight, saved, y if relu else None)
+        else:
+            ctx.save_for_backward(None, None, None, None, y if relu else None)
+        ctx.call = unit, grid, backend
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, channel_weight, spatial_weight, saved, y = ctx.saved_tensors
+        need_x, need_channel, need_spatial, need_residual = ctx.needs_input_grad[:4]
+        if x is None:  # only the residual asks
+            return None, None, None, dy if y is None else dy.masked_fill(y <= 0, 0), None, None, None
+        if not torch.compiler.is_compiling() and torch.is_grad_enabled():
+            return _differentiable_backward(ctx, dy)
+        unit, grid, backend = ctx.call
+        masked = need_residual and y is not None
+        dx, dchannel, dspatial, dresidual = OPERATORS[backend].backward(
+            reference.match_strides(dy, x),
+            x,
+            y,
+            channel_weight,
+            spatial_weight,
+            saved,
+            grid,
+            *unit.options,
+            need_x,
+            need_channel,
+            need_spatial,
+            masked,
+        )
+        return (
+            dx if need_x else None,
+            dchannel if need_channel else None,
+            dspatial if need_spatial else None,
+            dresidual if masked else dy if need_residual else None,
+            None,
+            None,
+            None,
+        )
+
+
+def _differentiable_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradients as functions that can be differentiated again, by way of the reference."""
+    x, channel_weight, spatial_weight, _, y = ctx.saved_tensors
+    unit, grid, _ = ctx.call
+    if y is not None:
+        dy = dy.masked_fill(y <= 0, 0)
+    out = reference.evaluate(x, channel_weight, spatial_weight, None, unit.without_tail(), grid)
+    inputs = (x, channel_weight, spatial_weight)
+    asked = [t for t, need in zip(inputs, ctx.needs_input_grad[:3], strict=True) if need]
+    found = iter(torch.autograd.grad(out, asked, dy, create_graph=True))
+    gradients = [next(found) if need else None for need in ctx.needs_input_grad[:3]]
+    return *gradients, dy if ctx.needs_input_grad[3] else None, None, None, None
+
+
+def call(
+    x: Tensor,
+    channel_weight: Tensor,
+    spatial_weight: Tensor,
+    residual: Tensor | None,
+    unit: Unit,
+    grid: tuple[int, int],
+    backend: str,
+) -> Tensor:
+    """One checked call on a backend's operators: with autograd where it is recording, without where it is not."""
+    if unit.inplace:
+        return _call_inplace(x, channel_weight, spatial_weight, residual, unit, grid, backend)
+    x = reference.dense(x)
+    if residual is not None:
+        residual = reference.match_strides(residual, x)
+    if torch.is_grad_enabled() and (
+        x.requires_grad
+        or channel_weight.requires_grad
+        or spatial_weight.requires_grad
+        or (residual is not None and residual.requires_grad)
+    ):
+        return _Steam.apply(x, channel_weight, spatial_weight, residual, unit, grid, backend)
+    return OPERATORS[backend].forward(
+        x, channel_weight, spatial_weight, residual, grid, *unit.options, unit.relu, False
+    )[0]
+
+
+def _call_inplace(
+    x: Tensor,
+    channel_weight: Tensor,
+    spatial_weight: Tensor,
+    residual: Tensor | None,
+    unit: Unit,
+    grid: tuple[int, int],
+    backend: str,
+) -> Tensor:
+    reference.check_inplace(x, channel_weight, spatial_weight, residual)
+    target = reference.dense(x)
+    if residual is not None:
+        residual = reference.match_strides(residual, target)
+    OPERATORS[backend].forward_(target, channel_weight, spatial_weight, residual, grid, *unit.options, unit.relu)
+    if target is not x:
+        return x.copy_(target)
+    if not (torch.compiler.is_compiling() or x.is_inference()):
+        # The dispatcher does not do it for an operator without autograd: whoever saved x must hear of the change.
+        torch.autograd.graph.increment_version(x)
+    return x
+
+
+# ---- FLOPs -----------------------------------------------------------------------------------------------------------
+
+
+@register_flop_formula([torch.ops.steam_kernels.forward, torch.ops.steam_kernels.forward_])
+def _forward_flop(
+    x: Any,
+    channel_weight: Any,
+    spatial_weight: Any,
+    residual: Any,
+    grid: Any,
+    num_heads: int,
+    channel_radius: int,
+    spatial_neighbors: int,
+    self_loops: bool,
+    *args: Any,
+    **kwargs: Any,
+) -> int:
+    unit = _unit(num_heads, channel_radius, spatial_neighbors, self_loops, True, 1.0)
+    return x[0] * forward_flops(x[1], x[2], x[3], tuple(grid), unit, residual is not None)
+
+
+@register_flop_formula(torch.ops.steam_kernels.backward)
+def _backward_flop(
+    dy: Any,
+    x: Any,
+    y: Any,
+    channel_weight: Any,
+    spatial_weight: Any,
+    saved: Any,
+    grid: Any,
+    num_heads: int,
+    channel_radius: int,
+    spatial_neighbors: int,
+    self_loops: bool,
+    *args: Any,
+    **kwargs: Any,
+) -> int:
+    unit = _unit(num_heads, channel_radius, spatial_neighbors, self_loops, True, 1.0)
+    return x[0] * backward_flops(x[1], x[2], x[3], tuple(grid), unit)

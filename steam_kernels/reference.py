@@ -1,0 +1,625 @@
+"""The STEAM unit in plain PyTorch: pool, graph transform and gate, in the order in which the paper has them.
+
+Source: *STEAM: Squeeze and Transform Enhanced Attention Module*, arXiv 2412.09023. This module defines what every
+backend computes. It runs on any device and in any floating dtype, may be differentiated twice, is what export and
+function transforms see, and is the backend of last resort. Symbols: ``x`` is ``(N, C, H, W)``, the grid ``(gh, gw)``,
+``t`` the ``(N, n)`` tokens of ``n`` graph nodes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .config import (
+    Unit,
+    accumulation_dtype,
+    check_backend,
+    check_embed_dim,
+    check_integer,
+    lattice_offsets,
+    make_unit,
+    ring_offsets,
+)
+
+__all__ = ["STEAM", "gate", "graph_transform", "lattice", "pool", "ring", "steam"]
+
+
+# ---- cells -----------------------------------------------------------------------------------------------------------
+
+
+def cell_of(size: int, cells: int, device: torch.device) -> Tensor:
+    """``(size,)`` int64: the cell floor(r * cells / size) of each pixel r of one axis."""
+    return torch.arange(size, device=device) * cells // size
+
+
+def cell_bounds(size: int, cells: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """First pixel and one past the last pixel of each cell of one axis, ``(cells,)`` int64 each."""
+    cell = torch.arange(cells, device=device)
+    return (cell * size + (cells - 1)) // cells, ((cell + 1) * size + (cells - 1)) // cells
+
+
+def cell_sums(x: Tensor, grid: tuple[int, int]) -> Tensor:
+    """``(N, C, gh, gw)``: the sum of ``x`` over each cell; a NaN or an Inf stays in its own cell."""
+    if torch.compiler.is_exporting():
+        return _cell_sums_by_matrices(x, grid)
+    return _sum_intervals(_sum_intervals(x, 2, grid[0]), 3, grid[1])
+
+
+def _sum_intervals(x: Tensor, dim: int, cells: int) -> Tensor:
+    size = x.shape[dim]
+    first, end = cell_bounds(size, cells, x.device)
+    pixel = first[:, None] + torch.arange(-(-size // cells), device=x.device)
+    shape = [1] * (x.dim() + 1)
+    shape[dim], shape[dim + 1] = pixel.shape
+    inside = (pixel < end[:, None]).view(shape)
+    # Not index_select, which took eight times as long on the CPU for these few long slices.
+    gathered = x[(slice(None),) * dim + (pixel.clamp(max=size - 1).flatten(),)].unflatten(dim, (cells, -1))
+    return torch.where(inside, gathered, 0).sum(dim + 1)
+
+
+def _cell_sums_by_matrices(x: Tensor, grid: tuple[int, int]) -> Tensor:
+    matrices = []
+    for size, cells in zip(x.shape[2:], grid, strict=True):
+        first, end = cell_bounds(size, cells, x.device)
+        pixel = torch.arange(size, device=x.device)
+        matrices.append(((pixel >= first[:, None]) & (pixel < end[:, None])).to(x.dtype))
+    with _without_autocast(x.device.type):
+        columns = F.linear(x, matrices[1])
+        # Contiguous, or the order of its symbolic strides would become guards.
+        return F.linear(columns.transpose(2, 3), matrices[0]).transpose(2, 3).contiguous()
+
+
+def _without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()
+
+
+def cell_counts(size: tuple[int, int], grid: tuple[int, int], like: Tensor) -> Tensor:
+    """``(gh, gw)``: the pixels n_ij of each cell, in ``like``'s dtype and on its device."""
+    rows, columns = (
+        torch.sub(*reversed(cell_bounds(s, g, like.device))).to(like.dtype) for s, g in zip(size, grid, strict=True)
+    )
+    return rows[:, None] * columns
+
+
+def pool(x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Output Guided Pooling [paper: its name and purpose; ours: this partition].
+
+    Args:
+        x: ``(N, C, H, W)`` in the accumulation dtype.
+        grid: ``(gh, gw)``, at most ``(H, W)``.
+
+    Returns:
+        The means P ``(N, C, gh, gw)`` and the cells' pixel counts n ``(gh, gw)``.
+    """
+    counts = cell_counts((x.shape[2], x.shape[3]), grid, x)
+    return cell_sums(x, grid) / counts, counts
+
+
+def spread(cells: Tensor, size: tuple[int, int]) -> Tensor:
+    """``(N, gh, gw)`` to ``(N, H, W)``: each pixel takes its own cell's value."""
+    rows = cell_of(size[0], cells.shape[-2], cells.device)
+    columns = cell_of(size[1], cells.shape[-1], cells.device)
+    return cells.index_select(-2, rows).index_select(-1, columns)
+
+
+# ---- graphs ----------------------------------------------------------------------------------------------------------
+
+#: Neighbour indices ``(n, K)``, and which of them exist (None: all).
+Graph = tuple[Tensor, "Tensor | None"]
+
+
+def ring(channels: int, radius: int, self_loops: bool, device: torch.device) -> Graph:
+    """The channel graph: each channel joined to those within ``radius``, modulo ``channels`` [ours]."""
+    offsets = torch.tensor(ring_offsets(channels, radius, self_loops), device=device)
+    return (torch.arange(channels, device=device)[:, None] + offsets) % channels, None
+
+
+def lattice(grid: tuple[int, int], neighbors: int, self_loops: bool, device: torch.device) -> Graph:
+    """The spatial graph: each cell joined to its 4 or 8 bounded neighbours [second-hand: a few; ours: four]."""
+    gh, gw = grid
+    down, right = torch.tensor(lattice_offsets(grid, neighbors, self_loops), device=device).unbind(1)
+    cell = torch.arange(gh * gw, device=device)[:, None]
+    row, column = cell // gw + down, cell % gw + right
+    inside = (row >= 0) & (row < gh) & (column >= 0) & (column < gw)
+    return torch.where(inside, row * gw + column, cell), inside
+
+
+def graph_transform(t: Tensor, weight: Tensor, num_heads: int, graph: Graph) -> Tensor:
+    """Multi-head attention of scalar tokens over a sparse graph [paper: multi-head graph transformer].
+
+        score_ij = <w_q t_i, w_k t_j> / sqrt(d_h),  m_i = sum_j softmax_j(score_ij) w_v t_j,  o_i = sum_heads <w_o, m_i>
+
+    Args:
+        t: tokens ``(N, n)``.
+        weight: query, key, value and output rows ``(4, d)``, in ``t``'s dtype.
+        num_heads: h, a divisor of d; head k owns columns k d_h to (k + 1) d_h.
+        graph: from :func:`ring` or :func:`lattice`.
+
+    Returns:
+        Pre-activations o ``(N, n)``.
+    """
+    w_v, w_o = weight.unflatten(1, (num_heads, -1))[2:].unbind(0)  # (h, d_h) each
+    alpha, origin, delta = attention(t, weight, num_heads, graph)
+    # The mean of the values about an origin: only differences of tokens meet the softmax, forwards and backwards.
+    mean = origin[..., None] * w_v + (alpha[..., None] * (delta[..., None] * w_v)).sum(2)  # (N, n, h, d_h)
+    return (mean * w_o).sum((-2, -1))
+
+
+def attention(t: Tensor, weight: Tensor, num_heads: int, graph: Graph) -> tuple[Tensor, Tensor, Tensor]:
+    """The weights alpha ``(N, n, K, h)``, and the neighbours' tokens as origin ``(N, n, h)`` + delta ``(N, n, K, h)``.
+
+    The origin is the neighbour of largest score. Neither a softmax nor a mean depends on it, so no gradient flows
+    there.
+    """
+    neighbors, inside = graph
+    w_q, w_k = weight.unflatten(1, (num_heads, -1))[:2].unbind(0)
+    t_j = t[:, neighbors]  # (N, n, K)
+    largest, smallest = t_j.detach(), t_j.detach()
+    if inside is not None:
+        largest, smallest = largest.masked_fill(~inside, -math.inf), smallest.masked_fill(~inside, math.inf)
+    rises = ((w_q * w_k).sum(-1) * t[..., None] > 0).detach()  # (N, n, h): the score grows with t_j
+    origin = torch.where(rises, largest.amax(-1, keepdim=True), smallest.amin(-1, keepdim=True))
+    delta = t_j[..., None] - origin[:, :, None]
+    if inside is not None:
+        delta = delta.masked_fill(~inside[..., None], 0)
+    query, key = t[..., None, None] * w_q, delta[..., None] * w_k
+    score = (query[:, :, None] * key).sum(-1) / math.sqrt(w_q.shape[1])
+    if inside is not None:
+        score = score.masked_fill(~inside[..., None], -math.inf)
+    return torch.softmax(score, 2), origin, delta
+
+
+def sigmoid(o: Tensor) -> Tensor:
+    """The logistic function; autograd's derivative of it is sigma(o) sigma(-o), precise where it saturates."""
+    e = torch.exp(torch.where(o >= 0, -o, o))
+    return torch.where(o >= 0, 1, e) / (1 + e)
+
+
+# ---- the unit --------------------------------------------------------------------------------------------------------
+
+
+def tokens(
+    x: Tensor, channel_weight: Tensor, spatial_weight: Tensor, unit: Unit, grid: tuple[int, int]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Tokens and pre-activations z, o_c ``(N, C)`` and u, o_s ``(N, gh * gw)``, all in the accumulation dtype."""
+    _, channels, height, width = x.shape
+    pooled, counts = pool(x, grid)
+    z = (pooled * counts).sum((2, 3)) / (height * width)
+    o_c = graph_transform(
+        z, channel_weight, unit.num_heads, ring(channels, unit.channel_radius, unit.self_loops, x.device)
+    )
+    weighted = sigmoid(o_c)[:, :, None, None] * pooled if unit.sequential else pooled
+    u = (weighted.sum(1) / channels).flatten(1)
+    o_s = graph_transform(
+        u, spatial_weight, unit.num_heads, lattice(grid, unit.spatial_neighbors, unit.self_loops, x.device)
+    )
+    return z, o_c, u, o_s
+
+
+def gate(x: Tensor, g_c: Tensor, g_s: Tensor, scale: float = 1.0) -> Tensor:
+    """``scale * x * g_c * g_s`` with each pixel's own cell [paper's summaries: sigmoid gating; ours: nearest cell].
+
+    Args:
+        x: ``(N, C, H, W)``; g_c: ``(N, C)``; g_s: ``(N, gh, gw)``; all in the accumulation dtype.
+    """
+    return x * ((scale * g_c)[:, :, None, None] * spread(g_s, (x.shape[2], x.shape[3]))[:, None])
+
+
+def maps(
+    x: Tensor, channel_weight: Tensor, spatial_weight: Tensor, unit: Unit, grid: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """The channel gate ``(N, C)`` and the spatial gate ``(N, gh, gw)``, in the accumulation dtype."""
+    dtype = accumulation_dtype(x.dtype)
+    _, o_c, _, o_s = tokens(x.to(dtype), channel_weight.to(dtype), spatial_weight.to(dtype), unit, grid)
+    return sigmoid(o_c), sigmoid(o_s).unflatten(1, grid)
+
+
+def evaluate(
+    x: Tensor,
+    channel_weight: Tensor,
+    spatial_weight: Tensor,
+    residual: Tensor | None,
+    unit: Unit,
+    grid: tuple[int, int],
+) -> Tensor:
+    """The unit on arguments that have been checked; differentiable, out of place."""
+    dtype = accumulation_dtype(x.dtype)
+    wide = x.to(dtype)
+    y = gate(wide, *maps(wide, channel_weight, spatial_weight, unit, grid), unit.scale)
+    return finish(y, residual, unit.relu, x.dtype)
+
+
+def finish(y: Tensor, residual: Tensor | None, relu: bool, dtype: torch.dtype) -> Tensor:
+    """The block's tail [ours], and the one rounding of ``y`` from the accumulation dtype to ``dtype``."""
+    if residual is not None:
+        y = y + residual.to(y.dtype)
+    y = y.to(dtype)
+    # After the rounding, which does not change the value but the mask of the gradient: it is that of the y returned.
+    return torch.relu(y) if relu else y
+
+
+def forward(
+    x: Tensor,
+    channel_weight: Tensor,
+    spatial_weight: Tensor,
+    residual: Tensor | None,
+    unit: Unit,
+    grid: tuple[int, int],
+) -> tuple[Tensor, Tensor]:
+    """:func:`evaluate`, and what :func:`backward` wants: ``(N, 2 (C + gh gw))``, rows of [z | o_c | u | o_s]."""
+    dtype = accumulation_dtype(x.dtype)
+    wide = x.to(dtype)
+    z, o_c, u, o_s = tokens(wide, channel_weight.to(dtype), spatial_weight.to(dtype), unit, grid)
+    y = gate(wide, sigmoid(o_c), sigmoid(o_s).unflatten(1, grid), unit.scale)
+    return finish(y, residual, unit.relu, x.dtype), torch.cat((z, o_c, u, o_s), 1)
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    channel_weight: Tensor,
+    spatial_weight: Tensor,
+    saved: Tensor,
+    unit: Unit,
+    grid: tuple[int, int],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of x and of both weights in closed form [derived], all in the accumulation dtype.
+
+    Args:
+        dy: ``(N, C, H, W)``, already masked where a ReLU ended the unit.
+        saved: from :func:`forward`.
+    """
+    dtype = accumulation_dtype(x.dtype)
+    dy, x = dy.to(dtype), x.to(dtype)
+    _, channels, height, width = x.shape
+    cells = grid[0] * grid[1]
+    z, o_c, u, o_s = saved.split((channels, channels, cells, cells), 1)
+    g_c, g_s = torch.sigmoid(o_c), torch.sigmoid(o_s)
+    products = cell_sums(dy * x, grid).flatten(2)  # R, (N, C, gh gw)
+    pooled, counts = pool(x, grid)
+
+    d_o_s = unit.scale * (g_c[:, :, None] * products).sum(1) * g_s * torch.sigmoid(-o_s)
+    graph = lattice(grid, unit.spatial_neighbors, unit.self_loops, x.device)
+    d_u, d_spatial = _graph_backward(d_o_s, u, spatial_weight.to(dtype), unit.num_heads, graph)
+
+    d_g_c = unit.scale * (g_s[:, None] * products).sum(2)
+    if unit.sequential:
+        d_g_c = d_g_c + (d_u[:, None] * pooled.flatten(2)).sum(2) / channels
+    d_o_c = d_g_c * g_c * torch.sigmoid(-o_c)
+    graph = ring(channels, unit.channel_radius, unit.self_loops, x.device)
+    d_z, d_channel = _graph_backward(d_o_c, z, channel_weight.to(dtype), unit.num_heads, graph)
+
+    share = spread(d_u.unflatten(1, grid) / (channels * counts), (height, width))[:, None]
+    if unit.sequential:
+        share = share * g_c[:, :, None, None]
+    d_x = gate(dy, g_c, g_s.unflatten(1, grid), unit.scale) + share + d_z[:, :, None, None] / (height * width)
+    return d_x, d_channel, d_spatial
+
+
+def _graph_backward(d_o: Tensor, t: Tensor, weight: Tensor, num_heads: int, graph: Graph) -> tuple[Tensor, Tensor]:
+    """From the gradient of :func:`graph_transform`'s o to those of its tokens ``(N, n)`` and weight ``(4, d)``."""
+    neighbors, inside = graph
+    w_q, w_k, w_v, w_o = weight.unflatten(1, (num_heads, -1)).unbind(0)
+    root = math.sqrt(w_q.shape[1])
+    a, b = (w_q * w_k).sum(1) / root, (w_v * w_o).sum(1)
+    alpha, origin, delta = attention(t, weight, num_heads, graph)
+    shift = (alpha * delta).sum(2)
+    spread_j = delta - shift[:, :, None]  # t_j - m_i
+    variance = (alpha * spread_j**2).sum(2)
+    d_m = b * d_o[..., None]  # (N, n, h)
+    through = d_m[:, :, None] * alpha * (1 + a * t[..., None, None] * spread_j)
+    if inside is not None:
+        through = through.masked_fill(~inside[..., None], 0)
+    d_t = (d_m * a * variance).sum(2)
+    d_t = d_t.index_add(1, neighbors.flatten(), through.sum(3).flatten(1))
+    d_a = (d_m * t[..., None] * variance).sum((0, 1))[:, None] / root
+    d_b = (d_o[..., None] * (origin + shift)).sum((0, 1))[:, None]
+    return d_t, torch.stack((d_a * w_k, d_a * w_q, d_b * w_o, d_b * w_v)).flatten(1)
+
+
+def steam(
+    x: Tensor,
+    channel_weight: Tensor,
+    spatial_weight: Tensor,
+    residual: Tensor | None = None,
+    *,
+    num_heads: int = 4,
+    grid_size: int | tuple[int, int] | None = None,
+    window: int | None = None,
+    channel_radius: int = 1,
+    spatial_neighbors: int = 4,
+    self_loops: bool = True,
+    order: str = "sequential",
+    scale: float = 1.0,
+    activation: str | None = None,
+    inplace: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """:func:`steam_kernels.steam` in plain PyTorch: same arguments and errors; ``backend`` is checked, then ignored."""
+    unit = make_unit(
+        num_heads,
+        grid_size,
+        window,
+        channel_radius,
+        spatial_neighbors,
+        self_loops,
+        order,
+        scale,
+        activation,
+        inplace,
+        backend,
+    )
+    grid = unit.check(x, channel_weight, spatial_weight, residual)
+    return run(x, channel_weight, spatial_weight, residual, unit, grid)
+
+
+def run(
+    x: Tensor,
+    channel_weight: Tensor,
+    spatial_weight: Tensor,
+    residual: Tensor | None,
+    unit: Unit,
+    grid: tuple[int, int],
+) -> Tensor:
+    """:func:`evaluate`, and what the caller was promised about memory: y's strides, or x written in place."""
+    if unit.inplace:
+        check_inplace(x, channel_weight, spatial_weight, residual)
+        return x.copy_(evaluate(x, channel_weight, spatial_weight, residual, unit, grid))
+    y = evaluate(x, channel_weight, spatial_weight, residual, unit, grid)
+    if torch.compiler.is_exporting() or torch._C._are_functorch_transforms_active():
+        return y
+    return match_strides(y, dense(x))
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+
+def dense(x: Tensor) -> Tensor:
+    """``x`` itself where it is dense in NCHW or channels_last, else an NCHW copy; only here is an x copied."""
+    if x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last):
+        return x
+    return x.contiguous()
+
+
+def match_strides(t: Tensor, x: Tensor) -> Tensor:
+    """``t`` in the strides of the dense ``x``."""
+    return t if t.stride() == x.stride() else torch.empty_like(x).copy_(t)
+
+
+def recording(*tensors: Tensor | None) -> bool:
+    """Whether autograd is recording an operation on these tensors."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def check_inplace(x: Tensor, channel_weight: Tensor, spatial_weight: Tensor, residual: Tensor | None) -> None:
+    """Raises where writing y into x would corrupt a gradient, the result or other elements of x."""
+    if recording(x, channel_weight, spatial_weight, residual):
+        raise RuntimeError(
+            "inplace=True overwrites x, which the backward pass needs: call it under torch.no_grad() or "
+            "torch.inference_mode(), or with inplace=False"
+        )
+    if residual is not None and _share(x, residual):
+        raise ValueError("residual must not share memory with x where inplace=True: give a copy, or use inplace=False")
+    if not (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)) and _overlaps_itself(x):
+        raise ValueError(
+            f"x must not overlap itself in memory where inplace=True, got shape {tuple(x.shape)} with strides "
+            f"{x.stride()}"
+        )
+
+
+def _share(a: Tensor, b: Tensor) -> bool:
+    if a is b:
+        return True
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False  # storages are not to be seen there, and functionalisation keeps the values right
+    if a.untyped_storage()._cdata != b.untyped_storage()._cdata:
+        return False
+    ends = [t.storage_offset() + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) for t in (a, b)]
+    return bool(a.numel() > 0 and max(a.storage_offset(), b.storage_offset()) <= min(ends))
+
+
+def _overlaps_itself(x: Tensor) -> bool:
+    reach = 0
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size > 1:
+            if stride <= reach:
+                return True
+            reach += (size - 1) * stride
+    return False
+
+
+# ---- the module ------------------------------------------------------------------------------------------------------
+
+
+class STEAM(nn.Module):
+    """:class:`steam_kernels.FusedSTEAM` on this module's plain PyTorch: same constructor, same state_dict."""
+
+    channel_weight: nn.Parameter
+    spatial_weight: nn.Parameter
+    _steam = staticmethod(steam)
+
+    def __init__(
+        self,
+        channels: int | None = None,
+        *,
+        embed_dim: int = 8,
+        num_heads: int = 4,
+        grid_size: int | tuple[int, int] | None = None,
+        window: int | None = None,
+        channel_radius: int = 1,
+        spatial_neighbors: int = 4,
+        self_loops: bool = True,
+        order: str = "sequential",
+        identity_init: bool = False,
+        activation: str | None = None,
+        inplace: bool = False,
+        backend: str | None = None,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if channels is not None:
+            check_integer("channels", channels)
+        if not isinstance(identity_init, bool):
+            raise TypeError(f"identity_init must be True or False, got {identity_init!r}")
+        if dtype is not None and (not isinstance(dtype, torch.dtype) or dtype not in _PARAMETER_DTYPES):
+            raise TypeError(f"dtype must be float16, bfloat16, float32 or float64, got {dtype!r}")
+        unit = make_unit(
+            num_heads,
+            grid_size,
+            window,
+            channel_radius,
+            spatial_neighbors,
+            self_loops,
+            order,
+            1.0,
+            activation,
+            inplace,
+            backend,
+        )
+        check_embed_dim(embed_dim, num_heads)
+        self.channels = channels
+        self.embed_dim = embed_dim
+        self.num_heads = num_heads
+        self.grid_size = unit.grid_size
+        self.window = window
+        self.channel_radius = channel_radius
+        self.spatial_neighbors = spatial_neighbors
+        self.self_loops = self_loops
+        self.order = order
+        self.identity_init = identity_init
+        self.activation = activation
+        self.inplace = inplace
+        self._backend = backend
+        self.scale = 1.0
+        self.channel_weight = nn.Parameter(torch.empty(4, embed_dim, device=device, dtype=dtype))
+        self.spatial_weight = nn.Parameter(torch.empty(4, embed_dim, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    @property
+    def backend(self) -> str | None:
+        """Name of the backend that must run this unit, or None for the first that can; checked when set."""
+        return self._backend
+
+    @backend.setter
+    def backend(self, name: str | None) -> None:
+        check_backend(name)
+        self._backend = name
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Query, key, value rows uniform in ±1 (fan-in 1), output rows in ±1/sqrt(d) or, for the identity, 0 [ours]."""
+        for weight in (self.channel_weight, self.spatial_weight):
+            nn.init.uniform_(weight[:3], -1.0, 1.0)
+            if self.identity_init:
+                nn.init.zeros_(weight[3])
+            else:
+                bound = 1.0 / math.sqrt(self.embed_dim)
+                nn.init.uniform_(weight[3], -bound, bound)
+        # Both gates are sigma(0) = 1/2 then, and 4 * 1/2 * 1/2 leaves x as it is, to the bit.
+        self.scale = 4.0 if self.identity_init else 1.0
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """``(N, C, H, W)`` to the same shape, dtype and memory format; see :func:`steam_kernels.steam`."""
+        if self.channels is not None:
+            check_channels(x, self.channels)
+        return self._steam(
+            x,
+            self.channel_weight,
+            self.spatial_weight,
+            residual,
+            num_heads=self.num_heads,
+            grid_size=self.grid_size,
+            window=self.window,
+            channel_radius=self.channel_radius,
+            spatial_neighbors=self.spatial_neighbors,
+            self_loops=self.self_loops,
+            order=self.order,
+            scale=self.scale,
+            activation=self.activation,
+            inplace=self.inplace,
+            backend=self._backend,
+        )
+
+    def attention_maps(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The gates that :meth:`forward` multiplies by, without the scale: differentiable, always in plain PyTorch.
+
+        Args:
+            x: ``(N, C, H, W)``.
+
+        Returns:
+            The channel gate ``(N, C)`` and the spatial gate ``(N, gh, gw)``, float32 (float64 for
+            float64 x).
+
+        Raises:
+            TypeError, ValueError: as :meth:`forward`.
+        """
+        if self.channels is not None:
+            check_channels(x, self.channels)
+        unit = make_unit(
+            self.num_heads,
+            self.grid_size,
+            self.window,
+            self.channel_radius,
+            self.spatial_neighbors,
+            self.self_loops,
+            self.order,
+            1.0,
+            None,
+            False,
+            None,
+        )
+        grid = unit.check(x, self.channel_weight, self.spatial_weight)
+        return maps(x, self.channel_weight, self.spatial_weight, unit, grid)
+
+    def extra_repr(self) -> str:
+        """The constructor's arguments, those at their defaults left out."""
+        given = [] if self.channels is None else [str(self.channels)]
+        given += [f"embed_dim={self.embed_dim}", f"num_heads={self.num_heads}"]
+        given.append(f"grid_size={self.grid_size}" if self.window is None else f"window={self.window}")
+        defaults = {"channel_radius": 1, "spatial_neighbors": 4, "self_loops": True, "order": "sequential"}
+        defaults |= {"scale": 1.0, "activation": None, "inplace": False, "backend": None}
+        given += [f"{k}={getattr(self, k)!r}" for k, default in defaults.items() if getattr(self, k) != default]
+        return ", ".join(given)
+
+    # The scale is a Python float: read without a host synchronisation, constant to compilers, untouched by .half() or
+    # to_empty().
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "scale"] = torch.tensor(self.scale, dtype=torch.float32, device="cpu")
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        rest = dict(state_dict)
+        scale = rest.pop(prefix + "scale", None)
+        if scale is not None and not (isinstance(scale, Tensor) and scale.is_meta):
+            self.scale = float(scale)
+        elif scale is None and prefix + "channel_weight" in rest:
+            self.scale = 1.0  # weights from where no scale is kept were trained without one
+        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+
+
+_PARAMETER_DTYPES: Iterable[torch.dtype] = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_channels(x: Tensor, channels: int) -> None:
+    """Raises ValueError where a 4-dimensional ``x`` does not have the module's ``channels``."""
+    if isinstance(x, Tensor) and x.dim() == 4 and x.shape[1] != channels:
+        raise ValueError(f"x must have the {channels} channels that the unit was built for, got shape {tuple(x.shape)}")

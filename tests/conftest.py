@@ -1,0 +1,85 @@
+"""Poisoned memory, fresh compiler state, seeds, and the backends that the kernel tests run on."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Generator, Iterator
+
+import pytest
+import torch
+
+import steam_kernels
+
+M_PERTURB = -6
+
+
+def poison_memory() -> bool:
+    """Has every allocation of this process come back as NaN until it is written, those of the C++ kernels included.
+
+    glibc fills what malloc returns with the complement of this byte: 0xFF, a NaN in every floating dtype. The
+    value is kept as an int, so that 0x100 is "on" although its low byte is 0.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    return mallopt is not None and mallopt(M_PERTURB, 0x100) == 1 and bool(torch.empty(100_000).isnan().all())
+
+
+POISONED = poison_memory()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "kernels: runs a backend's kernels; repeated for each CPU variant")
+    # one worker of several leaves the other cores to its neighbours; tests that need threads ask for them
+    if hasattr(config, "workerinput"):
+        torch.set_num_threads(1)
+
+
+def usable_backends() -> list[str]:
+    """Every backend with kernels of its own that can run here."""
+    return [name for name, why in steam_kernels.available_backends().items() if not why and name != "reference"]
+
+
+def _unusable() -> dict[str, str]:
+    return {name: why for name, why in steam_kernels.available_backends().items() if why}
+
+
+def pytest_report_header() -> list[str]:
+    lines = [f"steam_kernels: kernel tests run on {', '.join(usable_backends()) or 'no backend'}"]
+    lines += [f"steam_kernels: {name} NOT RUN: {why}" for name, why in _unusable().items()]
+    if not POISONED:
+        lines.append("steam_kernels: this C library cannot poison memory, unwritten outputs may go unseen")
+    return lines
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    # the header is not shown under -q
+    for name, why in _unusable().items():
+        terminalreporter.write_line(f"kernel tests NOT RUN on {name}: {why}")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "backend" in metafunc.fixturenames:
+        names: list[object] = list(usable_backends())
+        if not names:
+            reason = "; ".join(f"{name}: {why}" for name, why in _unusable().items())
+            names = [pytest.param("none", marks=pytest.mark.skip(reason=f"no backend with kernels ({reason})"))]
+        metafunc.parametrize("backend", names)
+    if "any_backend" in metafunc.fixturenames:
+        metafunc.parametrize("any_backend", [*usable_backends(), "reference"])
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    # thousands of empty records of the compiler would bury a failure's report
+    report.sections = [(name, text) for name, text in report.sections if "torch.__trace" not in text]
+    return report
+
+
+@pytest.fixture(autouse=True)
+def _fresh(request: pytest.FixtureRequest) -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.manual_seed(0)
+    if "compile" in request.node.nodeid:
+        torch._dynamo.reset()
+    yield
+    torch.set_num_threads(threads)

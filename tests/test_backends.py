@@ -1,0 +1,223 @@
+"""Which backend runs, the sentence why another cannot, and life without the compiled library or Triton."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import steam_kernels
+from steam_kernels import FusedSTEAM
+
+PACKAGE = Path(steam_kernels.__file__).parent
+VARIANTS = ("avx512", "avx2", "generic")
+SMOKE = """
+import torch, steam_kernels
+from steam_kernels import FusedSTEAM, reference
+unit = FusedSTEAM(6, activation="relu")
+x = torch.randn(2, 6, 9, 8, requires_grad=True)
+y = unit(x, residual=x)
+y.sum().backward()
+plain = reference.STEAM(6, activation="relu")
+plain.load_state_dict(unit.state_dict())
+assert torch.allclose(y, plain(x, residual=x), rtol=1e-5, atol=1e-6)
+assert x.grad.isfinite().all() and unit.channel_weight.grad.abs().max() > 0
+with torch.no_grad():
+    unit.inplace = True
+    z = x.detach().clone()
+    assert unit(z, x) is z and torch.allclose(z, y, rtol=1e-5, atol=1e-6)
+"""
+
+
+def python(code: str, *, path: Path = PACKAGE.parent, **environment: str) -> subprocess.CompletedProcess[str]:
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("STEAM_KERNELS_")}
+    return subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(path)!r})\n{code}"],
+        env=clean | environment,
+        cwd="/",
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def output(code: str, **options: object) -> str:
+    done = python(code, **options)  # type: ignore[arg-type]
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def without_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The package, copied without its compiled libraries."""
+    target = tmp_path_factory.mktemp("plain")
+    shutil.copytree(
+        PACKAGE, target / "steam_kernels", ignore=shutil.ignore_patterns("*.so", "__pycache__", "_build.txt")
+    )
+    return target
+
+
+def test_without_compiled_library(without_library: Path) -> None:
+    """Import, forward, backward, in place: all by the reference; asked for by name, the reason is the error."""
+    text = output(
+        SMOKE
+        + f"assert steam_kernels.__file__.startswith({str(without_library)!r}), steam_kernels.__file__\n"
+        + "backends = steam_kernels.available_backends()\nassert backends['reference'] == ''\nprint(backends['cpu'])\n"
+        + "try:\n    FusedSTEAM(backend='cpu')(x)\nexcept RuntimeError as error:\n    print(error)\n",
+        path=without_library,
+    )
+    reason, error = text.splitlines()
+    assert "libsteam_cpu" in reason
+    assert "backend='cpu'" in error and reason in error
+
+
+def test_broken_library_is_a_reason(without_library: Path, tmp_path: Path) -> None:
+    shutil.copytree(without_library / "steam_kernels", tmp_path / "steam_kernels")
+    (tmp_path / "steam_kernels" / "libsteam_cpu.so").write_bytes(b"not a library")
+    reason = output(SMOKE + "print(steam_kernels.available_backends()['cpu'])", path=tmp_path).strip()
+    assert "libsteam_cpu.so" in reason and "\n" not in reason
+
+
+def test_without_triton() -> None:
+    output("sys.modules['triton'] = None\n" + SMOKE)
+
+
+def test_without_torchvision_and_plotting() -> None:
+    output("for name in ('torchvision', 'matplotlib', 'sklearn', 'numpy'):\n    sys.modules[name] = None\n" + SMOKE)
+
+
+def test_import_is_quiet() -> None:
+    done = python("import steam_kernels")
+    assert done.returncode == 0 and done.stdout == ""
+    assert "steam" not in done.stderr
+
+
+@pytest.mark.parametrize("variant", ["sse9", "AVX2", "avx2 "])
+def test_unknown_cpu_variant_is_a_reason(backend: str, variant: str) -> None:
+    reason = output(SMOKE + "print(steam_kernels.available_backends()['cpu'])", STEAM_KERNELS_CPU=variant)
+    assert "STEAM_KERNELS_CPU" in reason and repr(variant) in reason
+    assert any(known in reason for known in VARIANTS)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_forced_cpu_variant(backend: str, variant: str) -> None:
+    """It runs, or the reason names it and what there is; nothing else is run in its place."""
+    text = output(
+        "import steam_kernels, torch\nfrom steam_kernels.backends import native\n"
+        "reason = steam_kernels.available_backends()['cpu']\nprint(reason)\nprint(native.CPU.variant)\n"
+        "if reason:\n    try:\n        steam_kernels.FusedSTEAM(backend='cpu')(torch.randn(1, 2, 3, 4))\n"
+        "    except RuntimeError as error:\n        assert reason in str(error)\n"
+        "    else:\n        raise SystemExit('it ran')\n"
+        "else:\n    steam_kernels.FusedSTEAM(backend='cpu')(torch.randn(1, 2, 3, 4))\n",
+        STEAM_KERNELS_CPU=variant,
+    )
+    reason, running = text.splitlines()
+    if reason:
+        assert variant in reason and "STEAM_KERNELS_CPU" in reason
+        pytest.skip(f"this processor: {reason}")
+    assert running == variant
+
+
+@pytest.mark.kernels
+def test_kernel_tests_run_the_variant_asked_for(backend: str) -> None:
+    """When the tests are repeated for a variant, it is that one that runs."""
+    from steam_kernels.backends import native
+
+    asked = os.environ.get("STEAM_KERNELS_CPU")
+    assert native.CPU.variant in native.CPU.supported
+    assert native.CPU.variant == (asked or native.CPU.supported[0])
+
+
+def test_variants_agree(backend: str) -> None:
+    """All variants that this processor has give the same result, to rounding."""
+    code = (
+        "import torch, steam_kernels\nif steam_kernels.available_backends()['cpu']:\n    raise SystemExit\n"
+        "torch.manual_seed(0)\nunit = steam_kernels.FusedSTEAM(backend='cpu')\n"
+        "x = torch.randn(2, 33, 28, 27, requires_grad=True)\ny = unit(x)\ny.square().sum().backward()\n"
+        "print(' '.join(repr(v.double().abs().sum().item()) for v in (y, x.grad, unit.channel_weight.grad)))"
+    )
+    results = {}
+    for variant in VARIANTS:
+        if text := output(code, STEAM_KERNELS_CPU=variant):
+            results[variant] = [float(v) for v in text.split()]
+    assert results
+    first = next(iter(results.values()))
+    for variant, values in results.items():
+        assert values == pytest.approx(first, rel=1e-5), variant
+
+
+# ---- choice
+
+
+def test_names_and_order() -> None:
+    names = list(steam_kernels.available_backends())
+    assert names[-1] == "reference" and "cpu" in names
+    assert steam_kernels.available_backends()["reference"] == ""
+    assert all(isinstance(v, str) and "\n" not in v for v in steam_kernels.available_backends().values())
+
+
+def test_environment_names_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.profiler import profile
+
+    unit, x = FusedSTEAM(), torch.randn(1, 3, 8, 8)
+    monkeypatch.setenv("STEAM_KERNELS_BACKEND", "reference")
+    with profile() as record:
+        unit(x)
+    assert not any(e.key.startswith("steam_kernels::") for e in record.key_averages())
+    monkeypatch.setenv("STEAM_KERNELS_BACKEND", "nonsense")
+    with pytest.raises(ValueError, match=r"STEAM_KERNELS_BACKEND.*'nonsense'"):
+        unit(x)
+    unit.backend = "reference"
+    assert unit(x).shape == x.shape
+
+
+def test_environment_counts_as_asked_by_name(without_library: Path) -> None:
+    text = output(
+        "import torch, steam_kernels\ntry:\n    steam_kernels.FusedSTEAM()(torch.randn(1, 2, 3, 4))\n"
+        "except RuntimeError as error:\n    print(error)\n",
+        path=without_library,
+        STEAM_KERNELS_BACKEND="cpu",
+    )
+    assert "STEAM_KERNELS_BACKEND='cpu'" in text and "libsteam_cpu" in text
+
+
+def test_named_backend_that_cannot_run_this_call(backend: str) -> None:
+    if backend != "cpu":
+        pytest.skip("the sentence is the cpu backend's")
+    unit = FusedSTEAM(backend="cpu", device="meta")
+    with pytest.raises(RuntimeError, match=r"backend='cpu' cannot run this call: .*meta"):
+        unit(torch.randn(1, 3, 8, 8, device="meta"))
+
+
+def test_automatic_choice_runs_the_kernels(backend: str) -> None:
+    """With no name given, a CPU call runs the fused operators, both ways."""
+    from torch.profiler import profile
+
+    unit, x = FusedSTEAM(), torch.randn(1, 3, 8, 8, requires_grad=True)
+    with profile() as record:
+        unit(x).sum().backward()
+    names = {e.key for e in record.key_averages()}
+    assert {"steam_kernels::forward", "steam_kernels::backward"} <= names
+    assert "aten::index_select" not in names
+
+
+def test_env_report() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "steam_kernels.env_report"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=PACKAGE.parent,
+    )
+    assert done.returncode == 0 and done.stderr == ""
+    assert torch.__version__ in done.stdout and steam_kernels.__version__ in done.stdout
+    for name, reason in steam_kernels.available_backends().items():
+        assert name in done.stdout and reason in done.stdout
+    from steam_kernels.backends import native
+
+    assert native.CPU.variant in done.stdout

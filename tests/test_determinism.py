@@ -1,0 +1,76 @@
+"""Equal bits on repeat, on any number of threads, and whatever else is in the batch."""
+
+from __future__ import annotations
+
+import cases
+import pytest
+import torch
+from cases import Case
+
+import steam_kernels
+
+pytestmark = pytest.mark.kernels
+
+CASES = [
+    Case(space=space, channels=channels, batch=batch, layout=layout, dtype=dtype, tail=tail, radius=2, neighbors=8)
+    for batch in (1, 2, 3, 5)
+    for layout in ("nchw", "nhwc")
+    for space, channels, dtype, tail in (
+        ((7, 7), 130, torch.float32, "none"),
+        ((28, 28), 64, torch.bfloat16, "residual_relu"),
+        ((57, 61), 9, torch.float32, "residual_relu"),
+    )
+]
+CASES += [
+    Case(space=(56, 56), channels=96, batch=1, layout="nchw"),
+    Case(space=(56, 56), channels=96, batch=1, layout="nhwc"),
+    Case(space=(100, 167), channels=3, batch=1, layout="nchw", grid=(13, 21)),
+    Case(space=(100, 167), channels=3, batch=1, layout="nhwc", grid=(13, 21)),
+    Case(space=(1, 500), channels=17, batch=1, dtype=torch.float64),
+    Case(space=(30, 17), channels=33, batch=3, dtype=torch.float16, layout="nhwc"),
+]
+
+
+def run(case: Case, backend: str) -> dict[str, torch.Tensor]:
+    inputs, dy = cases.make(case)
+    return cases.forward_backward(steam_kernels.steam, inputs, dy, backend=backend, **case.options)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.id)
+def test_bits_do_not_depend_on_threads_or_run(case: Case, backend: str) -> None:
+    torch.set_num_threads(1)
+    first = run(case, backend)
+    for threads in (1, 2, 3, 5):
+        torch.set_num_threads(threads)
+        assert torch.get_num_threads() == threads
+        again = run(case, backend)
+        for name, value in first.items():
+            assert torch.equal(value, again[name]), f"{name} differs on {threads} threads"
+
+
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+@pytest.mark.parametrize("space,channels", [((7, 7), 64), ((28, 28), 33), ((57, 61), 5)])
+def test_a_sample_does_not_depend_on_its_batch(
+    backend: str, space: tuple[int, int], channels: int, layout: str
+) -> None:
+    """y and dx of a sample have the same bits alone and among others."""
+    case = Case(space=space, channels=channels, batch=5, layout=layout)
+    inputs, dy = cases.make(case)
+    together = cases.forward_backward(steam_kernels.steam, inputs, dy, backend=backend, **case.options)
+    for n in range(5):
+        one = inputs | {"x": cases.lay_out(inputs["x"][n : n + 1], layout)}
+        alone = cases.forward_backward(
+            steam_kernels.steam, one, cases.lay_out(dy[n : n + 1], layout), backend=backend, **case.options
+        )
+        for name in ("y", "dx"):
+            assert torch.equal(alone[name][0], together[name][n]), f"{name} of sample {n}"
+
+
+def test_equal_bits_can_fail(backend: str) -> None:
+    """The control: one input bit changes the result, so the comparisons above compare something."""
+    case = Case(space=(28, 28), channels=9)
+    inputs, dy = cases.make(case)
+    first = cases.forward_backward(steam_kernels.steam, inputs, dy, backend=backend, **case.options)
+    inputs["x"][0, 0, 0, 0] *= 1.5
+    second = cases.forward_backward(steam_kernels.steam, inputs, dy, backend=backend, **case.options)
+    assert all(not torch.equal(first[name], second[name]) for name in first)

@@ -1,0 +1,135 @@
+"""First and second derivatives against finite differences, and gradients only where they are asked for."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import cases
+import pytest
+import torch
+from cases import Case
+
+import steam_kernels
+
+SMALL = [
+    Case(space=(5, 4), channels=3, grid=(2, 3)),
+    Case(space=(4, 5), channels=5, grid=(3, 2), order="parallel", neighbors=8, radius=2, layout="nhwc"),
+    Case(space=(3, 3), channels=4, grid=2, self_loops=False, attention=(6, 3), scale=4.0, tail="residual"),
+    Case(space=(4, 3), channels=2, batch=1, attention=(3, 1), tail="residual_relu"),
+    Case(space=(3, 4), channels=1, batch=3, self_loops=False, tail="relu"),
+    Case(space=(2, 2), channels=2, tail="other_relu", order="parallel"),
+]
+
+
+def function(case: Case, backend: str) -> Any:
+    def call(x: torch.Tensor, cw: torch.Tensor, sw: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        return steam_kernels.steam(x, cw, sw, residual, backend=backend, **case.options)
+
+    return call
+
+
+def leaves(case: Case) -> tuple[torch.Tensor, ...]:
+    inputs, _ = cases.make(case.but(dtype=torch.float64, weights="x"))
+    return tuple(v.requires_grad_() for v in inputs.values())
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("case", SMALL, ids=lambda c: c.id)
+def test_gradcheck(case: Case, any_backend: str, seed: int) -> None:
+    assert torch.autograd.gradcheck(function(case, any_backend), leaves(case.but(seed=seed)))
+
+
+@pytest.mark.parametrize("case", SMALL, ids=lambda c: c.id)
+def test_gradgradcheck(case: Case, any_backend: str) -> None:
+    assert torch.autograd.gradgradcheck(function(case, any_backend), leaves(case), fast_mode=True)
+
+
+@pytest.mark.parametrize("tail", ["none", "residual_relu"])
+def test_gradient_penalty_counts(any_backend: str, tail: str) -> None:
+    """A penalty on |dx| reaches the weights, with the finite difference's value; dy requires no grad there."""
+    case = Case(space=(6, 6), channels=4, dtype=torch.float64, weights="x", tail=tail)
+    inputs, _ = cases.make(case)
+
+    def penalty(weight: torch.Tensor) -> torch.Tensor:
+        x = inputs["x"].detach().requires_grad_()
+        y = steam_kernels.steam(**{**inputs, "x": x, "channel_weight": weight}, backend=any_backend, **case.options)
+        (dx,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+        return dx.square().sum()
+
+    weight = inputs["channel_weight"].clone().requires_grad_()
+    value = penalty(weight)
+    assert value.requires_grad
+    (gradient,) = torch.autograd.grad(value, weight)
+    direction = torch.randn(4, 8, dtype=torch.float64)
+    step = 1e-6
+    difference = (penalty(weight.detach() + step * direction) - penalty(weight.detach() - step * direction)) / (
+        2 * step
+    )
+    assert gradient.abs().max() > 1e-6
+    assert math.isclose(difference.item(), (gradient * direction).sum().item(), rel_tol=1e-5)
+
+
+NAMES = ("x", "channel_weight", "spatial_weight", "residual")
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("tail", ["residual", "residual_relu"])
+@pytest.mark.parametrize(
+    "wanted", [s for n in range(5) for s in itertools.combinations(NAMES, n)], ids=lambda s: "+".join(s) or "none"
+)
+def test_each_subset_of_inputs(any_backend: str, wanted: tuple[str, ...], tail: str) -> None:
+    """Frozen inputs get None, and the others the same bits as when all are asked for."""
+    case = Case(space=(9, 8), channels=6, batch=3, tail=tail)
+    inputs, dy = cases.make(case)
+    everything = cases.forward_backward(steam_kernels.steam, inputs, dy, backend=any_backend, **case.options)
+    given = {k: v.detach().requires_grad_(k in wanted) for k, v in inputs.items()}
+    y = steam_kernels.steam(**given, backend=any_backend, **case.options)
+    assert torch.equal(y.detach(), everything["y"])
+    assert y.requires_grad == bool(wanted)
+    if not wanted:
+        return
+    y.backward(dy)
+    for name, value in given.items():
+        if name in wanted:
+            assert value.grad is not None and torch.equal(value.grad, everything["d" + name]), name
+        else:
+            assert value.grad is None, name
+
+
+@pytest.mark.kernels
+def test_gradients_accumulate(backend: str) -> None:
+    """Two uses of one unit add up; the inputs of the first are not disturbed by the second."""
+    case = Case(space=(9, 8), channels=6)
+    inputs, dy = cases.make(case)
+    one = cases.forward_backward(steam_kernels.steam, inputs, dy, backend=backend, **case.options)
+    given = {k: v.detach().requires_grad_() for k, v in inputs.items()}
+    for _ in range(2):
+        steam_kernels.steam(**given, backend=backend, **case.options).backward(dy)
+    for name, value in given.items():
+        assert value.grad is not None and torch.equal(value.grad, 2 * one["d" + name]), name
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("weights", [torch.float32, torch.float16])
+def test_training_step_in_half_precision(backend: str, weights: torch.dtype) -> None:
+    """float16 maps, float32 or float16 parameters: parameter gradients have the parameters' dtype and are not zero."""
+    case = Case(space=(14, 14), channels=8, dtype=torch.float16, weights="x" if weights == torch.float16 else "float32")
+    inputs, dy = cases.make(case)
+    got = cases.forward_backward(steam_kernels.steam, inputs, dy, backend=backend, **case.options)
+    for name in ("dchannel_weight", "dspatial_weight"):
+        assert got[name].dtype == weights and got[name].abs().max() > 0
+
+
+def test_version_counter_guards_saved_x(backend: str) -> None:
+    """Changing x between forward and backward is an error, not a wrong gradient."""
+    case = Case(space=(9, 8), channels=6)
+    inputs, dy = cases.make(case)
+    x = inputs["x"].requires_grad_()
+    y = steam_kernels.steam(**inputs, backend=backend, **case.options)
+    with torch.no_grad():
+        x.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward(dy)

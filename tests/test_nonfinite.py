@@ -1,0 +1,116 @@
+"""NaN and Inf in x or dy: non-finite where exact arithmetic is, and nowhere else but through the sample's own gates."""
+
+from __future__ import annotations
+
+import cases
+import pytest
+import torch
+from cases import Case
+
+import steam_kernels
+from steam_kernels import reference
+
+pytestmark = pytest.mark.kernels
+
+CASES = [
+    Case(space=space, channels=channels, batch=3, layout=layout, dtype=dtype, order=order, tail=tail)
+    for space, channels, order, dtype, tail in (
+        ((7, 7), 9, "sequential", torch.float32, "none"),
+        ((14, 14), 40, "parallel", torch.float32, "none"),
+        ((28, 28), 16, "sequential", torch.bfloat16, "residual"),
+        ((30, 17), 5, "sequential", torch.float32, "residual_relu"),
+        ((57, 61), 3, "parallel", torch.float16, "relu"),
+        ((9, 2), 130, "sequential", torch.float64, "none"),
+    )
+    for layout in ("nchw", "nhwc")
+]
+VALUES = [float("nan"), float("inf"), float("-inf")]
+
+
+def classes(t: torch.Tensor) -> torch.Tensor:
+    """0 finite, 1 NaN, 2 +Inf, 3 -Inf."""
+    return t.isnan() * 1 + (t == float("inf")) * 2 + (t == float("-inf")) * 3
+
+
+def compare(case: Case, backend: str, inputs: dict[str, torch.Tensor], dy: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The pattern of non-finite values is the reference's, and finite values where it has some are near."""
+    got = cases.forward_backward(steam_kernels.steam, inputs, dy, backend=backend, **case.options)
+    expected = cases.forward_backward(reference.steam, inputs, dy, **case.options)
+    for name, value in got.items():
+        assert torch.equal(value.isfinite(), expected[name].isfinite()), (
+            f"{name}: finite where the reference is not, or not so"
+        )
+    assert torch.equal(classes(got["y"]), classes(expected["y"])), "y"
+    return got
+
+
+@pytest.mark.parametrize("value", VALUES)
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.id)
+def test_one_bad_value_in_x(case: Case, backend: str, value: float) -> None:
+    inputs, dy = cases.make(case)
+    good = cases.forward_backward(steam_kernels.steam, inputs, dy, backend=backend, **case.options)
+    inputs["x"][1, case.channels // 2, -1, 0] = value
+    bad = compare(case, backend, inputs, dy)
+    for n in (0, 2):
+        for name in ("y", "dx"):
+            assert torch.equal(good[name][n], bad[name][n]), f"{name} of sample {n} changed"
+    assert not bad["y"][1].isfinite().all()
+    assert not bad["dchannel_weight"].isfinite().any()
+
+
+@pytest.mark.parametrize("value", VALUES)
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.id)
+def test_one_bad_value_in_dy(case: Case, backend: str, value: float) -> None:
+    """What a gradient scaler looks for: an overflow in dy shows in dx of that sample and leaves the others alone."""
+    inputs, dy = cases.make(case)
+    good = cases.forward_backward(steam_kernels.steam, inputs, dy, backend=backend, **case.options)
+    spot = (1, case.channels // 2, -1, 0)
+    if case.tail.endswith("relu"):
+        spot = tuple((good["y"][1] > 0).nonzero()[-1].tolist())
+        spot = (1, *spot)
+    dy[spot] = value
+    bad = compare(case, backend, inputs, dy)
+    assert not bad["dx"][spot].isfinite()
+    assert torch.equal(good["y"], bad["y"])
+    for n in (0, 2):
+        assert torch.equal(good["dx"][n], bad["dx"][n]), f"dx of sample {n} changed"
+
+
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+@pytest.mark.parametrize("space,grid", [((14, 14), (7, 7)), ((57, 61), (13, 21)), ((28, 28), (2, 4))])
+def test_nan_spreads_only_along_the_graphs(
+    backend: str, space: tuple[int, int], grid: tuple[int, int], layout: str
+) -> None:
+    """Parallel order: a NaN in one cell reaches its channel's and its cell's neighbours, no farther."""
+    case = Case(space=space, channels=12, batch=1, grid=grid, layout=layout, order="parallel")
+    inputs, _ = cases.make(case)
+    inputs["x"][0, 5, 0, 0] = float("nan")
+    y = steam_kernels.steam(**inputs, backend=backend, **case.options)[0]
+    rows = torch.arange(space[0]) * grid[0] // space[0]
+    columns = torch.arange(space[1]) * grid[1] // space[1]
+    near = (rows[:, None] + columns[None, :]) <= 1
+    expected = near[None] | torch.tensor([c in (4, 5, 6) for c in range(12)])[:, None, None]
+    assert torch.equal(y.isnan(), expected)
+
+
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+def test_relu_keeps_nan(backend: str, layout: str) -> None:
+    """relu(NaN) is NaN, as torch has it: a broken activation must not turn into zeros."""
+    case = Case(space=(14, 14), channels=6, batch=2, layout=layout, tail="residual_relu")
+    inputs, dy = cases.make(case)
+    inputs["residual"][0, 3, 2, 1] = float("nan")
+    inputs["residual"][1, 0, 0, 0] = float("inf")
+    got = compare(case, backend, inputs, dy)
+    assert got["y"][0, 3, 2, 1].isnan() and got["y"][1, 0, 0, 0] == float("inf")
+    assert got["y"].isnan().sum() == 1
+
+
+def test_float16_overflow_in_y_is_inf(backend: str) -> None:
+    case = Case(space=(8, 8), channels=16, dtype=torch.float16, scale=4.0)
+    inputs, _ = cases.make(case, mean=40000.0, spread=1.0, weight_scale=0.0)
+    inputs["x"][0] *= 1.5
+    y = steam_kernels.steam(**inputs, backend=backend, **case.options)
+    # zero weights: both gates are 1/2 and the unit is the identity
+    assert torch.equal(y, inputs["x"])
+    case = case.but(scale=8.0)
+    assert torch.isinf(steam_kernels.steam(**inputs, backend=backend, **case.options)).all()
