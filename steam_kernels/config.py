@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 #: Names that ``backend=`` and ``STEAM_KERNELS_BACKEND`` accept.
-BACKENDS = ("cpu", "reference")
+BACKENDS = ("triton", "cuda", "cpu", "reference")
 ORDERS = ("sequential", "parallel")
 ACTIVATIONS = (None, "relu")
 DEFAULT_GRID = 7

@@ -71,7 +71,7 @@ def steam(
     """
     if has_torch_function((x, channel_weight, spatial_weight, residual)):
         return handle_torch_function(
-            steam,
+            _STEAM,
             (x, channel_weight, spatial_weight, residual),
             x,
             channel_weight,
@@ -122,5 +122,6 @@ def _looked_into() -> bool:
     )
 
 
-# FX keeps the call as one node instead of tracing into it.
+# FX keeps the call as one node. It patches the name meanwhile, and the node's target is to be the function itself.
+_STEAM = steam
 torch.fx.wrap("steam")

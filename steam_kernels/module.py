@@ -28,7 +28,7 @@ class FusedSTEAM(reference.STEAM):
         identity_init: start as the identity: output rows zero and a scale of 4, kept in the state_dict [ours].
         activation: None or "relu", applied after the residual is added [ours].
         inplace: write y into x; only where no gradient is recorded.
-        backend: "cpu" or "reference" by name, or None for the first that can run the call.
+        backend: "triton", "cuda", "cpu" or "reference" by name, or None for the first that can run the call.
         device, dtype: of the parameters: float32 or the maps' dtype.
 
     Attributes:

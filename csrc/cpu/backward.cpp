@@ -146,14 +146,15 @@ struct BackwardWalk {
       for_tasks(parallel, u.blocks, [&](int64_t b) {
         const int64_t begin = b * u.block, end = smaller(begin + u.block, u.p.channels);
         sum_channels<L>(begin, end, through_tokens, [&](int64_t c) {
-          V sum[4] = {L::zero(), L::zero(), L::zero(), L::zero()};
-          const auto add = [&](int64_t k, V v) { sum[k / lanes % 4] += v * load(spread + k); };
           if (by_pixel) {
-            for_vectors(maps.x, c * u.pixels, u.pixels, u.sample, add);
-          } else {
-            for_vectors(columns, c * u.sums(), u.sums(), u.p.channels * u.sums(), add);
+            const int64_t e = c * u.pixels;
+            return sum_vectors<L>(
+                u.pixels, [&](int64_t k) STEAM_LAMBDA_INLINE { return maps.value(e + k) * load(spread + k); },
+                [&](int64_t k) { return maps.value_until(e + k) * load(spread + k); });
           }
-          return (sum[0] + sum[1]) + (sum[2] + sum[3]);
+          const auto column = [&](int64_t k)
+                                  STEAM_LAMBDA_INLINE { return load(columns + c * u.sums() + k) * load(spread + k); };
+          return sum_vectors<L>(u.sums(), column, column);
         });
         for (int64_t c = begin; c < end; ++c) gate_grad[c] += through_tokens[c];
       });
@@ -166,22 +167,22 @@ struct BackwardWalk {
   void pixel_products(const Source& source, int64_t c, V w, const A* spread, A* contracted, V& total) const {
     const Source maps = source;
     const int64_t e = c * u.pixels;
-    for (int64_t k0 = 0; k0 < u.pixels; k0 += kRun * lanes) {
-      const int64_t n = smaller(k0 + kRun * lanes, u.pixels), whole = k0 + (n - k0) / lanes * lanes;
-      V sum = L::zero();
+    for (int64_t run = 0; run < u.pixels; run += kRun * lanes) {
+      const int64_t length = smaller(kRun * lanes, u.pixels - run);
       const auto add = [&](int64_t k, V product) STEAM_LAMBDA_INLINE {
         store(contracted + k, load(contracted + k) + w * product);
-        sum += load(spread + k) * product;
+        return load(spread + k) * product;
       };
-      for (int64_t k = k0; k < whole; k += lanes) {
-        if (k % (kLine / static_cast<int64_t>(sizeof(T))) == 0) maps.prefetch(e + k);
-        add(k, maps.value(e + k) * maps.upstream(e + k));
-      }
-      if (whole < n) {
-        const V product = maps.value_until(e + whole) * maps.upstream_until(e + whole);
-        add(whole, L::select(L::first(n - whole), product, L::zero()));
-      }
-      total += sum;
+      total += sum_vectors<L>(
+          length,
+          [&](int64_t k) STEAM_LAMBDA_INLINE {
+            maps.prefetch(e + run + k);
+            return add(run + k, maps.value(e + run + k) * maps.upstream(e + run + k));
+          },
+          [&](int64_t k) {
+            const V product = maps.value_until(e + run + k) * maps.upstream_until(e + run + k);
+            return add(run + k, L::select(L::first(length - k), product, L::zero()));
+          });
     }
   }
 
@@ -240,14 +241,9 @@ struct BackwardWalk {
     A* gate_grad = d.channel_gate + u.ring.first;
     for_tasks(parallel, u.p.grid_h, [&](int64_t i) {
       for (int64_t j = 0; j < u.p.grid_w; ++j) {
-        const int64_t cell = i * u.p.grid_w + j, whole = u.p.channels / lanes * lanes;
-        V sum[4] = {L::zero(), L::zero(), L::zero(), L::zero()};
-        for (int64_t c = 0; c < whole; c += lanes) sum[c / lanes % 4] += load(channel + c) * cells.product(cell, c);
-        if (whole < u.p.channels) {
-          const V last = load(channel + whole) * cells.product(cell, whole);
-          sum[0] += L::select(L::first(u.p.channels - whole), last, L::zero());
-        }
-        const A dot = sum_lanes<L>((sum[0] + sum[1]) + (sum[2] + sum[3]));
+        const int64_t cell = i * u.p.grid_w + j;
+        const auto product = [&](int64_t c) STEAM_LAMBDA_INLINE { return load(channel + c) * cells.product(cell, c); };
+        const A dot = sum_lanes<L>(sum_vectors<L>(u.p.channels, product, product));
         d.spatial_gate[u.lattice.at(i, j)] = static_cast<A>(static_cast<double>(dot) * u.p.scale);
       }
     });

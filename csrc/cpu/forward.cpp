@@ -41,7 +41,7 @@ struct ForwardWalk {
     return 1.0 / (static_cast<double>(u.p.channels) * static_cast<double>(u.cell_size(i, j)));
   }
 
-  void pool_planar(const Source& x, const Gates<T>& g, const cpu::Parallel* parallel, Arena& arena) const {
+  void pool_planar(const Source& source, const Gates<T>& g, const cpu::Parallel* parallel, Arena& arena) const {
     const bool by_pixel = u.walk == Walk::kPixels;
     A* z = g.channel.token + u.ring.first;
     A* columns = by_pixel ? nullptr : arena.take<A>(u.p.channels * u.sums());
@@ -49,16 +49,17 @@ struct ForwardWalk {
     const V mean = L::set(static_cast<A>(1.0 / static_cast<double>(u.pixels)));
     for_tasks(parallel, u.blocks, [&](int64_t b) {
       const int64_t begin = b * u.block, end = smaller(begin + u.block, u.p.channels);
-      sum_channels<L>(begin, end, z, [&](int64_t c) {
+      sum_channels<L>(begin, end, z, [&, x = source](int64_t c) {
         V total = L::zero();
         if (by_pixel) {
-          for (int64_t k = 0; k < u.pixels; k += kRun * lanes) {
-            V sum = L::zero();
-            for_vectors(x.x, c * u.pixels + k, smaller(kRun * lanes, u.pixels - k), u.sample, [&](int64_t k1, V v) {
-              if (k1 % (kLine / static_cast<int64_t>(sizeof(T))) == 0) x.prefetch(c * u.pixels + k + k1);
-              sum += v;
-            });
-            total += sum;
+          for (int64_t run = 0; run < u.pixels; run += kRun * lanes) {
+            const int64_t e = c * u.pixels + run;
+            const auto whole = [&](int64_t k) STEAM_LAMBDA_INLINE {
+              x.prefetch(e + k);
+              return x.value(e + k);
+            };
+            total += sum_vectors<L>(smaller(kRun * lanes, u.pixels - run), whole,
+                                    [&](int64_t k) { return x.value_until(e + k); });
           }
         } else {
           A* out = columns + c * u.sums();
@@ -75,7 +76,7 @@ struct ForwardWalk {
     for_tasks(parallel, (vectors + share - 1) / share, [&](int64_t t) {
       const int64_t first = t * share, count = smaller(share, vectors - first);
       if (by_pixel) {
-        contract_channels(x.x, u.sample, u.p.channels, u.pixels, token_weights(g), first, count, contracted);
+        contract_channels(source.x, u.sample, u.p.channels, u.pixels, token_weights(g), first, count, contracted);
       } else {
         contract_channels(columns, u.p.channels * u.sums(), u.p.channels, u.sums(), token_weights(g), first, count,
                           contracted);
@@ -145,10 +146,10 @@ struct ForwardWalk {
     const A* weight = token_weights(g);
     for_tasks(parallel, u.p.grid_h, [&](int64_t i) {
       for (int64_t j = 0; j < u.p.grid_w; ++j) {
-        V sum[4] = {L::zero(), L::zero(), L::zero(), L::zero()};
-        for_vectors(cells, (i * u.p.grid_w + j) * pitch, u.p.channels, size,
-                    [&](int64_t c, V v) { sum[c / lanes % 4] += load(weight + c) * v; });
-        const A dot = sum_lanes<L>((sum[0] + sum[1]) + (sum[2] + sum[3]));
+        const S* cell = cells + (i * u.p.grid_w + j) * pitch;
+        const A dot = sum_lanes<L>(sum_vectors<L>(
+            u.p.channels, [&](int64_t c) STEAM_LAMBDA_INLINE { return load(weight + c) * load(cell + c); },
+            [&](int64_t c) { return load(weight + c) * load_until(cell + c, cells + size); }));
         g.spatial.token[u.lattice.at(i, j)] = static_cast<A>(static_cast<double>(dot) * token_scale(i, j));
       }
     });

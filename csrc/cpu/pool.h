@@ -216,15 +216,30 @@ void contract_channels(const S* source, int64_t size, int64_t channels, int64_t 
   });
 }
 
-// f(k, vector of element e + k) over k < length; lanes past the end are zero, and nothing is read past `size`.
-template <class T, class F>
-STEAM_INLINE void for_vectors(const T* base, int64_t e, int64_t length, int64_t size, const F& f) {
-  using L = Lanes<T>;
-  const int64_t whole = length / L::kLanes * L::kLanes;
-  for (int64_t k = 0; k < whole; k += L::kLanes) f(k, load(base + e + k));
-  if (whole < length) {
-    f(whole, L::select(L::first(length - whole), load_until(base + e + whole, base + size), L::zero()));
+// Sum of whole(k) over the vectors of k < length, in four chains, and of rest(k) where the last one is not whole.
+template <class L, class F, class R>
+STEAM_INLINE typename L::V sum_vectors(int64_t length, const F& whole, const R& rest) {
+  using V = typename L::V;
+  constexpr int64_t lanes = L::kLanes;
+  V a = L::zero(), b = L::zero(), c = L::zero(), d = L::zero();
+  int64_t k = 0;
+  for (; k + 4 * lanes <= length; k += 4 * lanes) {
+    a += whole(k);
+    b += whole(k + lanes);
+    c += whole(k + 2 * lanes);
+    d += whole(k + 3 * lanes);
   }
+  if (k + 2 * lanes <= length) {
+    a += whole(k);
+    b += whole(k + lanes);
+    k += 2 * lanes;
+  }
+  if (k + lanes <= length) {
+    c += whole(k);
+    k += lanes;
+  }
+  if (k < length) d += L::select(L::first(length - k), rest(k), L::zero());
+  return (a + b) + (c + d);
 }
 
 // Adds up a function of each channel: f(c) gives a vector whose lanes are summed into out[c], L::kLanes channels at a

@@ -29,6 +29,14 @@ class Call(NamedTuple):
     grid: tuple[int, int]
 
 
+def _triton(call: Call | None) -> str:
+    return "this version of steam_kernels has no Triton kernels"
+
+
+def _cuda(call: Call | None) -> str:
+    return "this version of steam_kernels has no CUDA kernels"
+
+
 def _cpu(call: Call | None) -> str:
     if native.CPU.reason:
         return native.CPU.reason
@@ -43,6 +51,8 @@ def _reference(call: Call | None) -> str:
 
 #: Name -> why_not, in the order in which they are tried.
 REGISTRY: dict[str, Callable[[Call | None], str]] = {
+    "triton": _triton,
+    "cuda": _cuda,
     "cpu": _cpu,
     "reference": _reference,
 }

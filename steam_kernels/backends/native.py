@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+#: What the build said of each library, a line each; absent where nothing was built.
+BUILD_REPORT = Path(__file__).resolve().parent.parent / "_build.txt"
 CPU_LIBRARY = Path(__file__).resolve().parent.parent / "libsteam_cpu.so"
 ENVIRONMENT = "STEAM_KERNELS_CPU"
 CPU_VARIANTS = ("avx512", "avx2", "generic")
@@ -30,12 +32,20 @@ class Library:
     variant: str = ""
 
 
+def _why_not_built(library: str) -> str:
+    lines = BUILD_REPORT.read_text().splitlines() if BUILD_REPORT.is_file() else []
+    reasons = [line.partition(": ")[2] for line in lines if line.startswith(f"{library}: ")]
+    return (
+        reasons[0]
+        if reasons
+        else "it was never built (`python setup.py build_ext --inplace`, which needs a C++20 compiler)"
+    )
+
+
 def load_cpu(path: Path = CPU_LIBRARY, forced: str = "") -> Library:
     """Loads the CPU kernels, which register under the operators' CPU key, and selects the ``forced`` variant."""
     if not path.is_file():
-        return Library(
-            path, f"{path.name} is not in {path.parent}: the package was built without it (it needs a C++20 compiler)"
-        )
+        return Library(path, f"{path.name} is not in {path.parent}: {_why_not_built(path.stem)}")
     try:
         torch.ops.load_library(str(path))
         library = ctypes.CDLL(str(path))
