@@ -41,7 +41,7 @@ demo: venv
 	$(PY) examples/quickstart.py
 
 test: venv
-	$(PY) -m pytest tests $(PYTEST_FLAGS)
+	$(PY) -m pytest tests -n 2 $(PYTEST_FLAGS)
 
 lint: venv
 	$(PY) -m ruff check .
