@@ -139,13 +139,11 @@ class Unit:
         """
         height, width = _check_x(x)
         dtype, device = x.dtype, x.device
-        _check_weight("channel_weight", channel_weight, dtype, device)
-        _check_weight("spatial_weight", spatial_weight, dtype, device)
-        d = channel_weight.shape[1]
-        if spatial_weight.shape[1] != d:
+        shape = _check_weight("channel_weight", channel_weight, dtype, device)
+        d = shape[1]
+        if _check_weight("spatial_weight", spatial_weight, dtype, device) != shape:
             raise ValueError(
-                f"spatial_weight must be of channel_weight's shape {tuple(channel_weight.shape)}, "
-                f"got {tuple(spatial_weight.shape)}"
+                f"spatial_weight must be of channel_weight's shape {tuple(shape)}, got {tuple(spatial_weight.shape)}"
             )
         if d % self.num_heads:
             raise ValueError(f"num_heads must divide the weights' {d} columns, got {self.num_heads}")
@@ -190,7 +188,7 @@ def _check_x(x: Any) -> tuple[int, int]:
     return height, width
 
 
-def _check_weight(name: str, weight: Any, dtype: torch.dtype, device: torch.device) -> None:
+def _check_weight(name: str, weight: Any, dtype: torch.dtype, device: torch.device) -> torch.Size:
     if not isinstance(weight, Tensor):
         raise TypeError(f"{name} must be a tensor of shape (4, embed_dim), got {type(weight).__name__}")
     shape = weight.shape
@@ -203,6 +201,7 @@ def _check_weight(name: str, weight: Any, dtype: torch.dtype, device: torch.devi
         raise TypeError(f"{name} must be of dtype torch.float32 or x's {dtype}, got {own}")
     if weight.device != device:
         raise ValueError(f"{name} must be on x's device {device}, got {weight.device}")
+    return shape
 
 
 _cached_unit = lru_cache(maxsize=1024, typed=True)(Unit)
