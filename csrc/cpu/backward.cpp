@@ -54,7 +54,8 @@ struct BackwardWalk {
           channel_tape(tape(u.ring, u.channel, arena)),
           spatial_tape(tape(u.lattice, u.spatial, arena)) {}
     static GraphTape<L> tape(const Branch<L>& branch, const Heads<L>& heads, Arena& arena) {
-      return {branch.count <= 9 ? arena.take<A>(branch.count * branch.size) : nullptr, arena.take<V>(2 * heads.count)};
+      return {branch.count <= 9 ? arena.take<A>(branch.count * branch.size) : nullptr,
+              arena.take<V>(node_blocks(branch) * 2 * heads.count)};
     }
   };
 
@@ -84,8 +85,8 @@ struct BackwardWalk {
     scatter_nodes(u.ring, row + u.p.channels, g.channel.o);
     scatter_nodes(u.lattice, row + 2 * u.p.channels, g.spatial.token);
     scatter_nodes(u.lattice, row + 2 * u.p.channels + u.cells, g.spatial.o);
-    open_gates(u.ring, g.channel.o, g.channel.gate);
-    open_gates(u.lattice, g.spatial.o, g.spatial.gate);
+    open_gates<L>({u.ring.first, u.ring.first + u.ring.span}, g.channel.o, g.channel.gate);
+    open_gates<L>({u.lattice.first, u.lattice.first + u.lattice.span}, g.spatial.o, g.spatial.gate);
   }
 
   const A* channel_gate(const Gates<T>& g) const { return g.channel.gate + u.ring.first; }
@@ -97,13 +98,13 @@ struct BackwardWalk {
                           (static_cast<double>(u.p.channels) * static_cast<double>(u.cell_size(i, j))));
   }
 
-  void spatial_backward(const Gates<T>& g, const Grads& d, int64_t n) const {
+  void spatial_backward(const Gates<T>& g, const Grads& d, int64_t n, const cpu::Parallel* parallel) const {
     graph_backward<L>(u.lattice, u.spatial, g.spatial.token, g.spatial.o, d.spatial_gate, d.spatial_token,
-                      d.spatial_tape, sums + n * 4 * u.channel.count + 2 * u.channel.count);
+                      d.spatial_tape, sums + n * 4 * u.channel.count + 2 * u.channel.count, parallel);
   }
-  void channel_backward(const Gates<T>& g, const Grads& d, int64_t n) const {
+  void channel_backward(const Gates<T>& g, const Grads& d, int64_t n, const cpu::Parallel* parallel) const {
     graph_backward<L>(u.ring, u.channel, g.channel.token, g.channel.o, d.channel_gate, d.channel_token, d.channel_tape,
-                      sums + n * 4 * u.channel.count);
+                      sums + n * 4 * u.channel.count, parallel);
   }
 
   void pool_planar(const Source& maps, const Gates<T>& g, const Grads& d, int64_t n, const cpu::Parallel* parallel,
@@ -120,12 +121,17 @@ struct BackwardWalk {
       const int64_t begin = b * u.block, end = smaller(begin + u.block, u.p.channels);
       A* contracted = partial + b * u.sums();
       memset(contracted, 0, sizeof(A) * static_cast<size_t>(u.sums()));
+      if (by_pixel) {
+        sum_channel_groups<L, 2>(begin, end, gate_grad, [&]<int n>(int64_t c, V* each) {
+          pixel_products<n>(maps, c, channel, spread, contracted, each);
+          for (int i = 0; i < n; ++i) each[i] *= scale;
+        });
+        return;
+      }
       sum_channels<L>(begin, end, gate_grad, [&](int64_t c) {
         V total = L::zero();
         const V w = L::set(channel[c]);
-        if (by_pixel) {
-          pixel_products(maps, c, w, spread, contracted, total);
-        } else if (u.p.sequential) {
+        if (u.p.sequential) {
           column_products<true>(maps, c, w, spread, contracted, columns + c * u.sums(), total);
         } else {
           column_products<false>(maps, c, w, spread, contracted, nullptr, total);
@@ -139,7 +145,7 @@ struct BackwardWalk {
       }
     }
     join_cells(u, partial, d.spatial_gate, [&](int64_t, int64_t) { return u.p.scale; });
-    spatial_backward(g, d, n);
+    spatial_backward(g, d, n, parallel);
     if (u.p.sequential) {
       spread_sums(u, spread, [&](int64_t i, int64_t j, int64_t) { return token_share(d, i, j); });
       A* through_tokens = arena.take<A>(u.channel_pitch);
@@ -159,30 +165,46 @@ struct BackwardWalk {
         for (int64_t c = begin; c < end; ++c) gate_grad[c] += through_tokens[c];
       });
     }
-    channel_backward(g, d, n);
+    channel_backward(g, d, n, parallel);
   }
 
-  // One channel where x itself stands for column sums: adds w * dy * x to `contracted`, and the gate's share to
-  // `total`.
-  void pixel_products(const Source& source, int64_t c, V w, const A* spread, A* contracted, V& total) const {
+  // n channels where x itself stands for column sums: adds channel * dy * x to `contracted`, and gives each channel's
+  // spread * dy * x.
+  template <int n>
+  void pixel_products(const Source& source, int64_t c, const A* channel, const A* spread, A* contracted,
+                      V* each) const {
     const Source maps = source;
-    const int64_t e = c * u.pixels;
-    for (int64_t run = 0; run < u.pixels; run += kRun * lanes) {
-      const int64_t length = smaller(kRun * lanes, u.pixels - run);
-      const auto add = [&](int64_t k, V product) STEAM_LAMBDA_INLINE {
-        store(contracted + k, load(contracted + k) + w * product);
-        return load(spread + k) * product;
-      };
-      total += sum_vectors<L>(
-          length,
-          [&](int64_t k) STEAM_LAMBDA_INLINE {
-            maps.prefetch(e + run + k);
-            return add(run + k, maps.value(e + run + k) * maps.upstream(e + run + k));
-          },
-          [&](int64_t k) {
-            const V product = maps.value_until(e + run + k) * maps.upstream_until(e + run + k);
-            return add(run + k, L::select(L::first(length - k), product, L::zero()));
-          });
+    const int64_t e = c * u.pixels, pixels = u.pixels;
+    V weight[n], total[n];
+    for (int i = 0; i < n; ++i) {
+      weight[i] = L::set(channel[c + i]);
+      each[i] = L::zero();
+    }
+    const auto add = [&]<bool kWhole>(int64_t k, int64_t valid) STEAM_LAMBDA_INLINE {
+      const V by = load(spread + k);
+      V sum = load(contracted + k);
+#pragma GCC unroll 4
+      for (int i = 0; i < n; ++i) {
+        const int64_t at = e + i * pixels + k;
+        V product;
+        if (kWhole) {
+          maps.prefetch(at);
+          product = maps.value(at) * maps.upstream(at);
+        } else {
+          product = L::select(L::first(valid), maps.value_until(at) * maps.upstream_until(at), L::zero());
+        }
+        sum += weight[i] * product;
+        total[i] += by * product;
+      }
+      store(contracted + k, sum);
+    };
+    for (int64_t run = 0; run < pixels; run += kRun * lanes) {
+      const int64_t end = smaller(run + kRun * lanes, pixels);
+      for (int i = 0; i < n; ++i) total[i] = L::zero();
+      int64_t k = run;
+      for (; k + lanes <= end; k += lanes) add.template operator()<true>(k, lanes);
+      if (k < end) add.template operator()<false>(k, end - k);
+      for (int i = 0; i < n; ++i) each[i] += total[i];
     }
   }
 
@@ -247,7 +269,7 @@ struct BackwardWalk {
         d.spatial_gate[u.lattice.at(i, j)] = static_cast<A>(static_cast<double>(dot) * u.p.scale);
       }
     });
-    spatial_backward(g, d, n);
+    spatial_backward(g, d, n, parallel);
     const int64_t vectors = u.channel_pitch / lanes, share = 16;
     for_tasks(parallel, (vectors + share - 1) / share, [&](int64_t t) {
       for_tiles<L, 6>(smaller(share, vectors - t * share), [&]<int U>(int64_t v) {
@@ -274,7 +296,7 @@ struct BackwardWalk {
         for (int k = 0; k < U; ++k) store(gate_grad + c + k * lanes, total[k]);
       });
     });
-    channel_backward(g, d, n);
+    channel_backward(g, d, n, parallel);
   }
 
   void gate(int64_t n, const Source& maps, const Gates<T>& g, const Grads& d, const cpu::Parallel* parallel,
@@ -359,8 +381,6 @@ inline void write_weight_grad(const Problem& p, const Weight& weight, const Weig
 }  // namespace
 
 namespace cpu {
-#define STEAM_JOIN(a, b) a##b
-#define STEAM_NAME(prefix, variant) STEAM_JOIN(prefix, variant)
 void STEAM_NAME(backward_, STEAM_CPU_VARIANT)(const BackwardArgs& args) {
   const Problem& p = args.problem;
   const int64_t heads = p.num_heads;

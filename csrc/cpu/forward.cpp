@@ -53,13 +53,7 @@ struct ForwardWalk {
         V total = L::zero();
         if (by_pixel) {
           for (int64_t run = 0; run < u.pixels; run += kRun * lanes) {
-            const int64_t e = c * u.pixels + run;
-            const auto whole = [&](int64_t k) STEAM_LAMBDA_INLINE {
-              x.prefetch(e + k);
-              return x.value(e + k);
-            };
-            total += sum_vectors<L>(smaller(kRun * lanes, u.pixels - run), whole,
-                                    [&](int64_t k) { return x.value_until(e + k); });
+            total += sum_run(x, c * u.pixels + run, smaller(kRun * lanes, u.pixels - run));
           }
         } else {
           A* out = columns + c * u.sums();
@@ -71,7 +65,7 @@ struct ForwardWalk {
         return total * mean;
       });
     });
-    graph_forward<L>(u.ring, u.channel, g.channel.token, g.channel.o, g.channel.gate);
+    graph_forward<L>(u.ring, u.channel, g.channel.token, g.channel.o, g.channel.gate, parallel);
     const int64_t vectors = u.sums() / lanes, share = 24;
     for_tasks(parallel, (vectors + share - 1) / share, [&](int64_t t) {
       const int64_t first = t * share, count = smaller(share, vectors - first);
@@ -83,7 +77,7 @@ struct ForwardWalk {
       }
     });
     join_cells(u, contracted, g.spatial.token, [&](int64_t i, int64_t j) { return token_scale(i, j); });
-    graph_forward<L>(u.lattice, u.spatial, g.spatial.token, g.spatial.o, g.spatial.gate);
+    graph_forward<L>(u.lattice, u.spatial, g.spatial.token, g.spatial.o, g.spatial.gate, parallel);
   }
 
   void pool_channels_last(const Source& x, const Gates<T>& g, const cpu::Parallel* parallel, Arena& arena) const {
@@ -142,7 +136,7 @@ struct ForwardWalk {
         for (int k = 0; k < U; ++k) store(z + c + k * lanes, total[k] * mean);
       });
     });
-    graph_forward<L>(u.ring, u.channel, g.channel.token, g.channel.o, g.channel.gate);
+    graph_forward<L>(u.ring, u.channel, g.channel.token, g.channel.o, g.channel.gate, parallel);
     const A* weight = token_weights(g);
     for_tasks(parallel, u.p.grid_h, [&](int64_t i) {
       for (int64_t j = 0; j < u.p.grid_w; ++j) {
@@ -153,7 +147,7 @@ struct ForwardWalk {
         g.spatial.token[u.lattice.at(i, j)] = static_cast<A>(static_cast<double>(dot) * token_scale(i, j));
       }
     });
-    graph_forward<L>(u.lattice, u.spatial, g.spatial.token, g.spatial.o, g.spatial.gate);
+    graph_forward<L>(u.lattice, u.spatial, g.spatial.token, g.spatial.o, g.spatial.gate, parallel);
   }
 
   void save(const Gates<T>& g, int64_t n) const {
@@ -205,8 +199,6 @@ struct ForwardWalk {
 }  // namespace
 
 namespace cpu {
-#define STEAM_JOIN(a, b) a##b
-#define STEAM_NAME(prefix, variant) STEAM_JOIN(prefix, variant)
 void STEAM_NAME(forward_, STEAM_CPU_VARIANT)(const ForwardArgs& args) {
   with_dtype(args.problem.dtype, [&]<class T>() {
     Arena arena;

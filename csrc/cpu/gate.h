@@ -101,9 +101,15 @@ STEAM_INLINE T* ahead(T* at, int64_t n) {
   return at ? at + n : nullptr;
 }
 
+// A vector of each output.
+template <class V>
+struct Made {
+  V first, second;
+};
+
 // How one vector of output is made. An operation reads its maps at element e, whole vectors or what there is of one
-// before the sample's end, and writes to one or two places. Loops copy it first: their stores could otherwise change
-// it, for all that the compiler knows.
+// before the sample's end; kFirst and kSecond say which outputs it has. Loops copy it first: their stores could
+// otherwise change it, for all that the compiler knows.
 
 // y = relu(x * gate + residual).
 template <class T, bool kResidual, bool kRelu>
@@ -112,18 +118,20 @@ struct GateForward {
   using L = Lanes<T>;
   using V = typename L::V;
   using A = typename L::A;
+  static constexpr bool kFirst = true, kSecond = false;
   const T* x;
   const T* residual;
   int64_t size;
 
   template <bool kWhole>
-  STEAM_INLINE void run(int64_t e, V gate, V, V, T* y, T*) const {
-    const auto read = [&](const T* map) { return kWhole ? load(map + e) : load_until(map + e, map + size); };
+  STEAM_INLINE Made<V> make(int64_t e, V gate, V, V) const {
+    const auto read = [&](const T* map)
+                          STEAM_LAMBDA_INLINE { return kWhole ? load(map + e) : load_until(map + e, map + size); };
     V out = read(x) * gate;
     if (kResidual) out += read(residual);
     // As PyTorch's: a NaN stays.
     if (kRelu) out = L::select(out < L::zero(), L::zero(), out);
-    store(y, out);
+    return {out, out};
   }
 };
 
@@ -134,14 +142,14 @@ struct GateBackward {
   using L = typename M::L;
   using V = typename L::V;
   using A = typename L::A;
+  static constexpr bool kFirst = kInput, kSecond = kResidual;
   M maps;
   int64_t size;
 
   template <bool kWhole>
-  STEAM_INLINE void run(int64_t e, V gate, V shift, V offset, Type* dx, Type* dresidual) const {
+  STEAM_INLINE Made<V> make(int64_t e, V gate, V shift, V offset) const {
     const V g = kWhole ? maps.upstream(e) : maps.upstream_until(e);
-    if (kInput) store(dx, g * gate + (shift + offset));
-    if (kResidual) store(dresidual, g);
+    return {g * gate + (shift + offset), g};
   }
 };
 
@@ -151,7 +159,7 @@ struct Along {
   // Numbers that vary along the run: `period` of them, and then at least a vector's worth of them again.
   const typename L::A* gate;
   const typename L::A* share;   // backward only, like the rest
-  const typename L::A* offset;  // null: `add` for all
+  const typename L::A* offset;  // or `add` for all
   int64_t period;
   // And those that do not: gate * gate_factor, share * share_factor + offset.
   typename L::A gate_factor;
@@ -159,69 +167,114 @@ struct Along {
   typename L::A add;
 };
 
-// n <= kChunk elements from e on, whose pattern starts at q. Returns where it stopped.
-template <bool kBackward, class G, class L>
-STEAM_INLINE int64_t gate_chunk(const G& operation, int64_t e, int64_t n, const Along<L>& pattern, int64_t q,
-                                typename G::Type* out, typename G::Type* second) {
+// Vectors along a pattern: what stays the same for a run, spelt out over the lanes.
+template <bool kBackward, bool kOffset, class L>
+struct Pattern {
   using V = typename L::V;
+  const typename L::A *gates, *shares, *offsets;
+  V gate_factor, share_factor, add;
+  explicit STEAM_INLINE Pattern(const Along<L>& a)
+      : gates(a.gate),
+        shares(a.share),
+        offsets(a.offset),
+        gate_factor(L::set(a.gate_factor)),
+        share_factor(L::set(a.share_factor)),
+        add(L::set(a.add)) {}
+  // The vector of output at element e, where the pattern is at q.
+  template <bool kWhole, class G>
+  STEAM_INLINE Made<V> make(const G& op, int64_t e, int64_t q) const {
+    const V gate = gate_factor * load(gates + q);
+    if (!kBackward) return op.template make<kWhole>(e, gate, gate, gate);
+    return op.template make<kWhole>(e, gate, share_factor * load(shares + q), kOffset ? load(offsets + q) : add);
+  }
+};
+
+template <class G, class V>
+STEAM_INLINE void put(typename G::Type* out, typename G::Type* second, const Made<V>& made) {
+  if (G::kFirst) store(out, made.first);
+  if (G::kSecond) store(second, made.second);
+}
+
+// `vectors` of output from element e on, with the pattern from q on.
+template <class G, class P>
+STEAM_INLINE void gate_vectors(const G& op, const P& pattern, int64_t e, int64_t q, int64_t vectors,
+                               typename G::Type* out, typename G::Type* second) {
+  constexpr int64_t lanes = G::L::kLanes;
+  int64_t k = 0;
+  for (; k + 2 * lanes <= vectors * lanes; k += 2 * lanes) {
+    const auto a = pattern.template make<true>(op, e + k, q + k);
+    const auto b = pattern.template make<true>(op, e + k + lanes, q + k + lanes);
+    if (G::kFirst) store_two(out + k, a.first, b.first);
+    if (G::kSecond) store_two(second + k, a.second, b.second);
+  }
+  if (k < vectors * lanes) put<G>(ahead(out, k), ahead(second, k), pattern.template make<true>(op, e + k, q + k));
+}
+
+// n <= kChunk elements from e on, whose pattern starts at q. Returns where it stopped.
+template <bool kBackward, bool kOffset, class G, class L>
+STEAM_INLINE int64_t gate_chunk(const G& operation, int64_t e, int64_t n, const Along<L>& along, int64_t q,
+                                typename G::Type* out, typename G::Type* second) {
   constexpr int64_t lanes = L::kLanes;
   const G op = operation;
-  const Along<L> along = pattern;
-  const V gate_factor = L::set(along.gate_factor), share_factor = L::set(along.share_factor), add = L::set(along.add);
+  const Pattern<kBackward, kOffset, L> pattern(along);
+  const int64_t period = along.period;
   const int64_t whole = e + round_up(n, lanes) <= op.size ? round_up(n, lanes) : n / lanes * lanes;
-  const auto vector = [&]<bool kWhole>(int64_t k) STEAM_LAMBDA_INLINE {
-    const V gate = gate_factor * load(along.gate + q);
-    V shift = L::zero(), offset = L::zero();
-    if (kBackward) {
-      shift = share_factor * load(along.share + q);
-      offset = along.offset ? load(along.offset + q) : add;
-    }
-    op.template run<kWhole>(e + k, gate, shift, offset, ahead(out, k), ahead(second, k));
-  };
-  if (q + whole <= along.period + lanes) {
-    for (int64_t k = 0; k < whole; k += lanes, q += lanes) vector.template operator()<true>(k);
+  if (q + whole <= period + lanes) {
+    gate_vectors(op, pattern, e, q, whole / lanes, out, second);
+    q += whole;
   } else {
-    const int64_t step = lanes % along.period;
+    const int64_t step = lanes % period;
     for (int64_t k = 0; k < whole; k += lanes) {
-      vector.template operator()<true>(k);
+      put<G>(ahead(out, k), ahead(second, k), pattern.template make<true>(op, e + k, q));
       q += step;
-      q -= q >= along.period ? along.period : 0;
+      q -= q >= period ? period : 0;
     }
   }
-  if (whole < n) vector.template operator()<false>(whole);
+  if (whole < n) put<G>(ahead(out, whole), ahead(second, whole), pattern.template make<false>(op, e + whole, q));
   return q;
 }
 
 // A run of any length from element e on.
-template <bool kBackward, class G, class L, class S1, class S2>
+template <bool kBackward, bool kOffset, class G, class L, class S1, class S2>
 STEAM_INLINE void gate_run(const G& op, int64_t e, int64_t length, const Along<L>& along, S1& sink, S2& second) {
   int64_t q = 0;
   for (int64_t done = 0; done < length; done += kChunk) {
     const int64_t n = smaller(kChunk, length - done);
     auto* out = sink.begin(n);
-    q = gate_chunk<kBackward>(op, e + done, n, along, q, out, second.begin(n));
+    q = gate_chunk<kBackward, kOffset>(op, e + done, n, along, q, out, second.begin(n));
     q -= q >= along.period ? along.period : 0;
     sink.commit(n);
     second.commit(n);
   }
 }
 
-// Several short runs of `length` elements one behind the other; along(i) says what the i-th goes by.
-template <bool kBackward, class G, class F, class S1, class S2>
-STEAM_INLINE void gate_runs(const G& op, int64_t e, int64_t runs, int64_t length, const F& along, S1& sink,
+// Several short runs of `length` elements one behind the other, each no longer than its pattern; along(i) says what
+// the i-th goes by.
+template <bool kBackward, bool kOffset, class G, class F, class S1, class S2>
+STEAM_INLINE void gate_runs(const G& operation, int64_t e, int64_t runs, int64_t length, const F& along, S1& sink,
                             S2& second) {
+  using L = typename G::L;
   const int64_t group = kChunk / length;
   if (group < 2) {
-    for (int64_t i = 0; i < runs; ++i) gate_run<kBackward>(op, e + i * length, length, along(i), sink, second);
+    for (int64_t i = 0; i < runs; ++i) {
+      gate_run<kBackward, kOffset>(operation, e + i * length, length, along(i), sink, second);
+    }
     return;
   }
+  const G op = operation;
+  const int64_t vectors = (length + L::kLanes - 1) / L::kLanes;
   for (int64_t done = 0; done < runs; done += group) {
     const int64_t n = smaller(group, runs - done);
     auto* out = sink.begin(n * length);
     auto* second_out = second.begin(n * length);
-    for (int64_t i = 0; i < n; ++i) {
-      gate_chunk<kBackward>(op, e + (done + i) * length, length, along(done + i), 0, ahead(out, i * length),
-                            ahead(second_out, i * length));
+    int64_t i = 0, at = e + done * length;
+    for (; i < n && at + vectors * L::kLanes <= op.size; ++i, at += length) {
+      gate_vectors(op, Pattern<kBackward, kOffset, L>(along(done + i)), at, 0, vectors, ahead(out, i * length),
+                   ahead(second_out, i * length));
+    }
+    for (; i < n; ++i, at += length) {
+      gate_chunk<kBackward, kOffset>(op, at, length, along(done + i), 0, ahead(out, i * length),
+                                     ahead(second_out, i * length));
     }
     sink.commit(n * length);
     second.commit(n * length);

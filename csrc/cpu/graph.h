@@ -4,6 +4,7 @@
 #include "../common/graph.h"
 #include "../common/problem.h"
 #include "scratch.h"
+#include "threads.h"
 #include "vec.h"
 
 namespace steam {
@@ -20,7 +21,6 @@ struct Branch {
   int64_t count;                 // neighbours of a node
   const int64_t* offsets;        // their distances in the array
   const typename L::I* present;  // lattice: bit k of present[position] says that neighbour k exists
-  int64_t nodes() const { return rows * cols; }
   int64_t at(int64_t i, int64_t j) const { return first + i * pitch + j; }
 };
 
@@ -70,6 +70,22 @@ Branch<L> lattice_branch(const Problem& p, Arena& arena) {
   return b;
 }
 
+// Nodes come in blocks of so many positions: what threads share, and within which sums are kept apart.
+constexpr int64_t kNodeBlock = 256;
+
+struct Positions {
+  int64_t begin, end;
+};
+template <class L>
+int64_t node_blocks(const Branch<L>& branch) {
+  return (branch.span + kNodeBlock - 1) / kNodeBlock;
+}
+template <class L>
+Positions node_block(const Branch<L>& branch, int64_t block) {
+  const int64_t begin = branch.first + block * kNodeBlock;
+  return {begin, smaller(begin + kNodeBlock, branch.first + branch.span)};
+}
+
 // The neighbourhoods of L::kLanes consecutive positions. K: their size where it is known at compile time, else 0.
 template <class L, int K>
 struct RingNodes {
@@ -110,9 +126,10 @@ struct Heads {
 };
 
 template <class L, class N>
-void transform_nodes(const Branch<L>& branch, const Heads<L>& heads, const typename L::A* tokens, typename L::A* out) {
+void transform_nodes(const Branch<L>& branch, const Heads<L>& heads, Positions where, const typename L::A* tokens,
+                     typename L::A* out) {
   using V = typename L::V;
-  for (int64_t at = branch.first; at < branch.first + branch.span; at += L::kLanes) {
+  for (int64_t at = where.begin; at < where.end; at += L::kLanes) {
     const N nodes = N::make(branch, tokens, at);
     const V t = load(tokens + at);
     V lo, hi, o = L::zero();
@@ -125,25 +142,52 @@ void transform_nodes(const Branch<L>& branch, const Heads<L>& heads, const typen
   }
 }
 
+// The same on a ring of three distinct neighbours. In order of size they need two exponentials and no choice of
+// neighbours: the one with the largest score has weight 1.
+template <class L>
+void transform_triples(const Branch<L>& branch, const Heads<L>& heads, Positions where, const typename L::A* tokens,
+                       typename L::A* out) {
+  using V = typename L::V;
+  for (int64_t at = where.begin; at < where.end; at += L::kLanes) {
+    const V t = load(tokens + at);
+    const V p = load(tokens + at + branch.offsets[0]), q = load(tokens + at + branch.offsets[1]),
+            r = load(tokens + at + branch.offsets[2]);
+    const V low = L::select(p < q, p, q), high = L::select(p < q, q, p);
+    const V lo = L::select(r < low, r, low), hi = L::select(r > high, r, high);
+    const V inner = L::select(r < low, low, r), mid = L::select(r > high, high, inner);
+    // Sorting may drop a token that is not finite; exact arithmetic does not.
+    V o = (p - p) + (q - q) + (r - r);
+    const V down = mid - hi, up = mid - lo, range = hi - lo;
+    for (int64_t h = 0; h < heads.count; ++h) {
+      const V slope = L::set(heads.a[h]) * t;
+      const auto rises = L::less(L::zero(), slope);
+      const V near = L::select(rises, down, up), far = L::select(rises, -range, range);
+      const V near_weight = L::exp_nonpositive(slope * near), far_weight = L::exp_nonpositive(slope * far);
+      const V mean = (near_weight * near + far_weight * far) / (1 + near_weight + far_weight);
+      o += L::set(heads.b[h]) * (L::select(rises, hi, lo) + mean);
+    }
+    store(out + at, o);
+  }
+}
+
 // Working memory of one branch's backward pass.
 template <class L>
 struct GraphTape {
   typename L::A*
       shares;  // count arrays of branch.size: what node i gives to its k-th neighbour (static neighbourhoods only)
-  typename L::V* sums;  // 2 * heads: lanes of the gradients of a and b
+  typename L::V* sums;  // a block of nodes after another, 2 * heads each: lanes of the gradients of a, then of b
 };
 
-// token_grad = d<out_grad, T(tokens)>/d tokens; adds the gradients of a, then of b, to slope_gain_grad in the tape's
-// sums.
+// d<out_grad, T(tokens)>/d tokens, of the nodes `where`: what each node has through its own query into token_grad, what
+// it gives to its neighbours into the tape (K = 0: added to theirs).
 template <class L, class N, int K>
-void transform_nodes_backward(const Branch<L>& branch, const Heads<L>& heads, const typename L::A* tokens,
-                              const typename L::A* out_grad, typename L::A* token_grad, const GraphTape<L>& tape) {
+void transform_nodes_backward(const Branch<L>& branch, const Heads<L>& heads, Positions where,
+                              const typename L::A* tokens, const typename L::A* out_grad, typename L::A* token_grad,
+                              const GraphTape<L>& tape, typename L::V* sums) {
   using V = typename L::V;
   using A = typename L::A;
-  memset(token_grad, 0, sizeof(A) * static_cast<size_t>(branch.size));
-  if (K && !branch.wraps) memset(tape.shares, 0, sizeof(A) * static_cast<size_t>(K * branch.size));
-  for (int64_t h = 0; h < 2 * heads.count; ++h) tape.sums[h] = L::zero();
-  for (int64_t at = branch.first; at < branch.first + branch.span; at += L::kLanes) {
+  for (int64_t h = 0; h < 2 * heads.count; ++h) sums[h] = L::zero();
+  for (int64_t at = where.begin; at < where.end; at += L::kLanes) {
     const N nodes = N::make(branch, tokens, at);
     const auto is_node = nodes.is_node();
     const V t = load(tokens + at);
@@ -170,34 +214,13 @@ void transform_nodes_backward(const Branch<L>& branch, const Heads<L>& heads, co
         }
       }
       own += mean_grad * a * variance;
-      tape.sums[h] += L::select(is_node, mean_grad * t * variance, L::zero());
-      tape.sums[heads.count + h] += L::select(is_node, og * (head.extreme + head.mean), L::zero());
+      sums[h] += L::select(is_node, mean_grad * t * variance, L::zero());
+      sums[heads.count + h] += L::select(is_node, og * (head.extreme + head.mean), L::zero());
     }
     own = L::select(is_node, own, L::zero());
     store(token_grad + at, load(token_grad + at) + own);
     for (int k = 0; k < K; ++k) {
       store(tape.shares + k * branch.size + at, L::select(is_node & nodes.exists(k), share[k], L::zero()));
-    }
-  }
-  const int64_t first = branch.first, n = branch.cols, margin = branch.margin;
-  if (K) {
-    // A gather over the same neighbours: graphs are symmetric, so no two nodes ever add to one place.
-    for (int64_t k = 0; k < K; ++k) {
-      A* share = tape.shares + k * branch.size;
-      if (branch.wraps) {
-        for (int64_t j = 0; j < margin; ++j) {
-          share[first - 1 - j] = share[first + n - 1 - j];
-          share[first + n + j] = share[first + j];
-        }
-      }
-      for (int64_t at = first; at < first + branch.span; at += L::kLanes) {
-        store(token_grad + at, load(token_grad + at) + load(share + at - branch.offsets[k]));
-      }
-    }
-  } else if (branch.wraps) {
-    for (int64_t j = 0; j < margin; ++j) {
-      token_grad[first + n - 1 - j] += token_grad[first - 1 - j];
-      token_grad[first + j] += token_grad[first + n + j];
     }
   }
 }
@@ -230,32 +253,6 @@ STEAM_INLINE void with_nodes(const Branch<L>& branch, const F& f) {
   return f.template run<LatticeNodes<L, 0>, 0>();
 }
 
-template <class L>
-struct TransformForward {
-  const Branch<L>& branch;
-  const Heads<L>& heads;
-  const typename L::A* tokens;
-  typename L::A* out;
-  template <class N, int K>
-  void run() const {
-    transform_nodes<L, N>(branch, heads, tokens, out);
-  }
-};
-
-template <class L>
-struct TransformBackward {
-  const Branch<L>& branch;
-  const Heads<L>& heads;
-  const typename L::A* tokens;
-  const typename L::A* out_grad;
-  typename L::A* token_grad;
-  const GraphTape<L>& tape;
-  template <class N, int K>
-  void run() const {
-    transform_nodes_backward<L, N, K>(branch, heads, tokens, out_grad, token_grad, tape);
-  }
-};
-
 // Fills what lies around the nodes: a ring's other end, zeros elsewhere. The nodes' own tokens are in place.
 template <class L>
 void surround(const Branch<L>& branch, typename L::A* tokens) {
@@ -278,33 +275,106 @@ void surround(const Branch<L>& branch, typename L::A* tokens) {
 
 // sigmoid(o) at every node.
 template <class L>
-void open_gates(const Branch<L>& branch, const typename L::A* o, typename L::A* gate) {
-  for (int64_t at = branch.first; at < branch.first + branch.span; at += L::kLanes) {
-    store(gate + at, sigmoid<L>(load(o + at)).open);
-  }
+void open_gates(Positions where, const typename L::A* o, typename L::A* gate) {
+  for (int64_t at = where.begin; at < where.end; at += L::kLanes) store(gate + at, sigmoid<L>(load(o + at)).open);
 }
 
 // o = T(tokens) at every node, and the gates open = sigmoid(o). `tokens`, `o` and `open` are arrays of branch.size.
 template <class L>
+struct GraphForward {
+  const Branch<L>& branch;
+  const Heads<L>& heads;
+  const typename L::A* tokens;
+  typename L::A* o;
+  typename L::A* open;
+  const cpu::Parallel* parallel;
+  template <class N, int K>
+  void run() const {
+    for_tasks(parallel, node_blocks(branch), [&](int64_t block) {
+      const Positions where = node_block(branch, block);
+      if (K == 3 && branch.wraps) {
+        transform_triples(branch, heads, where, tokens, o);
+      } else {
+        transform_nodes<L, N>(branch, heads, where, tokens, o);
+      }
+      open_gates<L>(where, o, open);
+    });
+  }
+};
+
+template <class L>
 void graph_forward(const Branch<L>& branch, const Heads<L>& heads, typename L::A* tokens, typename L::A* o,
-                   typename L::A* open) {
+                   typename L::A* open, const cpu::Parallel* parallel) {
   surround(branch, tokens);
-  with_nodes<L>(branch, TransformForward<L>{branch, heads, tokens, o});
-  open_gates(branch, o, open);
+  with_nodes<L>(branch, GraphForward<L>{branch, heads, tokens, o, open, parallel});
 }
 
-// From the gradient of the gates (in `grad`, overwritten by that of o) to the gradient of the tokens. `sums` receives
-// the gradients of a, then of b, for each head.
+// From the gradient of the gates (in `grad`, overwritten by that of o) to the gradient of the tokens.
+template <class L>
+struct GraphBackward {
+  using A = typename L::A;
+  const Branch<L>& branch;
+  const Heads<L>& heads;
+  const A* tokens;
+  const A* o;
+  A* grad;
+  A* token_grad;
+  const GraphTape<L>& tape;
+  const cpu::Parallel* parallel;
+  template <class N, int K>
+  void run() const {
+    const int64_t blocks = node_blocks(branch), first = branch.first, n = branch.cols;
+    memset(token_grad, 0, sizeof(A) * static_cast<size_t>(branch.size));
+    if (K && !branch.wraps) memset(tape.shares, 0, sizeof(A) * static_cast<size_t>(K * branch.size));
+    for_tasks(K ? parallel : nullptr, blocks, [&](int64_t block) {
+      const Positions where = node_block(branch, block);
+      for (int64_t at = where.begin; at < where.end; at += L::kLanes) {
+        const Gate<L> gate = sigmoid<L>(load(o + at));
+        store(grad + at, load(grad + at) * gate.open * gate.closed);
+      }
+      transform_nodes_backward<L, N, K>(branch, heads, where, tokens, grad, token_grad, tape,
+                                        tape.sums + block * 2 * heads.count);
+    });
+    if (branch.wraps) {
+      for (int64_t k = 0; k < K; ++k) {
+        A* share = tape.shares + k * branch.size;
+        for (int64_t j = 0; j < branch.margin; ++j) {
+          share[first - 1 - j] = share[first + n - 1 - j];
+          share[first + n + j] = share[first + j];
+        }
+      }
+      for (int64_t j = 0; !K && j < branch.margin; ++j) {
+        token_grad[first + n - 1 - j] += token_grad[first - 1 - j];
+        token_grad[first + j] += token_grad[first + n + j];
+      }
+    }
+    if (K == 0) return;
+    // A gather over the same neighbours: graphs are symmetric, so no two nodes ever add to one place.
+    for_tasks(parallel, blocks, [&](int64_t block) {
+      const Positions where = node_block(branch, block);
+      for (int64_t at = where.begin; at < where.end; at += L::kLanes) {
+        typename L::V sum = load(token_grad + at);
+        for (int64_t k = 0; k < K; ++k) sum += load(tape.shares + k * branch.size + at - branch.offsets[k]);
+        store(token_grad + at, sum);
+      }
+    });
+  }
+};
+
+// `sums` receives the gradients of a, then of b, for each head.
 template <class L>
 void graph_backward(const Branch<L>& branch, const Heads<L>& heads, typename L::A* tokens, const typename L::A* o,
-                    typename L::A* grad, typename L::A* token_grad, const GraphTape<L>& tape, double* sums) {
+                    typename L::A* grad, typename L::A* token_grad, const GraphTape<L>& tape, double* sums,
+                    const cpu::Parallel* parallel) {
   surround(branch, tokens);
-  for (int64_t at = branch.first; at < branch.first + branch.span; at += L::kLanes) {
-    const Gate<L> gate = sigmoid<L>(load(o + at));
-    store(grad + at, load(grad + at) * gate.open * gate.closed);
+  with_nodes<L>(branch, GraphBackward<L>{branch, heads, tokens, o, grad, token_grad, tape, parallel});
+  const int64_t blocks = node_blocks(branch);
+  for (int64_t h = 0; h < 2 * heads.count; ++h) {
+    sums[h] = 0;
+    for (int64_t block = 0; block < blocks; ++block) {
+      sums[h] += static_cast<double>(sum_lanes<L>(tape.sums[block * 2 * heads.count + h]));
+    }
   }
-  with_nodes<L>(branch, TransformBackward<L>{branch, heads, tokens, grad, token_grad, tape});
-  for (int64_t h = 0; h < 2 * heads.count; ++h) sums[h] = static_cast<double>(sum_lanes<L>(tape.sums[h]));
 }
 
 // Dense rows of nodes to and from a branch's array.

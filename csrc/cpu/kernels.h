@@ -47,6 +47,10 @@ struct BackwardArgs {
 // Bytes of the machine's last-level cache. Decides how outputs are stored, never what they hold.
 int64_t last_level_cache();
 
+// An entry of the instruction set that is being compiled.
+#define STEAM_JOIN(a, b) a##b
+#define STEAM_NAME(prefix, variant) STEAM_JOIN(prefix, variant)
+
 using Forward = void (*)(const ForwardArgs&);
 using Backward = void (*)(const BackwardArgs&);
 

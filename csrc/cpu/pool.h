@@ -242,18 +242,55 @@ STEAM_INLINE typename L::V sum_vectors(int64_t length, const F& whole, const R& 
   return (a + b) + (c + d);
 }
 
-// Adds up a function of each channel: f(c) gives a vector whose lanes are summed into out[c], L::kLanes channels at a
-// time.
-template <class L, class F>
-STEAM_INLINE void sum_channels(int64_t begin, int64_t end, typename L::A* out, const F& f) {
+// Sum of `length` elements from element e on, in lanes.
+template <class S>
+STEAM_INLINE typename S::V sum_run(const S& source, int64_t e, int64_t length) {
+  using L = typename S::L;
   using V = typename L::V;
+  constexpr int64_t lanes = L::kLanes;
+  const S s = source;
+  V a = L::zero(), b = L::zero(), c = L::zero(), d = L::zero();
+  int64_t k = 0;
+  for (; k + 4 * lanes <= length; k += 4 * lanes) {
+    s.prefetch(e + k);
+    a += s.value(e + k);
+    b += s.value(e + k + lanes);
+    if (2 * lanes * static_cast<int64_t>(sizeof(*s.x)) >= kLine) s.prefetch(e + k + 2 * lanes);
+    c += s.value(e + k + 2 * lanes);
+    d += s.value(e + k + 3 * lanes);
+  }
+  for (; k + lanes <= length; k += lanes) {
+    s.prefetch(e + k);
+    a += s.value(e + k);
+  }
+  if (k < length) b += L::select(L::first(length - k), s.value_until(e + k), L::zero());
+  return (a + b) + (c + d);
+}
+
+// Adds up a function of each channel, kGroup channels at a time: f<n>(c, each) gives vectors for c ... c + n - 1, whose
+// lanes are summed into out[c] ...
+template <class L, int kGroup, class F>
+STEAM_INLINE void sum_channel_groups(int64_t begin, int64_t end, typename L::A* out, const F& f) {
+  using V = typename L::V;
+  constexpr int n = smaller<int>(kGroup, L::kLanes);
   int64_t c = begin;
   for (; c + L::kLanes <= end; c += L::kLanes) {
     V each[L::kLanes];
-    for (int i = 0; i < L::kLanes; ++i) each[i] = f(c + i);
+    for (int i = 0; i < L::kLanes; i += n) f.template operator()<n>(c + i, each + i);
     store(out + c, sum_lanes_of_each<L>(each));
   }
-  for (; c < end; ++c) out[c] = sum_lanes<L>(f(c));
+  for (; c < end; ++c) {
+    V one[1];
+    f.template operator()<1>(c, one);
+    out[c] = sum_lanes<L>(one[0]);
+  }
+}
+
+// The same one by one: f(c) gives the vector.
+template <class L, class F>
+STEAM_INLINE void sum_channels(int64_t begin, int64_t end, typename L::A* out, const F& f) {
+  sum_channel_groups<L, 1>(begin, end, out,
+                           [&]<int>(int64_t c, typename L::V* each) STEAM_LAMBDA_INLINE { each[0] = f(c); });
 }
 
 // channels_last: sums over rows x cols pixels from element e on, into `values` and `products` (rows of `channels`

@@ -9,6 +9,7 @@
 #include "graph.h"
 #include "kernels.h"
 #include "scratch.h"
+#include "threads.h"
 #include "vec.h"
 
 namespace steam {
@@ -260,18 +261,6 @@ void join_wide(const Unit<T>& u, const typename Unit<T>::A* sums, typename Unit<
 
 // ---------------------------------------------------------------- threads
 
-// f(task) for all tasks: on the threads of `parallel`, or one after another where there is none.
-template <class F>
-STEAM_INLINE void for_tasks(const cpu::Parallel* parallel, int64_t tasks, const F& f) {
-  if (parallel == nullptr || tasks < 2) {
-    for (int64_t t = 0; t < tasks; ++t) f(t);
-    return;
-  }
-  parallel->run(
-      tasks, [](void* context, int64_t task) { (*static_cast<const F*>(context))(task); },
-      const_cast<void*>(static_cast<const void*>(&f)));
-}
-
 // sample(n, parallel) for every sample: whole samples side by side, and those left over shared by all threads.
 // What is summed together never depends on which way a sample went.
 template <class T, class F>
@@ -313,7 +302,7 @@ void gate_walk(const Unit<T>& u, const G& op, T* out, T* second, Route route, co
           for (int64_t j = 0; j < u.p.grid_w; ++j) {
             const auto along = by_pixel(i, j);
             const int64_t q = u.col_begin[j], pixels = u.col_begin[j + 1] - q;
-            gate_runs<kBackward>(
+            gate_runs<kBackward, true>(
                 op, r * stride + q * u.p.channels, pixels, u.p.channels, [&](int64_t) { return along; }, sink, other);
           }
         }
@@ -322,7 +311,7 @@ void gate_walk(const Unit<T>& u, const G& op, T* out, T* second, Route route, co
   } else if (u.walk == Walk::kNarrow) {
     for_tasks(parallel, u.runs, [&](int64_t k) {
       sinks(u.run_begin(k), u.run_length(k), [&](S1& sink, S2& other) STEAM_LAMBDA_INLINE {
-        gate_run<kBackward>(op, u.run_begin(k), u.run_length(k), by_channel(0, k), sink, other);
+        gate_run<kBackward, false>(op, u.run_begin(k), u.run_length(k), by_channel(0, k), sink, other);
       });
     });
   } else {
@@ -330,13 +319,14 @@ void gate_walk(const Unit<T>& u, const G& op, T* out, T* second, Route route, co
       const int64_t begin = b * u.block, count = smaller(u.block, u.p.channels - begin);
       sinks(begin * u.pixels, count * u.pixels, [&](S1& sink, S2& other) STEAM_LAMBDA_INLINE {
         if (u.by_pixel) {
-          gate_runs<kBackward>(
+          gate_runs<kBackward, false>(
               op, begin * u.pixels, count, u.pixels, [&](int64_t c) { return by_channel(begin + c, 0); }, sink, other);
           return;
         }
         for (int64_t c = begin; c < begin + count; ++c) {
           for (int64_t k = 0; k < u.runs; ++k) {
-            gate_run<kBackward>(op, c * u.pixels + u.run_begin(k), u.run_length(k), by_channel(c, k), sink, other);
+            gate_run<kBackward, false>(op, c * u.pixels + u.run_begin(k), u.run_length(k), by_channel(c, k), sink,
+                                       other);
           }
         }
       });

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__x86_64__) || defined(__i386__)
 #  include <immintrin.h>
@@ -211,12 +212,14 @@ STEAM_INLINE VecH truncate(VecU u) { return __builtin_convertvector(u, VecH); }
 
 STEAM_INLINE VecF widen(VecH h, BFloat16) { return bit_cast<VecF>(extend(h) << 16); }
 
-STEAM_INLINE VecH narrow(VecF v, BFloat16) {
+// The sixteen bits of each lane, in its lower half. A NaN is cut, not rounded up into a number: arithmetic's NaNs have
+// the quiet bit, which stays.
+STEAM_INLINE VecU round_bits(VecF v, BFloat16) {
   const VecU u = bit_cast<VecU>(v);
-  const VecU rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
-  const VecU quiet = (u >> 16) | 0x40;
-  return truncate(bit_cast<VecU>((v != v) ? bit_cast<VecI>(quiet) : bit_cast<VecI>(rounded)));
+  const VecU bias = ((u >> 16) & 1) + 0x7fff;
+  return (u + (bias & bit_cast<VecU>(v == v))) >> 16;
 }
+STEAM_INLINE VecH narrow(VecF v, BFloat16) { return truncate(round_bits(v, BFloat16{})); }
 
 #if defined(__AVX512F__) && !defined(STEAM_CPU_VECTOR_BYTES)
 STEAM_INLINE VecF widen(VecH h, Float16) { return bit_cast<VecF>(_mm512_cvtph_ps(bit_cast<__m256i>(h))); }
@@ -283,6 +286,22 @@ template <class T>
 STEAM_INLINE void store(T* p, typename Lanes<T>::V v) {
   const auto bits = pack(v, T{});
   __builtin_memcpy(p, &bits, sizeof(bits));
+}
+
+// Two vectors, one behind the other.
+template <class T>
+STEAM_INLINE void store_two(T* p, typename Lanes<T>::V a, typename Lanes<T>::V b) {
+#if defined(__AVX2__) && !defined(__AVX512F__) && !defined(STEAM_CPU_VECTOR_BYTES)
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    const __m256i low = bit_cast<__m256i>(round_bits(a, T{})), high = bit_cast<__m256i>(round_bits(b, T{}));
+    // Packs within halves of a register, so the middle quarters trade places.
+    const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(low, high), 0xd8);
+    __builtin_memcpy(p, &packed, sizeof(packed));
+    return;
+  }
+#endif
+  store(p, a);
+  store(p + Lanes<T>::kLanes, b);
 }
 
 // The first n lanes only; a load leaves the others zero.
