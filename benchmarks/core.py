@@ -181,7 +181,11 @@ class Problem:
             return rows.double() if self.dtype == "float64" else rows
 
         out = {"x": feature_map(), "dy": feature_map(), "channel_weight": weight(), "spatial_weight": weight()}
-        return out | ({"residual": feature_map()} if self.tail else {})
+        if self.tail:
+            # Larger than what is added to it, or a rounding would decide what the ReLU lets through.
+            noise = feature_map()
+            out["residual"] = torch.sign(noise) * (0.5 + noise.abs() + self.unit.get("scale", 1.0) * out["x"].abs())
+        return out
 
 
 DIRECTIONS: dict[str, tuple[str, ...]] = {
