@@ -107,8 +107,9 @@ enum class Wait { kNothing, kBarrier, kShuffle, kEnd };
 
 struct Fibre {
   unsigned index = 0;
-  ucontext_t context{};
+  void* context[5] = {};  // where __builtin_longjmp goes
   char* stack = nullptr;
+  bool started = false;
   void* sanitizer = nullptr;  // AddressSanitizer's fake stack, or ThreadSanitizer's fibre
   Wait wait = Wait::kNothing;
   Place place = Place::current();
@@ -130,9 +131,11 @@ struct Block {
   std::vector<unsigned> ready;
   std::vector<Piece> shared;
   size_t shared_bytes = 0, shared_taken = 0;
+  size_t waiting = 0, ended = 0;  // threads at a barrier, and at the kernel's end
+  unsigned first_waiting = 0;
   void (*body)(const void*) = nullptr;
   const void* arguments = nullptr;
-  ucontext_t scheduler{};
+  void* scheduler[5] = {};
   void* scheduler_fibre = nullptr;
   const void* scheduler_stack = nullptr;
   size_t scheduler_stack_bytes = 0;
@@ -151,6 +154,21 @@ CUDA_ON_HOST_UNWATCHED static dim3 thread_index() { return {fibre->index, 0, 0};
 CUDA_ON_HOST_UNWATCHED static dim3 block_index() { return block->index; }
 CUDA_ON_HOST_UNWATCHED static dim3 block_size() { return block->size; }
 
+// swapcontext without its two system calls.
+__attribute__((noinline, noreturn)) inline void jump(void** to) { __builtin_longjmp(to, 1); }
+__attribute__((noinline)) inline void change(void** from, void** to) {
+  if (__builtin_setjmp(from) == 0) jump(to);
+}
+void main_of_fibre();
+__attribute__((noinline)) inline void start(void** from, Fibre& f) {
+  ucontext_t context;
+  getcontext(&context);
+  context.uc_stack.ss_sp = f.stack;
+  context.uc_stack.ss_size = kStackBytes;
+  makecontext(&context, main_of_fibre, 0);
+  if (__builtin_setjmp(from) == 0) setcontext(&context);
+}
+
 // From a fibre to the scheduler; returns when that picks it again.
 inline void leave(bool for_good) {
   Fibre* self = fibre;
@@ -161,7 +179,7 @@ inline void leave(bool for_good) {
   __tsan_switch_to_fiber(block->scheduler_fibre, __tsan_switch_to_fiber_no_sync);
 #endif
   (void)for_good;
-  swapcontext(&self->context, &block->scheduler);
+  change(self->context, block->scheduler);
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(self->sanitizer, nullptr, nullptr);
 #endif
@@ -175,12 +193,17 @@ inline void resume(Fibre& next) {
 #elif defined(__SANITIZE_THREAD__)
   __tsan_switch_to_fiber(next.sanitizer, __tsan_switch_to_fiber_no_sync);
 #endif
-  swapcontext(&block->scheduler, &next.context);
+  if (std::exchange(next.started, true)) {
+    change(block->scheduler, next.context);
+  } else {
+    start(block->scheduler, next);
+  }
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(fake_stack, nullptr, nullptr);
 #endif
 }
 
+void end_thread();
 inline void main_of_fibre() {
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(nullptr, &block->scheduler_stack, &block->scheduler_stack_bytes);
@@ -188,14 +211,16 @@ inline void main_of_fibre() {
   Sanitizer::acquire(&block->begin);
   block->body(block->arguments);
   Sanitizer::release(&block->end);
-  {
-    const Unwatched scope;
-    fibre->wait = Wait::kEnd;
-  }
+  end_thread();
   leave(true);
 }
 
 // ---------------------------------------------------------------- where threads meet
+
+inline bool same(const Place& a, const Place& b) {
+  return a.line() == b.line() && a.column() == b.column() &&
+         (a.file_name() == b.file_name() || std::strcmp(a.file_name(), b.file_name()) == 0);
+}
 
 inline std::string describe(const Fibre& f) {
   if (f.wait == Wait::kEnd) return "at the kernel's end";
@@ -205,45 +230,22 @@ inline std::string describe(const Fibre& f) {
          std::to_string(f.place.line());
 }
 
-inline bool same(const Place& a, const Place& b) {
-  return a.line() == b.line() && a.column() == b.column() && std::strcmp(a.file_name(), b.file_name()) == 0;
+[[noreturn]] inline void fail_apart(const Fibre& self, const Fibre& other) {
+  fail(self.place, "thread " + std::to_string(self.index) + " is " + describe(self) + "; thread " +
+                       std::to_string(other.index) + ", which must come there too, is " + describe(other));
 }
 
-// Waits for the threads of [first, first + count) that `mask` names, all of them where there is none. The last to come
-// runs f; then all go on.
-template <class F>
-void meet(Wait wait, unsigned first, unsigned count, uint32_t mask, const Place& place, const F& f) {
+inline void go_on(Fibre& f) {
+  f.wait = Wait::kNothing;
+  block->ready.push_back(f.index);
+}
+
+inline void end_thread() {
+  const Unwatched scope;
   Block& b = *block;
-  Fibre& self = *fibre;
-  self.wait = wait;
-  self.place = place;
-  self.mask = mask;
-  const auto named = [&](unsigned i) { return wait == Wait::kBarrier || (mask >> (i - first) & 1) != 0; };
-  bool all = true;
-  for (unsigned i = first; i < first + count; ++i) {
-    if (!named(i)) continue;
-    if (i >= b.fibres.size()) fail(place, "the mask names a lane that the block does not have");
-    const Fibre& other = b.fibres[i];
-    const bool is_here = other.wait == wait && other.mask == mask && same(other.place, place);
-    // Who is at a shuffle that does not wait for this thread may still come.
-    const bool may_come = other.wait == Wait::kNothing ||
-                          (other.wait == Wait::kShuffle &&
-                           (other.index / kWarp != self.index / kWarp || !(other.mask >> self.index % kWarp & 1)));
-    if (!is_here && !may_come) {
-      fail(place, "thread " + std::to_string(self.index) + " is " + describe(self) + "; thread " + std::to_string(i) +
-                      ", which must come there too, is " + describe(other));
-    }
-    all = all && is_here;
-  }
-  if (all) {
-    f();
-    for (unsigned i = first; i < first + count; ++i) {
-      if (!named(i)) continue;
-      b.fibres[i].wait = Wait::kNothing;
-      b.ready.push_back(i);
-    }
-  }
-  leave(false);
+  fibre->wait = Wait::kEnd;
+  if (b.waiting > 0) fail_apart(b.fibres[b.first_waiting], *fibre);
+  ++b.ended;
 }
 
 inline void barrier(const Place& place) {
@@ -252,7 +254,22 @@ inline void barrier(const Place& place) {
   Sanitizer::release(at);
   {
     const Unwatched scope;
-    meet(Wait::kBarrier, 0, static_cast<unsigned>(block->fibres.size()), 0, place, [] {});
+    Block& b = *block;
+    Fibre& self = *fibre;
+    self.wait = Wait::kBarrier;
+    self.place = place;
+    if (b.ended > 0) {
+      for (const Fibre& other : b.fibres) {
+        if (other.wait == Wait::kEnd) fail_apart(self, other);
+      }
+    }
+    if (b.waiting++ == 0) b.first_waiting = self.index;
+    if (!same(place, b.fibres[b.first_waiting].place)) fail_apart(self, b.fibres[b.first_waiting]);
+    if (b.waiting == b.fibres.size()) {
+      b.waiting = 0;
+      for (Fibre& f : b.fibres) go_on(f);
+    }
+    leave(false);
   }
   Sanitizer::acquire(at);
 }
@@ -262,22 +279,41 @@ template <class T>
 T shuffle(uint32_t mask, T value, unsigned source, const Place& place) {
   static_assert(sizeof(T) <= sizeof(uint64_t));
   const Unwatched scope;
-  const unsigned first = fibre->index / kWarp * kWarp, lane = fibre->index % kWarp;
-  if (!(mask >> lane & 1)) fail(place, "the mask does not name the thread that gives it");
-  if (!(mask >> source & 1)) fail(place, "the mask does not name the lane that is read");
-  fibre->value = 0;
-  std::memcpy(&fibre->value, &value, sizeof(T));
-  fibre->source = source;
-  meet(Wait::kShuffle, first, kWarp, mask, place, [&] {
-    uint64_t given[kWarp] = {};
+  Fibre& self = *fibre;
+  const unsigned lane = self.index % kWarp, first = self.index - lane;
+  const auto named = [mask](unsigned l) { return (mask >> l & 1) != 0; };
+  if (!named(lane)) fail(place, "the mask does not name the thread that gives it");
+  if (!named(source)) fail(place, "the mask does not name the lane that is read");
+  self.wait = Wait::kShuffle;
+  self.place = place;
+  self.mask = mask;
+  self.value = 0;
+  std::memcpy(&self.value, &value, sizeof(T));
+  self.source = source;
+  bool all = true;
+  for (unsigned l = 0; l < kWarp; ++l) {
+    if (!named(l)) continue;
+    if (first + l >= block->fibres.size()) fail(place, "the mask names a lane that the block does not have");
+    const Fibre& other = block->fibres[first + l];
+    const bool is_here = other.wait == Wait::kShuffle && other.mask == mask && same(other.place, place);
+    // Who is at a shuffle that does not wait for this thread may still come.
+    const bool may_come =
+        other.wait == Wait::kNothing || (other.wait == Wait::kShuffle && !(other.mask >> lane & 1));
+    if (!is_here && !may_come) fail_apart(self, other);
+    all = all && is_here;
+  }
+  if (all) {
+    uint64_t given[kWarp];
+    for (unsigned l = 0; l < kWarp; ++l) given[l] = named(l) ? block->fibres[first + l].value : 0;
     for (unsigned l = 0; l < kWarp; ++l) {
-      if (mask >> l & 1) given[l] = block->fibres[first + l].value;
+      if (!named(l)) continue;
+      Fibre& f = block->fibres[first + l];
+      f.value = given[f.source];
+      go_on(f);
     }
-    for (unsigned l = 0; l < kWarp; ++l) {
-      if (mask >> l & 1) block->fibres[first + l].value = given[block->fibres[first + l].source];
-    }
-  });
-  std::memcpy(&value, &fibre->value, sizeof(T));
+  }
+  leave(false);
+  std::memcpy(&value, &self.value, sizeof(T));
   return value;
 }
 
@@ -328,10 +364,6 @@ inline void run_block(Block& b, const Stacks& stacks, const Place& place) {
 #if defined(__SANITIZE_THREAD__)
     f.sanitizer = __tsan_create_fiber(0);
 #endif
-    getcontext(&f.context);
-    f.context.uc_stack.ss_sp = f.stack;
-    f.context.uc_stack.ss_size = kStackBytes;
-    makecontext(&f.context, main_of_fibre, 0);
   }
   b.ready.resize(b.fibres.size());
   std::iota(b.ready.begin(), b.ready.end(), 0u);
