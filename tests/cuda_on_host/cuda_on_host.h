@@ -150,17 +150,21 @@ inline Fibre* fibre = nullptr;
 #else
 #  define CUDA_ON_HOST_UNWATCHED inline
 #endif
+CUDA_ON_HOST_UNWATCHED static Block* this_block() { return block; }
 CUDA_ON_HOST_UNWATCHED static dim3 thread_index() { return {fibre->index, 0, 0}; }
 CUDA_ON_HOST_UNWATCHED static dim3 block_index() { return block->index; }
 CUDA_ON_HOST_UNWATCHED static dim3 block_size() { return block->size; }
+// Two flags that take turns: who is early at the next barrier must not seem to have come before this one.
+CUDA_ON_HOST_UNWATCHED static char* barrier_flag() { return &block->barrier[fibre->barriers++ % 2]; }
 
-// swapcontext without its two system calls.
-__attribute__((noinline, noreturn)) inline void jump(void** to) { __builtin_longjmp(to, 1); }
-__attribute__((noinline)) inline void change(void** from, void** to) {
+// swapcontext without its two system calls. The sanitizers would take a jump for the end of the stack that it leaves.
+#define CUDA_ON_HOST_JUMPS __attribute__((noinline, no_sanitize_address, no_sanitize_thread))
+CUDA_ON_HOST_JUMPS inline void jump(void** to) { __builtin_longjmp(to, 1); }
+CUDA_ON_HOST_JUMPS inline void change(void** from, void** to) {
   if (__builtin_setjmp(from) == 0) jump(to);
 }
 void main_of_fibre();
-__attribute__((noinline)) inline void start(void** from, Fibre& f) {
+CUDA_ON_HOST_JUMPS inline void start(void** from, Fibre& f) {
   ucontext_t context;
   getcontext(&context);
   context.uc_stack.ss_sp = f.stack;
@@ -170,7 +174,7 @@ __attribute__((noinline)) inline void start(void** from, Fibre& f) {
 }
 
 // From a fibre to the scheduler; returns when that picks it again.
-inline void leave(bool for_good) {
+CUDA_ON_HOST_UNWATCHED static void leave(bool for_good) {
   Fibre* self = fibre;
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_start_switch_fiber(for_good ? nullptr : &self->sanitizer, block->scheduler_stack,
@@ -208,10 +212,14 @@ inline void main_of_fibre() {
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(nullptr, &block->scheduler_stack, &block->scheduler_stack_bytes);
 #endif
-  Sanitizer::acquire(&block->begin);
-  block->body(block->arguments);
-  Sanitizer::release(&block->end);
-  end_thread();
+  Block* b = this_block();
+  Sanitizer::acquire(&b->begin);
+  b->body(b->arguments);
+  Sanitizer::release(&b->end);
+  {
+    const Unwatched scope;
+    end_thread();
+  }
   leave(true);
 }
 
@@ -241,7 +249,6 @@ inline void go_on(Fibre& f) {
 }
 
 inline void end_thread() {
-  const Unwatched scope;
   Block& b = *block;
   fibre->wait = Wait::kEnd;
   if (b.waiting > 0) fail_apart(b.fibres[b.first_waiting], *fibre);
@@ -249,8 +256,7 @@ inline void end_thread() {
 }
 
 inline void barrier(const Place& place) {
-  // Two that take turns: who is early at the next one must not seem to have come before this one.
-  char* at = &block->barrier[fibre->barriers++ % 2];
+  char* at = barrier_flag();
   Sanitizer::release(at);
   {
     const Unwatched scope;
@@ -357,7 +363,11 @@ class Stacks {
 };
 
 inline void run_block(Block& b, const Stacks& stacks, const Place& place) {
+  const Unwatched scope;
   block = &b;
+#if defined(__SANITIZE_THREAD__)
+  b.scheduler_fibre = __tsan_get_current_fiber();
+#endif
   Sanitizer::release(&b.begin);
   for (Fibre& f : b.fibres) {
     f.stack = stacks[f.index];
