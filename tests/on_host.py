@@ -6,12 +6,14 @@ The runner is a process that takes one call after another over pipes; when a cal
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import hashlib
 import os
 import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,9 @@ SHIM = ROOT / "tests" / "cuda_on_host"
 KERNELS = ROOT / "csrc" / "cuda"
 BUILD = ROOT / "build" / "cuda_on_host"
 
-FLAGS = "-std=c++20 -Wall -Wextra -Werror -Wno-unknown-pragmas -DSTEAM_CUDA_ON_HOST -fno-strict-aliasing -g1 -O1".split()
+FLAGS = (
+    "-std=c++20 -Wall -Wextra -Werror -Wno-unknown-pragmas -DSTEAM_CUDA_ON_HOST -fno-strict-aliasing -g1 -O1".split()
+)
 #: Variant -> compiler flags and environment.
 VARIANTS: dict[str, tuple[list[str], dict[str, str]]] = {
     "plain": ([], {}),
@@ -38,7 +42,19 @@ VARIANTS: dict[str, tuple[list[str], dict[str, str]]] = {
 }
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
-ARRAYS = ("channel_weight", "spatial_weight", "x", "residual", "dy", "y", "saved", "dx", "dresidual", "dchannel", "dspatial")
+ARRAYS = (
+    "channel_weight",
+    "spatial_weight",
+    "x",
+    "residual",
+    "dy",
+    "y",
+    "saved",
+    "dx",
+    "dresidual",
+    "dchannel",
+    "dspatial",
+)
 ABSENT, READ, WRITTEN, IS_X = range(4)
 
 
@@ -56,30 +72,37 @@ def build(variant: str, sources: Sequence[Path] = ()) -> Path:
     cxx = compiler()
     assert cxx is not None
     flags = [*FLAGS, *VARIANTS[variant][0], f"-I{SHIM}", f"-I{KERNELS}"]
-    headers = [*SHIM.glob("*.h"), *KERNELS.glob("*.cuh"), KERNELS / "kernels.h", *(ROOT / "csrc" / "common").glob("*.h")]
+    headers = [
+        *SHIM.glob("*.h"),
+        *KERNELS.glob("*.cuh"),
+        KERNELS / "kernels.h",
+        *(ROOT / "csrc" / "common").glob("*.h"),
+    ]
     BUILD.mkdir(parents=True, exist_ok=True)
-    objects = []
-    for source in sources:
+
+    def compiled(source: Path) -> Path:
         digest = hashlib.sha256(" ".join([cxx, *flags]).encode())
         for file in sorted([source, *headers]):
             digest.update(file.read_bytes())
         target = BUILD / f"{source.stem}-{digest.hexdigest()[:20]}.o"
+        return made(target, [cxx, *flags, "-x", "c++", "-c", str(source)])
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = [str(path) for path in pool.map(compiled, sources)]
+    name = hashlib.sha256("".join(objects).encode()).hexdigest()[:20]
+    return made(BUILD / f"{sources[0].stem}-{variant}-{name}", [cxx, *flags, *objects])
+
+
+def made(target: Path, command: list[str]) -> Path:
+    """``target``, from a compiler's run where it is not there: by one process, and whole or not at all."""
+    with open(target.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
         if not target.exists():
-            run([cxx, *flags, "-x", "c++", "-c", str(source)], target)
-        objects.append(target)
-    name = hashlib.sha256("".join(map(str, objects)).encode()).hexdigest()[:20]
-    program = BUILD / f"{sources[0].stem}-{variant}-{name}"
-    if not program.exists():
-        run([cxx, *flags, *map(str, objects)], program)
-    return program
-
-
-def run(command: list[str], target: Path) -> None:
-    """A compiler's run, whose output appears whole or not at all."""
-    beside = target.with_suffix(f".{os.getpid()}.tmp")
-    done = subprocess.run([*command, "-o", str(beside)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    os.replace(beside, target)
+            beside = target.with_suffix(".tmp")
+            done = subprocess.run([*command, "-o", str(beside)], capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+            os.replace(beside, target)
+    return target
 
 
 class Problem(ctypes.Structure):
@@ -105,6 +128,7 @@ class Call(ctypes.Structure):
         ("backward", ctypes.c_int32),
         ("seed", ctypes.c_uint64),
         ("shared_memory_limit", ctypes.c_int64),
+        ("failing_launch", ctypes.c_int64),
         ("arrays", Array * len(ARRAYS)),
     ]
 
@@ -128,6 +152,7 @@ class Host:
     variant: str = "plain"
     seed: int = 1
     shared_memory_limit: int = 99 << 10
+    failing_launch: int = 0  # counted from 1; 0: none
     launches: int = 0  # of the last call
     _process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
     _log: Any = field(default=None, repr=False)
@@ -162,7 +187,7 @@ class Host:
 
     def call(self, problem: Problem, weight_dtype: torch.dtype, backward: bool, **arrays: tuple[int, Tensor]) -> None:
         """One call; the tensors with the role WRITTEN are filled."""
-        call = Call(problem, DTYPES[weight_dtype], backward, self.seed, self.shared_memory_limit)
+        call = Call(problem, DTYPES[weight_dtype], backward, self.seed, self.shared_memory_limit, self.failing_launch)
         data = []
         for k, name in enumerate(ARRAYS):
             role, t = arrays.get(name, (ABSENT, None))
@@ -196,7 +221,9 @@ class Host:
     def operators(self) -> Operators:
         return Operators(self.forward, self.backward, self.forward_)
 
-    def forward(self, x: Tensor, channel_weight: Tensor, spatial_weight: Tensor, residual: Tensor | None, *rest: Any) -> Any:
+    def forward(
+        self, x: Tensor, channel_weight: Tensor, spatial_weight: Tensor, residual: Tensor | None, *rest: Any
+    ) -> Any:
         *options, save = rest
         y = poisoned_like(x)
         grid = options[0]
@@ -210,7 +237,9 @@ class Host:
         self._forward(x, channel_weight, spatial_weight, residual, options, arrays)
         return y, saved
 
-    def forward_(self, x: Tensor, channel_weight: Tensor, spatial_weight: Tensor, residual: Tensor | None, *options: Any) -> None:
+    def forward_(
+        self, x: Tensor, channel_weight: Tensor, spatial_weight: Tensor, residual: Tensor | None, *options: Any
+    ) -> None:
         self._forward(x, channel_weight, spatial_weight, residual, options, {"x": (READ, x), "y": (IS_X, x)})
 
     def _forward(
@@ -267,7 +296,9 @@ class Host:
 def poisoned_like(t: Tensor) -> Tensor:
     """As ``empty_like``, in the same place beside a 16-byte boundary as ``t``: what is sliced stays so."""
     offset = t.data_ptr() % 16 // t.element_size()
-    return t.new_full((t.numel() + 16 + offset,), float("nan"))[offset:].as_strided(t.shape, torch.empty_like(t).stride())
+    return t.new_full((t.numel() + 16 + offset,), float("nan"))[offset:].as_strided(
+        t.shape, torch.empty_like(t).stride()
+    )
 
 
 def problem_of(

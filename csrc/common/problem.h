@@ -51,6 +51,8 @@ STEAM_CONSTEXPR int64_t element_offset(const Problem& p, int64_t n, int64_t c, i
 }
 
 // First row (column) of cell i: pixel r lies in cell floor(r * cells / length).
-STEAM_CONSTEXPR int64_t cell_begin(int64_t i, int64_t cells, int64_t length) { return (i * length + cells - 1) / cells; }
+STEAM_CONSTEXPR int64_t cell_begin(int64_t i, int64_t cells, int64_t length) {
+  return (i * length + cells - 1) / cells;
+}
 
 }  // namespace steam

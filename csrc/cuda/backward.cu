@@ -9,7 +9,7 @@ constexpr int kFusedThreads = 512;
 
 // A block keeps one sample's x and masked dy in shared memory, so that each is read once.
 template <class T, bool kChannelsLast>
-__global__ void __launch_bounds__(kFusedThreads)
+__global__ void __launch_bounds__(kFusedThreads, 1)
     steam_backward(Unit unit, const T* batch_x, GateBackward<T> batch, const Accumulate<T>* saved, double* sums) {
   using A = Accumulate<T>;
   const int64_t n = blockIdx.x, channels = unit.p.channels, pixels = unit.pixels(), sample = unit.sample();

@@ -8,7 +8,7 @@ constexpr int kFusedThreads = 512;
 
 // A block keeps one sample in shared memory, so that x is read once. saved may be null.
 template <class T, bool kChannelsLast>
-__global__ void __launch_bounds__(kFusedThreads)
+__global__ void __launch_bounds__(kFusedThreads, 1)
     steam_forward(Unit unit, GateForward<T> batch, Accumulate<T>* saved) {
   using A = Accumulate<T>;
   const int64_t n = blockIdx.x, channels = unit.p.channels, pixels = unit.pixels(), sample = unit.sample();
@@ -89,9 +89,8 @@ void run(const Unit& u, const cuda::ForwardArgs& args, Launcher& launch) {
            u, static_cast<const A*>(buffers.sums), rows, buffers.gates);
   }
   const GatePlan gate = gate_plan<T>(u, false);
-  launch("steam_gate_forward", steam_gate_forward<T, kChannelsLast>,
-         u.p.samples * gate.row_blocks * gate.column_blocks, kGateThreads,
-         gate_maps_bytes<A>(gate.rows, gate.columns, kChannelsLast, false), u, gate, op,
+  launch("steam_gate_forward", steam_gate_forward<T, kChannelsLast>, u.p.samples * gate.row_blocks * gate.column_blocks,
+         kGateThreads, gate_maps_bytes<A>(gate.rows, gate.columns, kChannelsLast, false), u, gate, op,
          static_cast<const A*>(buffers.gates));
 }
 

@@ -225,8 +225,7 @@ __device__ void gate_matrix(const G& op, const T* first, const M& maps, int rows
     }
   };
   if (whole) {
-    packs(op, 0, rows * columns / n,
-          [&](int row, int column, Factor* f) { maps.template at<n>(row, column, f); });
+    packs(op, 0, rows * columns / n, [&](int row, int column, Factor* f) { maps.template at<n>(row, column, f); });
     return;
   }
   // Rows that lie one after another are one run.
@@ -274,7 +273,7 @@ __device__ GateBlock gate_block(const Unit& unit, const GatePlan& plan) {
 }
 
 template <class T, bool kChannelsLast>
-__global__ void __launch_bounds__(kGateThreads)
+__global__ void __launch_bounds__(kGateThreads, 2)
     steam_gate_forward(Unit unit, GatePlan plan, GateForward<T> batch, const Accumulate<T>* gates) {
   using A = Accumulate<T>;
   SharedMemory shared;
@@ -288,9 +287,10 @@ __global__ void __launch_bounds__(kGateThreads)
   gate_matrix<T>(op, op.y, maps, b.rows, b.columns, b.pitch, whole);
 }
 
-// z and share: the tokens' gradients, rows of `grads_pitch` a sample. They and the gates are read where dx is asked for.
+// z and share: the tokens' gradients, rows of `grads_pitch` a sample. They and the gates are read where dx is asked
+// for.
 template <class T, bool kChannelsLast>
-__global__ void __launch_bounds__(kGateThreads)
+__global__ void __launch_bounds__(kGateThreads, 2)
     steam_gate_backward(Unit unit, GatePlan plan, GateBackward<T> batch, const Accumulate<T>* gates,
                         const Accumulate<T>* z, const Accumulate<T>* share, int64_t grads_pitch) {
   using A = Accumulate<T>;

@@ -304,12 +304,12 @@ STEAM_HD int64_t grads_count(const Unit& unit) {
 // What the places' gates and shares are read through: straight where places are cells, else spread to pixels.
 template <class A>
 struct PlaceMaps {
-  A* gate;   // null where places are cells; so is share
+  A* gate;  // null where places are cells; so is share
   A* share;
 };
 
-// `sums` receives the gradients of the channel branch's a and b, then of the spatial branch's: 4 * heads. g_c and g_s are
-// restored from the pre-activations.
+// `sums` receives the gradients of the channel branch's a and b, then of the spatial branch's: 4 * heads. g_c and g_s
+// are restored from the pre-activations.
 template <class A, bool kChannelsLast, class Source>
 __device__ void graph_backward(const Unit& unit, const Source& source, const Layout<kChannelsLast>& layout,
                                const Nodes<A>& nodes, const Grads<A>& d, const PlaceMaps<A>& maps, A* room,
@@ -376,7 +376,7 @@ int64_t graph_bytes() {
 
 // values: a cell's sums, or x itself where cells are pixels. rows: (N, 2 (C + cells)); gates: (N, C + cells).
 template <class T, bool kChannelsLast>
-__global__ void __launch_bounds__(kGraphThreads)
+__global__ void __launch_bounds__(kGraphThreads, 1)
     steam_graph_forward(Unit unit, const T* values, Accumulate<T>* rows, Accumulate<T>* gates) {
   using A = Accumulate<T>;
   SharedMemory shared;
@@ -390,7 +390,7 @@ __global__ void __launch_bounds__(kGraphThreads)
 
 // source: StoredSums of cells, or Maps where cells are pixels. grads: (N, grads_count); sums: (N, 4 * heads).
 template <class Source, class A, bool kChannelsLast>
-__global__ void __launch_bounds__(kGraphThreads)
+__global__ void __launch_bounds__(kGraphThreads, 1)
     steam_graph_backward(Unit unit, Source source, const A* saved, A* gates, A* grads, double* sums) {
   SharedMemory shared;
   A* room = shared.take<A>(kGraphThreads);

@@ -139,12 +139,13 @@ class Launcher {
  private:
   void fail(const char* name, int64_t blocks, int64_t shared, const char* reason) {
     char text[512];
-    std::snprintf(text, sizeof(text),
-                  "kernel %s failed to launch for x of shape (%lld, %lld, %lld, %lld) in %s with a grid of (%lld, %lld) "
-                  "(%lld blocks, %lld bytes of shared memory): %s",
-                  name, as_long(p_.samples), as_long(p_.channels), as_long(p_.height), as_long(p_.width),
-                  p_.channels_last ? "channels_last" : "NCHW", as_long(p_.grid_h), as_long(p_.grid_w), as_long(blocks),
-                  as_long(shared), reason);
+    std::snprintf(
+        text, sizeof(text),
+        "kernel %s failed to launch for x of shape (%lld, %lld, %lld, %lld) in %s with a grid of (%lld, %lld) "
+        "(%lld blocks, %lld bytes of shared memory): %s",
+        name, as_long(p_.samples), as_long(p_.channels), as_long(p_.height), as_long(p_.width),
+        p_.channels_last ? "channels_last" : "NCHW", as_long(p_.grid_h), as_long(p_.grid_w), as_long(blocks),
+        as_long(shared), reason);
     error = text;
   }
   static long long as_long(int64_t n) { return n; }

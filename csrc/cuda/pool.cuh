@@ -1,7 +1,8 @@
 // The pool stage on CUDA: sums of x (and of dy * x, backwards) over cells, one block per (sample, slice).
 //
 // A slice is some channels in NCHW, whose map goes through shared memory in one contiguous piece, so that accesses are
-// wide whatever the width of a row is; in channels_last it is some (cell, channels) pairs, read straight into registers.
+// wide whatever the width of a row is; in channels_last it is some (cell, channels) pairs, read straight into
+// registers.
 #pragma once
 
 #include "device.cuh"
@@ -286,7 +287,7 @@ constexpr int kPoolThreads = 256;
 
 // values and products: (N, C, cells) in NCHW, (N, cells, C) in channels_last; values may be null.
 template <class T, bool kChannelsLast, bool kProducts>
-__global__ void __launch_bounds__(kPoolThreads)
+__global__ void __launch_bounds__(kPoolThreads, 2)
     steam_pool(Unit unit, PoolPlan plan, Maps<T> batch, Accumulate<T>* values, Accumulate<T>* products) {
   if constexpr (!kChannelsLast) {
     pool_planar<T, kProducts>(unit, plan, batch, values, products);

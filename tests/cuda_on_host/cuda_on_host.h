@@ -1,10 +1,10 @@
 // A stand-in for CUDA's headers, with which a host compiler takes the kernels' own source and the CPU runs it.
 //
 // A block's threads are fibres, switched only where CUDA's threads can meet: barriers, shuffles and the kernel's end.
-// Which one runs next, and which block, is drawn from a seed. What CUDA leaves undefined is an error here, with its place
-// in the source: a barrier or a shuffle that not all of its threads reach, or not at one place; a mask without its
-// caller; more shared memory than was asked for. Shared memory comes as NaN, each piece a heap block of its exact size.
-// Under ThreadSanitizer a fibre is a thread of its own, and only barriers and launches order memory.
+// Which one runs next, and which block, is drawn from a seed. What CUDA leaves undefined is an error here, with its
+// place in the source: a barrier or a shuffle that not all of its threads reach, or not at one place; a mask without
+// its caller; more shared memory than was asked for. Shared memory comes as NaN, each piece a heap block of its exact
+// size. Under ThreadSanitizer a fibre is a thread of its own, and only barriers and launches order memory.
 #pragma once
 
 #include <sys/mman.h>
@@ -53,6 +53,7 @@ using Place = std::source_location;
 // What a test sets: the order of threads and blocks, and what one block of the device may have.
 inline std::mt19937_64 random_order{0};
 inline int64_t shared_memory_limit = 99 << 10;
+inline int64_t failing_launch = 0;  // which one is refused, counted from 1
 // What it may look at.
 inline int64_t launches = 0;
 
@@ -146,16 +147,16 @@ inline Block* block = nullptr;
 inline Fibre* fibre = nullptr;
 
 #if defined(__SANITIZE_THREAD__)
-#  define CUDA_ON_HOST_UNWATCHED __attribute__((noinline, no_sanitize("thread")))
+#  define CUDA_ON_HOST_UNWATCHED __attribute__((noinline, no_sanitize_thread))
 #else
-#  define CUDA_ON_HOST_UNWATCHED inline
+#  define CUDA_ON_HOST_UNWATCHED
 #endif
-CUDA_ON_HOST_UNWATCHED static Block* this_block() { return block; }
-CUDA_ON_HOST_UNWATCHED static dim3 thread_index() { return {fibre->index, 0, 0}; }
-CUDA_ON_HOST_UNWATCHED static dim3 block_index() { return block->index; }
-CUDA_ON_HOST_UNWATCHED static dim3 block_size() { return block->size; }
+[[maybe_unused]] CUDA_ON_HOST_UNWATCHED static Block* this_block() { return block; }
+[[maybe_unused]] CUDA_ON_HOST_UNWATCHED static dim3 thread_index() { return {fibre->index, 0, 0}; }
+[[maybe_unused]] CUDA_ON_HOST_UNWATCHED static dim3 block_index() { return block->index; }
+[[maybe_unused]] CUDA_ON_HOST_UNWATCHED static dim3 block_size() { return block->size; }
 // Two flags that take turns: who is early at the next barrier must not seem to have come before this one.
-CUDA_ON_HOST_UNWATCHED static char* barrier_flag() { return &block->barrier[fibre->barriers++ % 2]; }
+[[maybe_unused]] CUDA_ON_HOST_UNWATCHED static char* barrier_flag() { return &block->barrier[fibre->barriers++ % 2]; }
 
 // swapcontext without its two system calls. The sanitizers would take a jump for the end of the stack that it leaves.
 #define CUDA_ON_HOST_JUMPS __attribute__((noinline, no_sanitize_address, no_sanitize_thread))
@@ -174,7 +175,7 @@ CUDA_ON_HOST_JUMPS inline void start(void** from, Fibre& f) {
 }
 
 // From a fibre to the scheduler; returns when that picks it again.
-CUDA_ON_HOST_UNWATCHED static void leave(bool for_good) {
+CUDA_ON_HOST_UNWATCHED inline void leave(bool for_good) {
   Fibre* self = fibre;
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_start_switch_fiber(for_good ? nullptr : &self->sanitizer, block->scheduler_stack,
@@ -303,8 +304,7 @@ T shuffle(uint32_t mask, T value, unsigned source, const Place& place) {
     const Fibre& other = block->fibres[first + l];
     const bool is_here = other.wait == Wait::kShuffle && other.mask == mask && same(other.place, place);
     // Who is at a shuffle that does not wait for this thread may still come.
-    const bool may_come =
-        other.wait == Wait::kNothing || (other.wait == Wait::kShuffle && !(other.mask >> lane & 1));
+    const bool may_come = other.wait == Wait::kNothing || (other.wait == Wait::kShuffle && !(other.mask >> lane & 1));
     if (!is_here && !may_come) fail_apart(self, other);
     all = all && is_here;
   }
@@ -332,8 +332,8 @@ inline unsigned char* take_shared(size_t bytes, const Place& place) {
     std::memset(b.shared[k].memory.get(), 0xff, bytes);
     b.shared_taken += (bytes + 15) / 16 * 16;
     if (b.shared_taken > b.shared_bytes) {
-      fail(place, "the block takes " + std::to_string(b.shared_taken) + " bytes of shared memory, and was launched with " +
-                      std::to_string(b.shared_bytes));
+      fail(place, "the block takes " + std::to_string(b.shared_taken) +
+                      " bytes of shared memory, and was launched with " + std::to_string(b.shared_bytes));
     }
   }
   if (b.shared[k].bytes != bytes) fail(place, "threads of one block take different pieces of shared memory");
@@ -387,8 +387,8 @@ inline void run_block(Block& b, const Stacks& stacks, const Place& place) {
     if (f.wait != Wait::kEnd) fail(f.place, "thread " + std::to_string(f.index) + " waits for ever " + describe(f));
   }
   if (b.shared_taken != b.shared_bytes) {
-    fail(place, "the block was launched with " + std::to_string(b.shared_bytes) + " bytes of shared memory, and takes " +
-                    std::to_string(b.shared_taken));
+    fail(place, "the block was launched with " + std::to_string(b.shared_bytes) +
+                    " bytes of shared memory, and takes " + std::to_string(b.shared_taken));
   }
 #if defined(__SANITIZE_THREAD__)
   for (Fibre& f : b.fibres) __tsan_destroy_fiber(f.sanitizer);
@@ -398,10 +398,10 @@ inline void run_block(Block& b, const Stacks& stacks, const Place& place) {
 template <class... Parameters, class... Args>
 void launch(const Place& place, void (*kernel)(Parameters...), unsigned grid, unsigned size, size_t shared,
             const Args&... args) {
-  ++launches;
+  const bool refused = ++launches == failing_launch;
   const auto limit = shared_memory_of.find(reinterpret_cast<const void*>(kernel));
   const int64_t allowed = limit == shared_memory_of.end() ? 48 << 10 : limit->second;
-  if (grid == 0 || size == 0 || size > 1024 || static_cast<int64_t>(shared) > allowed) {
+  if (refused || grid == 0 || size == 0 || size > 1024 || static_cast<int64_t>(shared) > allowed) {
     last_error = kInvalidValue;
     return;
   }
@@ -478,7 +478,9 @@ constexpr cudaError_t cudaSuccess = cuda_on_host::kSuccess;
 enum { cudaDevAttrMaxSharedMemoryPerBlockOptin, cudaFuncAttributeMaxDynamicSharedMemorySize };
 
 inline cudaError_t cudaGetLastError() { return std::exchange(cuda_on_host::last_error, cuda_on_host::kSuccess); }
-inline const char* cudaGetErrorString(cudaError_t error) { return error == cudaSuccess ? "no error" : "invalid argument"; }
+inline const char* cudaGetErrorString(cudaError_t error) {
+  return error == cudaSuccess ? "no error" : "invalid argument";
+}
 inline cudaError_t cudaGetDevice(int* device) {
   *device = 0;
   return cudaSuccess;

@@ -15,7 +15,20 @@
 
 namespace {
 
-enum Array { kChannelWeight, kSpatialWeight, kX, kResidual, kDy, kY, kSaved, kDx, kDResidual, kDChannel, kDSpatial, kArrays };
+enum Array {
+  kChannelWeight,
+  kSpatialWeight,
+  kX,
+  kResidual,
+  kDy,
+  kY,
+  kSaved,
+  kDx,
+  kDResidual,
+  kDChannel,
+  kDSpatial,
+  kArrays
+};
 enum Role : int64_t { kAbsent, kRead, kWritten, kIsX };
 
 struct Call {
@@ -24,6 +37,7 @@ struct Call {
   int32_t backward;
   uint64_t seed;
   int64_t shared_memory_limit;
+  int64_t failing_launch;
   struct {
     int64_t role, bytes, offset;  // offset: bytes between a 16-byte boundary and the array
   } arrays[kArrays];
@@ -70,8 +84,18 @@ std::string run(const Call& call, const std::vector<void*>& at) {
   if (!call.backward) {
     return cuda::forward({call.problem, channel, spatial, at[kX], at[kResidual], at[kY], at[kSaved], room}, nullptr);
   }
-  return cuda::backward({call.problem, channel, spatial, at[kDy], at[kX], at[kY], at[kSaved], at[kDx], at[kDResidual],
-                         {at[kDChannel], call.weight_dtype}, {at[kDSpatial], call.weight_dtype}, room},
+  return cuda::backward({call.problem,
+                         channel,
+                         spatial,
+                         at[kDy],
+                         at[kX],
+                         at[kY],
+                         at[kSaved],
+                         at[kDx],
+                         at[kDResidual],
+                         {at[kDChannel], call.weight_dtype},
+                         {at[kDSpatial], call.weight_dtype},
+                         room},
                         nullptr);
 }
 
@@ -83,6 +107,7 @@ int main() {
     read_all(&call, sizeof(call));
     cuda_on_host::random_order.seed(call.seed);
     cuda_on_host::shared_memory_limit = call.shared_memory_limit;
+    cuda_on_host::failing_launch = call.failing_launch;
     cuda_on_host::launches = 0;
     std::vector<std::unique_ptr<Memory>> memory(kArrays);
     std::vector<std::vector<unsigned char>> given(kArrays);
