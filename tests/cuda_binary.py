@@ -1,9 +1,9 @@
-"""What nvcc made of the CUDA kernels: registers, shared memory, spills and wide accesses, read from the build's objects.
+"""What nvcc made of the CUDA kernels: registers, shared memory, spills and wide accesses, from the build's objects.
 
     python tests/cuda_binary.py             the table; fails where a figure is worse than the recorded one
     python tests/cuda_binary.py --record    records the figures and writes docs/cuda_verification.md's table
 
-No GPU is needed, and none of the figures is a speed. cuobjdump and nvdisasm are those of the PATH, or of triton's wheel.
+No GPU is needed, and none of the figures is a speed. cuobjdump and nvdisasm are the PATH's, or those of triton's wheel.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def short_names(mangled: Iterable[str]) -> dict[str, str]:
     """Mangled names of kernels as `kernel<arguments>`."""
     names = list(mangled)
     lines = run("c++filt", *names).splitlines() if names else []
-    found = [re.search(r"(\w+(?:<[^(]*>)?)\(", line.replace("(anonymous namespace)::", "")) for line in lines]
+    found = [re.search(r"(\w+(?:<[^(]*>)?)\(", re.sub(r"\(anonymous namespace\)::|steam::", "", line)) for line in lines]
     return {
         name: match.group(1).replace("__nv_bfloat16", "bfloat16").replace("__half", "half") if match else name
         for name, match in zip(names, found, strict=True)
@@ -86,7 +86,7 @@ def short_names(mangled: Iterable[str]) -> dict[str, str]:
 def read_code(code: str) -> dict[str, tuple[int, int]]:
     """Mangled kernel -> spills and percentage of wide bytes, from what nvdisasm prints."""
     out = {}
-    for section in re.split(r"^\.section\s+\.text\.", code, flags=re.MULTILINE)[1:]:
+    for section in re.split(r"^\s*\.section\s+\.text\.", code, flags=re.MULTILINE)[1:]:
         name = re.split(r"[,\s]", section, maxsplit=1)[0]
         spills = len(re.findall(r"\b(?:LDL|STL)\b", section))
         moved: dict[int, int] = defaultdict(int)
