@@ -76,7 +76,9 @@ def short_names(mangled: Iterable[str]) -> dict[str, str]:
     """Mangled names of kernels as `kernel<arguments>`."""
     names = list(mangled)
     lines = run("c++filt", *names).splitlines() if names else []
-    found = [re.search(r"(\w+(?:<[^(]*>)?)\(", re.sub(r"\(anonymous namespace\)::|steam::", "", line)) for line in lines]
+    found = [
+        re.search(r"(\w+(?:<[^(]*>)?)\(", re.sub(r"\(anonymous namespace\)::|steam::", "", line)) for line in lines
+    ]
     return {
         name: match.group(1).replace("__nv_bfloat16", "bfloat16").replace("__half", "half") if match else name
         for name, match in zip(names, found, strict=True)
