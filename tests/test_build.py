@@ -234,7 +234,7 @@ def test_cuda_library_is_built_for_the_architectures_asked_for(tree: Path) -> No
     built = re.findall(r"code=\[sm_(\d+)\]", commands.split("backward.cu")[0])
     newest = re.findall(r"code=\[compute_(\d+)\]", commands.split("backward.cu")[0])
     assert {"75", "80", "90"} <= set(built) and not set(built) & {"86", "89"}
-    assert newest == [max(built, key=int)]
+    assert set(newest) == {max(built, key=int)}
     assert re.match(r"libsteam_cuda: not built: the compiler failed: .*\.cu.* error: .+$", report(tree)[1])
 
 

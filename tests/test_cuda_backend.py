@@ -79,7 +79,8 @@ def test_a_tensor_on_the_cpu_is_refused_by_the_operators() -> None:
 def test_a_torch_without_cuda_is_a_reason_and_opens_nothing() -> None:
     text = output(
         "import ctypes, torch\ntorch.version.cuda = None\nload = ctypes.CDLL\n"
-        "def watch(name, *args, **kwargs):\n    assert 'steam_cuda' not in str(name)\n    return load(name, *args, **kwargs)\n"
+        "def watch(name, *rest, **more):\n    assert 'steam_cuda' not in str(name)\n"
+        "    return load(name, *rest, **more)\n"
         "ctypes.CDLL = watch\n" + REASON
     )
     assert text.strip() == f"torch {torch.__version__} is built without CUDA"
