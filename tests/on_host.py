@@ -28,9 +28,10 @@ SHIM = ROOT / "tests" / "cuda_on_host"
 KERNELS = ROOT / "csrc" / "cuda"
 BUILD = ROOT / "build" / "cuda_on_host"
 
-FLAGS = (
-    "-std=c++20 -Wall -Wextra -Werror -Wno-unknown-pragmas -DSTEAM_CUDA_ON_HOST -fno-strict-aliasing -g1 -O1".split()
-)
+FLAGS = [
+    *("-std=c++20", "-O1", "-g1", "-DSTEAM_CUDA_ON_HOST", "-fno-strict-aliasing"),
+    *("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),
+]
 #: Variant -> compiler flags and environment.
 VARIANTS: dict[str, tuple[list[str], dict[str, str]]] = {
     "plain": ([], {}),
@@ -168,7 +169,7 @@ class Host:
 
     def _start(self) -> subprocess.Popen[bytes]:
         if self._process is None:
-            self._log = tempfile.TemporaryFile()
+            self._log = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the process)
             self._process = subprocess.Popen(
                 [build(self.variant)],
                 stdin=subprocess.PIPE,

@@ -1,5 +1,4 @@
-"""The CUDA kernels, compiled for this machine by tests/cuda_on_host, against the ordinary rule; and the planted mistakes
-that this must catch.
+"""The CUDA kernels, compiled for this machine by tests/cuda_on_host, against the ordinary rule; and planted mistakes.
 
 ``cuda`` is a backend here as on a GPU, so the package's whole call runs, but the kernels on memory of this machine. A
 case is run on the general path and on the one that keeps a sample in shared memory, by what the pretended device has.
