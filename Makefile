@@ -1,4 +1,4 @@
-# make venv    .venv with everything that the other targets need, and the native library built in place
+# make venv    .venv with everything that the other targets need, and the native libraries built in place
 # make demo    a ResNet-50 with five units on a photo, fused beside reference
 # make test    the tests                      (PYTEST_FLAGS="-k layouts" for some of them)
 # make lint    ruff, clang-format, mypy, and the check that no CPU variant's code leaks into another
@@ -6,17 +6,19 @@
 # make clean   removes what was built, .venv too
 #
 # PYTHON is the interpreter that .venv is made from. STEAM_KERNELS_BUILD is `require` here, so that a library that
-# cannot be built stops make; `make test STEAM_KERNELS_BUILD=auto` goes on without it.
+# cannot be built stops make; `make test STEAM_KERNELS_BUILD=auto` goes on without it. The CUDA library is built where nvcc
+# is, for one GPU architecture, since all major ones take minutes: CMAKE_CUDA_ARCHITECTURES=90-real for another.
 
 PYTHON ?= python3
 STEAM_KERNELS_BUILD ?= require
-export STEAM_KERNELS_BUILD
+CMAKE_CUDA_ARCHITECTURES ?= 80-real
+export STEAM_KERNELS_BUILD CMAKE_CUDA_ARCHITECTURES
 
 VENV := .venv
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 LIBRARY := steam_kernels/libsteam_cpu.so
-NATIVE_SOURCES := $(shell find csrc -type f 2>/dev/null) CMakeLists.txt setup.py
+NATIVE_SOURCES := $(shell find csrc include cmake -type f 2>/dev/null) CMakeLists.txt setup.py
 PYTEST_FLAGS ?=
 BENCH_FLAGS ?=
 
@@ -46,7 +48,7 @@ test: venv
 lint: venv
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	find csrc -type f | xargs $(VENV)/bin/clang-format --dry-run -Werror
+	find csrc include examples/cpp -name '*.[ch]*' -o -name '*.cu*' | xargs $(VENV)/bin/clang-format --dry-run -Werror
 	$(PY) -m mypy
 	$(PY) .ci/check_symbols.py build/cmake
 
@@ -54,5 +56,5 @@ bench: venv
 	$(PY) -m pytest benchmarks --benchmark-only $(BENCH_FLAGS)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info $(LIBRARY) steam_kernels/_build.txt .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info steam_kernels/libsteam_*.so steam_kernels/_build.txt .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

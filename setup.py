@@ -6,6 +6,13 @@ The environment variable STEAM_KERNELS_BUILD says what happens where a native li
     require         fail
     skip            build none
 
+The CUDA library needs more than the other: nvcc, and a torch with CUDA. STEAM_KERNELS_CUDA says what happens without:
+
+    auto (default)  go on without it, also under `require`, and say so in that line
+    on              fail
+    off             do not try
+
+CMAKE_CUDA_ARCHITECTURES, in CMake's form, is what it is built for: all major ones from 7.5 unless set. CUDACXX is nvcc.
 What became of each library is also written to steam_kernels/_build.txt, one line each, since pip hides what a build
 prints. MAX_JOBS (or CMAKE_BUILD_PARALLEL_LEVEL) limits the compilers that run at once; CXX and CXXFLAGS are CMake's.
 """
@@ -20,6 +27,7 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from typing import NamedTuple
 
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
@@ -27,17 +35,46 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 PACKAGE = "steam_kernels"
-LIBRARIES = ("steam_cpu",)  # names of CMake targets, each built into lib<name>.so inside the package
+LIBRARIES = ("steam_cpu", "steam_cuda")  # names of CMake targets, each built into lib<name>.so inside the package
 OLDEST_TORCH = (2, 10)
-MODES = ("auto", "require", "skip")
 
-MODE = os.environ.get("STEAM_KERNELS_BUILD", "auto")
-if MODE not in MODES:
-    sys.exit(f"steam_kernels: STEAM_KERNELS_BUILD is {MODE!r}; allowed are {', '.join(MODES)}")
+
+def environment(name: str, allowed: tuple[str, ...]) -> str:
+    """The value of a variable that has a few; the first is the default."""
+    value = os.environ.get(name, allowed[0])
+    if value not in allowed:
+        sys.exit(f"steam_kernels: {name} is {value!r}; allowed are {', '.join(allowed)}")
+    return value
+
+
+MODE = environment("STEAM_KERNELS_BUILD", ("auto", "require", "skip"))
+CUDA = environment("STEAM_KERNELS_CUDA", ("auto", "on", "off"))
 
 
 class BuildError(Exception):
     """Why a native library cannot be built, as one sentence."""
+
+
+class LeftOut(BuildError):
+    """Why the CUDA library is not even tried."""
+
+
+class Torch(NamedTuple):
+    version: str
+    include: Path
+    library: Path
+    cuda_library: Path
+
+
+class Configured(NamedTuple):
+    cmake: str
+    torch: Torch
+    printed: str  # by CMake
+
+    def says(self, what: str) -> str:
+        """The rest of CMake's status line that begins with `what`, "" where there is none."""
+        found = re.search(rf"steam_kernels: {what}: (.*)", self.printed)
+        return found.group(1).replace(";", ", ") if found else ""
 
 
 def find_tool(name: str) -> str | None:
@@ -45,8 +82,8 @@ def find_tool(name: str) -> str | None:
     return shutil.which(name, path=sysconfig.get_path("scripts")) or shutil.which(name)
 
 
-def find_torch() -> tuple[str, Path, Path]:
-    """torch's version, include folder and libtorch_cpu."""
+def find_torch() -> Torch:
+    """The torch to build against; its `cuda_library` is there only where it was built with CUDA."""
     try:
         import torch
     except Exception as error:  # a broken torch raises anything, OSError from its libraries among others
@@ -62,7 +99,15 @@ def find_torch() -> tuple[str, Path, Path]:
     library = folder / "lib" / ("libtorch_cpu.dylib" if sys.platform == "darwin" else "libtorch_cpu.so")
     if not library.is_file():
         raise BuildError(f"torch {torch.__version__} has no {library}")
-    return torch.__version__, folder / "include", library
+    return Torch(torch.__version__, folder / "include", library, folder / "lib" / "libtorch_cuda.so")
+
+
+def find_nvcc() -> str | None:
+    """CUDACXX, or nvcc of the PATH or of the usual places."""
+    if "CUDACXX" in os.environ:
+        return os.environ["CUDACXX"]
+    homes = (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda")
+    return shutil.which("nvcc") or shutil.which("nvcc", path=os.pathsep.join(f"{home}/bin" for home in homes if home))
 
 
 def first_error(output: str) -> str:
@@ -94,41 +139,69 @@ def run(step: str, command: list[str]) -> str:
     return "".join(output)
 
 
-def build_library(name: str, build_dir: Path) -> tuple[Path, str]:
-    """Builds one CMake target; returns the library and a sentence on what it was built from."""
+def why_not_cuda(torch: Torch) -> str:
+    """ "" where the CUDA library can be tried, else why not."""
+    if CUDA == "off":
+        return "STEAM_KERNELS_CUDA=off"
+    if not torch.cuda_library.is_file():
+        return f"torch {torch.version} is built without CUDA"
+    if find_nvcc() is None:
+        return "nvcc was not found on the PATH, by CUDACXX or CUDA_HOME, or in /usr/local/cuda"
+    return ""
+
+
+def configure(build_dir: Path) -> Configured:
+    """Runs CMake, for all libraries."""
     if os.name == "nt":
         raise BuildError("the native kernels are built on Linux and macOS only")
-    torch_version, torch_include, torch_library = find_torch()
+    torch = find_torch()
     cmake, ninja = find_tool("cmake"), find_tool("ninja")
     if cmake is None:
         raise BuildError("cmake was not found (pip install cmake)")
     if ninja is None and find_tool("make") is None:
         raise BuildError("neither ninja nor make was found (pip install ninja)")
 
-    # CMake keeps its first compiler and generator for ever: other ones start afresh.
-    signature = json.dumps([cmake, ninja, *map(os.environ.get, ("CXX", "CXXFLAGS", "LDFLAGS"))])
+    # CMake keeps its first compilers and generator for ever: other ones start afresh.
+    nvcc = find_nvcc()
+    flags = map(os.environ.get, ("CXX", "CXXFLAGS", "LDFLAGS", "CUDAHOSTCXX", "CUDAFLAGS"))
+    signature = json.dumps([cmake, ninja, nvcc, *flags])
     signature_file = build_dir / "signature.json"
     if build_dir.exists() and not (signature_file.is_file() and signature_file.read_text() == signature):
         shutil.rmtree(build_dir)
-    configure = [
+    with_cuda = not why_not_cuda(torch)
+    architectures = os.environ.get("CMAKE_CUDA_ARCHITECTURES")
+    command = [
         *(cmake, "-S", str(ROOT), "-B", str(build_dir), "-DCMAKE_BUILD_TYPE=Release"),
-        f"-DSTEAM_TORCH_INCLUDE_DIR={torch_include}",
-        f"-DSTEAM_TORCH_LIBRARY={torch_library}",
+        f"-DSTEAM_TORCH_INCLUDE_DIR={torch.include}",
+        f"-DSTEAM_TORCH_LIBRARY={torch.library}",
+        f"-DSTEAM_TORCH_CUDA_LIBRARY={torch.cuda_library if with_cuda else ''}",
+        f"-DSTEAM_CUDA={CUDA.upper() if with_cuda else 'OFF'}",
+        f"-DCMAKE_CUDA_ARCHITECTURES={architectures}" if architectures else "-UCMAKE_CUDA_ARCHITECTURES",
     ]
     if ninja is not None:
-        configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
+        command += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
+    if nvcc is not None:
+        os.environ["CUDACXX"] = nvcc
     try:
-        configured = run("cmake", configure)
+        printed = run("cmake", command)
     except BuildError:
         shutil.rmtree(build_dir, ignore_errors=True)  # a half-made cache would outlive its cause
         raise
     signature_file.write_text(signature)
+    return Configured(cmake, torch, printed)
 
+
+def build_library(name: str, build_dir: Path, configured: Configured) -> tuple[Path, str]:
+    """Builds one CMake target; returns the library and a sentence on what it was built from."""
+    note = configured.says("CPU variants")
+    if name == "steam_cuda":
+        reason = why_not_cuda(configured.torch) or configured.says("the CUDA kernels are left out")
+        if reason:
+            raise LeftOut(reason)
+        note = configured.says("CUDA architectures")
     jobs = os.environ.get("MAX_JOBS") or os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL") or str(os.cpu_count() or 1)
-    run("the compiler", [cmake, "--build", str(build_dir), "--target", name, "--parallel", jobs])
-    found = re.search(r"CPU variants: (.*)", configured)
-    variants = found.group(1).replace(";", ", ") if found else "?"
-    return build_dir / f"lib{name}.so", f"{variants}; against torch {torch_version}"
+    run("the compiler", [configured.cmake, "--build", str(build_dir), "--target", name, "--parallel", jobs])
+    return build_dir / f"lib{name}.so", f"{note}; against torch {configured.torch.version}"
 
 
 class BuildNative(build_ext):
@@ -137,19 +210,29 @@ class BuildNative(build_ext):
     def run(self) -> None:
         folder = ROOT / PACKAGE if self.inplace else Path(self.build_lib) / PACKAGE
         folder.mkdir(parents=True, exist_ok=True)
+        build_dir = ROOT / "build" / "cmake"
+        configured: Configured | BuildError
+        try:
+            if MODE == "skip":
+                raise BuildError("STEAM_KERNELS_BUILD=skip")
+            configured = configure(build_dir)
+        except BuildError as error:
+            configured = error
         lines = []
         for name in LIBRARIES:
             target = folder / f"lib{name}.so"
             try:
-                if MODE == "skip":
-                    raise BuildError("STEAM_KERNELS_BUILD=skip")
-                built, note = build_library(name, ROOT / "build" / "cmake")
+                if isinstance(configured, BuildError):
+                    raise configured
+                built, note = build_library(name, build_dir, configured)
             except BuildError as error:
                 target.unlink(missing_ok=True)  # an older library would run in its place
                 lines.append(f"lib{name}: not built: {error}")
-                if MODE == "require":
+                demands = ["STEAM_KERNELS_BUILD=require"] * (MODE == "require" and not isinstance(error, LeftOut))
+                demands += ["STEAM_KERNELS_CUDA=on"] * (CUDA == "on" and name == "steam_cuda")
+                if demands:
                     (folder / "_build.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-                    sys.exit(f"steam_kernels: {lines[-1]} (STEAM_KERNELS_BUILD=require)")
+                    sys.exit(f"steam_kernels: {lines[-1]} ({demands[0]})")
             else:
                 # A process that has the old library open keeps it whole.
                 beside = target.with_suffix(f".{os.getpid()}.tmp")

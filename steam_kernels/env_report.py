@@ -1,4 +1,4 @@
-"""``python -m steam_kernels.env_report``: versions, backends or the reason why not, and the CPU kernels in use."""
+"""``python -m steam_kernels.env_report``: versions, backends or the reason why not, and the compiled kernels."""
 
 from __future__ import annotations
 
@@ -26,6 +26,10 @@ def report() -> str:
     lines += ["", f"CPU kernels    {cpu.path if cpu.path.is_file() else 'not built'}"]
     if cpu.supported:
         lines += [f"  in use       {cpu.variant}", f"  supported    {', '.join(cpu.supported)}"]
+    cuda_kernels = native.CUDA
+    lines += [f"CUDA kernels   {cuda_kernels.path if cuda_kernels.path.is_file() else 'not built'}"]
+    if cuda_kernels.supported:
+        lines += [f"  built for    {', '.join(cuda_kernels.supported)}"]
     lines.append("")
     lines += [f"{name} = {os.environ.get(name, '(not set)')}" for name in (ENVIRONMENT, native.ENVIRONMENT)]
     return "\n".join(lines)

@@ -1,8 +1,9 @@
 """The operators: schema, fakes, autograd and FLOP formulas; the one place that knows PyTorch's dispatcher.
 
 ``steam_kernels::forward`` and ``steam_kernels::backward`` are functional and opaque to the compiler; ``forward_``
-writes into x. x arrives dense in NCHW or channels_last, residual and dy with x's strides, ``grid`` resolved. ``saved``
-is ``(N, 2 (C + gh gw))`` in the accumulation dtype, a row being [z | o_c | u | o_s]: tokens and pre-activations of the
+writes into x. ``cuda_forward``, ``cuda_backward`` and ``cuda_forward_`` are the same for one backend alone. x arrives
+dense in NCHW or channels_last, residual and dy with x's strides, ``grid`` resolved. ``saved`` is
+``(N, 2 (C + gh gw))`` in the accumulation dtype, a row being [z | o_c | u | o_s]: tokens and pre-activations of the
 channel and the spatial graph.
 """
 
@@ -34,8 +35,11 @@ _SCHEMAS = {
     "forward_": "(Tensor(a!) x, Tensor channel_weight, Tensor spatial_weight, Tensor? residual, "
     f"{_OPTIONS}, bool relu) -> ()",
 }
-for _name, _schema in _SCHEMAS.items():
-    _LIBRARY.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+#: What stands before the operators' names: those of all backends, and those of one.
+_PREFIXES = ("", "cuda_")
+for _prefix in _PREFIXES:
+    for _name, _schema in _SCHEMAS.items():
+        _LIBRARY.define(_prefix + _name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 
 class Operators(NamedTuple):
@@ -46,14 +50,17 @@ class Operators(NamedTuple):
     forward_: Callable[..., None]
 
 
+def _packets(name: str) -> list[Any]:
+    """The operator of this name under each prefix."""
+    return [getattr(torch.ops.steam_kernels, prefix + name) for prefix in _PREFIXES]
+
+
+_main, _of_cuda = (
+    Operators(*(packet.default for packet in packets))
+    for packets in zip(_packets("forward"), _packets("backward"), _packets("forward_"), strict=True)
+)
 #: Backend name -> operators; a backend that is not here is plain differentiable PyTorch.
-OPERATORS: dict[str, Operators] = {
-    "cpu": Operators(
-        torch.ops.steam_kernels.forward.default,
-        torch.ops.steam_kernels.backward.default,
-        torch.ops.steam_kernels.forward_.default,
-    ),
-}
+OPERATORS: dict[str, Operators] = {"cpu": _main, "cuda": _of_cuda}
 
 
 # ---- fakes: shapes, dtypes and strides -------------------------------------------------------------------------------
@@ -113,9 +120,10 @@ def _fake_forward_(*args: Any) -> None:
     return None
 
 
-torch.library.register_fake("steam_kernels::forward", _fake_forward, lib=_LIBRARY)
-torch.library.register_fake("steam_kernels::backward", _fake_backward, lib=_LIBRARY)
-torch.library.register_fake("steam_kernels::forward_", _fake_forward_, lib=_LIBRARY)
+for _prefix in _PREFIXES:
+    torch.library.register_fake(f"steam_kernels::{_prefix}forward", _fake_forward, lib=_LIBRARY)
+    torch.library.register_fake(f"steam_kernels::{_prefix}backward", _fake_backward, lib=_LIBRARY)
+    torch.library.register_fake(f"steam_kernels::{_prefix}forward_", _fake_forward_, lib=_LIBRARY)
 
 
 # ---- the operators in plain PyTorch, for every device that has no kernels --------------------------------------------
@@ -352,7 +360,7 @@ def _call_inplace(
 # ---- FLOPs -----------------------------------------------------------------------------------------------------------
 
 
-@register_flop_formula([torch.ops.steam_kernels.forward, torch.ops.steam_kernels.forward_])
+@register_flop_formula([*_packets("forward"), *_packets("forward_")])
 def _forward_flop(
     x: Any,
     channel_weight: Any,
@@ -370,7 +378,7 @@ def _forward_flop(
     return x[0] * forward_flops(x[1], x[2], x[3], tuple(grid), unit, residual is not None)
 
 
-@register_flop_formula(torch.ops.steam_kernels.backward)
+@register_flop_formula(_packets("backward"))
 def _backward_flop(
     dy: Any,
     x: Any,

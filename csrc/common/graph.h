@@ -127,5 +127,38 @@ STEAM_HD void collapse_head(const Get& get, int32_t dim, int32_t heads, int32_t 
   a /= sqrt(static_cast<double>(width));
 }
 
+// Lanes of one number, for a thread that works on one node.
+template <class S>
+struct ScalarLane {
+  using A = S;
+  using V = S;
+  using M = bool;
+  static STEAM_HD V set(double a) { return static_cast<S>(a); }
+  static STEAM_HD V zero() { return S{0}; }
+  static STEAM_HD V select(M m, V a, V b) { return m ? a : b; }
+  static STEAM_HD M less(V a, V b) { return a < b; }
+  static STEAM_HD V exp_nonpositive(V x) { return std::exp(x); }
+};
+
+// v = sum_k alpha_k (t_k - m)^2, centred.
+template <class L, class N>
+STEAM_HD typename L::V message_variance(const N& nodes, typename L::V slope, const Attention<L>& head) {
+  typename L::V sum = L::zero();
+  for (int64_t k = 0; k < nodes.count(); ++k) {
+    const typename L::V d = edge_difference<L>(nodes, k, head.extreme);
+    const typename L::V centred = d - head.mean;
+    sum += edge_weight<L>(nodes, k, slope, d) * centred * centred;
+  }
+  return sum * head.inverse;
+}
+
+// What a node that attends with `slope` gives to the token of an existing neighbour, d away from its extreme.
+template <class L>
+STEAM_HD typename L::V edge_gradient(typename L::V d, typename L::V slope, typename L::V mean_grad,
+                                     const Attention<L>& head) {
+  const typename L::V alpha = L::exp_nonpositive(slope * d) * head.inverse;
+  return mean_grad * alpha * (1 + slope * (d - head.mean));
+}
+
 }  // namespace
 }  // namespace steam

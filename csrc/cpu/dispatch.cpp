@@ -1,4 +1,6 @@
 // Which instruction set's kernels run. Compiled for the plain target, like everything that runs before the choice.
+#include <steam/steam.h>
+
 #include <atomic>
 #include <cstdio>
 #include <cstring>
@@ -94,10 +96,7 @@ void backward(const BackwardArgs& args) { variant().backward(args); }
 }  // namespace cpu
 }  // namespace steam
 
-#define STEAM_API extern "C" __attribute__((visibility("default")))
-
-// Names of the variants that this processor can run, best first, between commas.
-STEAM_API const char* steam_cpu_supported() {
+const char* steam_cpu_supported(void) {
   static const std::string names = [] {
     std::string out;
     for (const auto& v : steam::cpu::kVariants) {
@@ -110,10 +109,9 @@ STEAM_API const char* steam_cpu_supported() {
   return names.c_str();
 }
 
-STEAM_API const char* steam_cpu_variant() { return steam::cpu::variant().name; }
+const char* steam_cpu_variant(void) { return steam::cpu::variant().name; }
 
-// 0 if the named variant is now in use, 1 if there is none of that name or the processor cannot run it.
-STEAM_API int steam_cpu_select(const char* name) {
+int steam_cpu_select(const char* name) {
   for (const auto& v : steam::cpu::kVariants) {
     if (std::strcmp(v.name, name) == 0 && v.runs_here()) {
       steam::cpu::chosen.store(&v, std::memory_order_relaxed);
@@ -124,8 +122,8 @@ STEAM_API int steam_cpu_select(const char* name) {
 }
 
 // The kernels' own address arithmetic, so that a test can reach past 2^31 elements without a tensor of that size.
-STEAM_API int64_t steam_cpu_probe_offset(int64_t n, int64_t c, int64_t h, int64_t w, int64_t channels, int64_t height,
-                                         int64_t width, int channels_last) {
+extern "C" STEAM_API int64_t steam_cpu_probe_offset(int64_t n, int64_t c, int64_t h, int64_t w, int64_t channels,
+                                                    int64_t height, int64_t width, int channels_last) {
   steam::Problem p{};
   p.channels = channels;
   p.height = height;

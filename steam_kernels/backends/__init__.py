@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..config import Unit, check_backend
@@ -34,7 +35,13 @@ def _triton(call: Call | None) -> str:
 
 
 def _cuda(call: Call | None) -> str:
-    return "this version of steam_kernels has no CUDA kernels"
+    if native.CUDA.reason:
+        return native.CUDA.reason
+    if call is not None and call.x.device.type != "cuda":
+        return f"the cuda backend runs tensors on a GPU, and x is on {call.x.device}"
+    if not torch.cuda.is_available():
+        return "there is no GPU that CUDA can use (torch.cuda.is_available() is False)"
+    return native.why_not_gpu(torch.cuda.current_device() if call is None else call.x.device.index)
 
 
 def _cpu(call: Call | None) -> str:

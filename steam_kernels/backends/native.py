@@ -10,14 +10,18 @@ import ctypes
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
+PACKAGE = Path(__file__).resolve().parent.parent
 #: What the build said of each library, a line each; absent where nothing was built.
-BUILD_REPORT = Path(__file__).resolve().parent.parent / "_build.txt"
-CPU_LIBRARY = Path(__file__).resolve().parent.parent / "libsteam_cpu.so"
+BUILD_REPORT = PACKAGE / "_build.txt"
+CPU_LIBRARY = PACKAGE / "libsteam_cpu.so"
+CUDA_LIBRARY = PACKAGE / "libsteam_cuda.so"
 ENVIRONMENT = "STEAM_KERNELS_CPU"
 CPU_VARIANTS = ("avx512", "avx2", "generic")
+MESSAGE_BYTES = 256  # STEAM_MESSAGE_BYTES of include/steam/steam.h
 
 
 @dataclass(frozen=True)
@@ -26,9 +30,9 @@ class Library:
 
     path: Path
     reason: str = ""
-    #: The variants that this processor can run, best first.
+    #: The CPU variants that this processor can run, best first; the GPU architectures that there is code for.
     supported: tuple[str, ...] = ()
-    #: The variant in use.
+    #: The CPU variant in use.
     variant: str = ""
 
 
@@ -42,26 +46,68 @@ def _why_not_built(library: str) -> str:
     )
 
 
-def load_cpu(path: Path = CPU_LIBRARY, forced: str = "") -> Library:
-    """Loads the CPU kernels, which register under the operators' CPU key, and selects the ``forced`` variant."""
+def _open(path: Path) -> ctypes.CDLL | str:
+    """The library, its operators registered; or why not."""
     if not path.is_file():
-        return Library(path, f"{path.name} is not in {path.parent}: {_why_not_built(path.stem)}")
+        return f"{path.name} is not in {path.parent}: {_why_not_built(path.stem)}"
     try:
         torch.ops.load_library(str(path))
-        library = ctypes.CDLL(str(path))
-        library.steam_cpu_supported.restype = ctypes.c_char_p
-        library.steam_cpu_variant.restype = ctypes.c_char_p
+        return ctypes.CDLL(str(path))
+    except (OSError, RuntimeError) as error:
+        lines = str(error).splitlines() or [type(error).__name__]
+        return f"{path} cannot be loaded: {lines[0]}"
+
+
+def _text(function: Any) -> tuple[str, ...]:
+    """The words between commas that a function of a library returns."""
+    function.restype = ctypes.c_char_p
+    return tuple(function().decode().split(","))
+
+
+def load_cpu(path: Path = CPU_LIBRARY, forced: str = "") -> Library:
+    """Loads the CPU kernels, which register under the operators' CPU key, and selects the ``forced`` variant."""
+    library = _open(path)
+    if isinstance(library, str):
+        return Library(path, library)
+    try:
         library.steam_cpu_select.argtypes = [ctypes.c_char_p]
-        supported = tuple(library.steam_cpu_supported().decode().split(","))
+        supported = _text(library.steam_cpu_supported)
         reason = ""
         if forced and not (forced in CPU_VARIANTS and library.steam_cpu_select(forced.encode()) == 0):
             known = forced in CPU_VARIANTS
             cause = "a variant that this processor or build lacks" if known else "not a variant of the CPU kernels"
             reason = f"{ENVIRONMENT}={forced!r} is {cause}; there is {', '.join(supported)}"
-        return Library(path, reason, supported, library.steam_cpu_variant().decode())
-    except (OSError, AttributeError, RuntimeError) as error:
-        lines = str(error).splitlines() or [type(error).__name__]
-        return Library(path, f"{path} cannot be loaded: {lines[0]}")
+        return Library(path, reason, supported, *_text(library.steam_cpu_variant))
+    except AttributeError as error:
+        return Library(path, f"{path} is not of this version: {error}")
+
+
+def load_cuda(path: Path = CUDA_LIBRARY) -> Library:
+    """Loads the CUDA kernels, which register operators of their own; that takes a torch with CUDA, but no GPU."""
+    if torch.version.cuda is None:
+        return Library(path, f"torch {torch.__version__} is built without CUDA")
+    library = _open(path)
+    if isinstance(library, str):
+        return Library(path, library)
+    try:
+        library.steam_cuda_usable.argtypes = [ctypes.c_char_p]
+        return Library(path, "", _text(library.steam_cuda_architectures))
+    except AttributeError as error:
+        return Library(path, f"{path} is not of this version: {error}")
 
 
 CPU = load_cpu(forced=os.environ.get(ENVIRONMENT, ""))
+CUDA = load_cuda()
+
+_gpus: dict[int, str] = {}
+
+
+@torch.compiler.assume_constant_result  # the compiler cannot look into ctypes
+def why_not_gpu(index: int) -> str:
+    """ "" where the loaded CUDA kernels run on the GPU of this index, else why not; the GPU is asked once."""
+    if index not in _gpus:
+        message = ctypes.create_string_buffer(MESSAGE_BYTES)
+        with torch.cuda.device(index):
+            usable = ctypes.CDLL(str(CUDA.path)).steam_cuda_usable(message) == 0
+        _gpus[index] = "" if usable else message.value.decode()
+    return _gpus[index]

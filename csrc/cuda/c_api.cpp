@@ -1,0 +1,88 @@
+// The C functions of steam::cuda: checks, then one call of the kernels.
+#include "../common/c_api.h"
+
+#include <new>
+
+#include "kernels.h"
+
+namespace {
+
+template <class Args, class Kernels>
+steam_status run(const Args& args, void* workspace, size_t workspace_bytes, void* stream, const steam::Report& report,
+                 const Kernels& kernels) {
+  if (workspace_bytes > 0) STEAM_TRY(report.given("workspace", workspace));
+  const std::string reason = kernels(args, stream);
+  return reason.empty() ? STEAM_OK : report.fail(STEAM_CUDA_ERROR, "%s", reason.c_str());
+}
+
+// No exception leaves a C function.
+template <class F>
+steam_status guarded(const steam::Report& report, const F& f) {
+  try {
+    return f();
+  } catch (const std::bad_alloc&) {
+    return report.fail(STEAM_OUT_OF_MEMORY, "the host has no memory left");
+  }
+}
+
+steam_status workspace(const steam_problem* problem, int64_t* bytes, char* message,
+                       size_t (*needed)(const steam::Problem&)) {
+  const steam::Report report(message);
+  STEAM_TRY(report.given("problem", problem));
+  STEAM_TRY(report.given("bytes", bytes));
+  STEAM_TRY(steam::check(*problem, report));
+  return guarded(report, [&] {
+    *bytes = static_cast<int64_t>(needed(steam::problem_of(*problem)));
+    return STEAM_OK;
+  });
+}
+
+}  // namespace
+
+steam_status steam_cuda_forward_workspace(const steam_problem* problem, int64_t* bytes, char* message) {
+  return workspace(problem, bytes, message, steam::cuda::forward_workspace_bytes);
+}
+
+steam_status steam_cuda_backward_workspace(const steam_problem* problem, int64_t* bytes, char* message) {
+  return workspace(problem, bytes, message, steam::cuda::backward_workspace_bytes);
+}
+
+steam_status steam_cuda_forward(const steam_forward_args* args, void* workspace, void* stream, char* message) {
+  const steam::Report report(message);
+  STEAM_TRY(steam::check(args, report));
+  const steam::Problem problem = steam::problem_of(args->problem);
+  const steam::DType weight = steam::dtype_of(args->problem.weight_dtype);
+  return guarded(report, [&] {
+    const steam::cuda::ForwardArgs call{problem,
+                                        {args->channel_weight, weight},
+                                        {args->spatial_weight, weight},
+                                        args->x,
+                                        args->residual,
+                                        args->y,
+                                        args->saved,
+                                        workspace};
+    return run(call, workspace, steam::cuda::forward_workspace_bytes(problem), stream, report, steam::cuda::forward);
+  });
+}
+
+steam_status steam_cuda_backward(const steam_backward_args* args, void* workspace, void* stream, char* message) {
+  const steam::Report report(message);
+  STEAM_TRY(steam::check(args, report));
+  const steam::Problem problem = steam::problem_of(args->problem);
+  const steam::DType weight = steam::dtype_of(args->problem.weight_dtype);
+  return guarded(report, [&] {
+    const steam::cuda::BackwardArgs call{problem,
+                                         {args->channel_weight, weight},
+                                         {args->spatial_weight, weight},
+                                         args->dy,
+                                         args->x,
+                                         args->y,
+                                         args->saved,
+                                         args->dx,
+                                         args->dresidual,
+                                         {args->channel_grad, weight},
+                                         {args->spatial_grad, weight},
+                                         workspace};
+    return run(call, workspace, steam::cuda::backward_workspace_bytes(problem), stream, report, steam::cuda::backward);
+  });
+}
