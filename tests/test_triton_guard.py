@@ -185,7 +185,7 @@ def test_planted_bug_is_caught(kernel: Any, options: dict[str, Any], message: st
 
 
 def test_a_neighbouring_tensor_is_out_of_bounds() -> None:
-    """A pointer stays bound to the tensor that it was made from: y lies right behind x, and x + n is y's first element."""
+    """A pointer stays bound to its tensor: y lies right behind x, and x + n is y's first element."""
     both = torch.randn(200)
     with Guard(), pytest.raises(GuardError, match="loads x out of bounds"):
         unmasked_load_kernel[(4,)](both[:100], both[100:], 100, BLOCK=32)

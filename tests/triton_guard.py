@@ -6,17 +6,17 @@
 
 Inside, every launch runs its programs in a random order, and each of these raises :class:`GuardError`:
 
-* an active lane of a load or store outside the tensor that its pointer was made from (a neighbouring tensor is outside too),
-  or not aligned to its element;
+* an active lane of a load or store outside the tensor that its pointer was made from (a neighbouring tensor is outside
+  too), or not aligned to its element;
 * a byte stored by one program and loaded or stored by another of the same launch;
 * a byte loaded or stored again by the program that stored it, without a barrier between: its threads are not ordered;
 * two lanes of one store with different values for one address; an atomic, which no kernel here needs;
 * ``tl.multiple_of``, ``tl.max_contiguous`` or ``tl.max_constancy`` that is not true;
 * a grid that CUDA cannot launch.
 
-``torch.empty`` and its kin give NaN inside, so that what no program writes is seen in the results; :meth:`Guard.unwritten`
-counts it. Traffic is counted by launch and parameter: the bytes of the active lanes, and the 32-byte sectors that each
-load or store touches.
+``torch.empty`` and its kin give NaN inside, so that what no program writes is seen in the results;
+:meth:`Guard.unwritten` counts it. Traffic is counted by launch and parameter: the bytes of the active lanes, and the
+32-byte sectors that each load or store touches.
 
 It replaces private names of one version of Triton; the tests keep planted bugs that it must catch.
 """
@@ -204,8 +204,8 @@ class Guard:
     def __enter__(self) -> Guard:
         if triton.__version__ != TRITON:
             raise RuntimeError(
-                f"the guard replaces private names of Triton {TRITON}, and this is Triton {triton.__version__}: install "
-                f"triton=={TRITON} (the test extra does), or bring tests/triton_guard.py up to date"
+                f"the guard replaces private names of Triton {TRITON}, and this is Triton {triton.__version__}: "
+                f"install triton=={TRITON} (the test extra does), or bring tests/triton_guard.py up to date"
             )
         builder, patch = interpreter.InterpreterBuilder, self._patch.setattr
         patch(interpreter.GridExecutor, "__call__", self._launching(interpreter.GridExecutor.__call__))
@@ -333,8 +333,8 @@ class Guard:
             if bad.any():
                 offset = (int(addresses[bad][0]) - p.start) / p.tensor.element_size()
                 self._fail(
-                    f"{kind} {p.name} out of bounds in {bad.sum()} of {bad.size} lanes, the first at element {offset:g} of "
-                    f"{p.tensor.numel()}"
+                    f"{kind} {p.name} out of bounds in {bad.sum()} of {bad.size} lanes, the first at element "
+                    f"{offset:g} of {p.tensor.numel()}"
                 )
             crooked = addresses % np.uint64(itemsize) != 0
             if crooked.any():
