@@ -1,0 +1,166 @@
+"""The gate stage: y = scale x g_c g_s (+ residual, ReLU), and its input gradient.
+
+A map is rows of numbers: NCHW, a row is the pixels of a channel, or of GROUP channels, so that its length is a whole
+number of wide accesses also where H W is not; channels last, GROUP is 1 and a tile's rows are channels, its columns pixels.
+"""
+
+import triton
+import triton.language as tl
+
+from .pool import upstream
+from .sizes import DO_NOT_SPECIALIZE
+
+
+@triton.jit
+def place(
+    channels,
+    area,
+    width,
+    grid_h,
+    grid_w,
+    CHANNELS_LAST: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    RUN: tl.constexpr,
+    STEPS: tl.constexpr,
+):
+    """This program's sample n, its first row, its columns e and each column's channel within the group and cell."""
+    row_blocks = tl.cdiv(tl.cdiv(channels, GROUP), ROWS * STEPS)
+    run_blocks = tl.cdiv(area * GROUP, RUN)
+    pid = tl.program_id(0)
+    if CHANNELS_LAST:
+        row_block = pid % row_blocks
+        run_block = pid // row_blocks % run_blocks
+    else:
+        run_block = pid % run_blocks
+        row_block = pid // run_blocks % row_blocks
+    n = (pid // run_blocks // row_blocks).to(tl.int64)
+    e = run_block * RUN + tl.arange(0, RUN)
+    pixel = e
+    member = tl.zeros([RUN], tl.int32)
+    if GROUP > 1:
+        member = e // area
+        pixel = e - member * area
+    row = pixel // width
+    column = pixel - row * width
+    cell = row * grid_h // (area // width) * grid_w + column * grid_w // width
+    return n, row_block * STEPS * ROWS, e, member, cell
+
+
+@triton.jit
+def elements(
+    first,
+    e,
+    member,
+    channels,
+    area,
+    CHANNELS_LAST: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Offsets in the sample of a (ROWS, RUN) tile, which of them exist, and their channels ((ROWS, 1) where GROUP is 1)."""
+    row = first + tl.arange(0, ROWS)[:, None]
+    column = e[None, :]
+    if CHANNELS_LAST:
+        offset = column.to(tl.int64) * channels + row
+        inside = (row < channels) & (column < area)
+        channel = row
+    else:
+        offset = row.to(tl.int64) * (area * GROUP) + column
+        # by offset: a comparison of channels would differ within a wide access
+        if GROUP > 1:
+            inside = (column < area * GROUP) & (offset < channels.to(tl.int64) * area)
+            channel = row * GROUP + member[None, :]
+        else:
+            inside = (row < channels) & (column < area)
+            channel = row
+    return offset, inside, channel
+
+
+@triton.jit(do_not_specialize=DO_NOT_SPECIALIZE)
+def gate(
+    x,
+    residual,  # None: none
+    y,
+    gates,
+    channels,
+    area,
+    width,
+    grid_h,
+    grid_w,
+    SCALE: tl.constexpr,
+    RELU: tl.constexpr,
+    CHANNEL_UNIT: tl.constexpr,
+    AREA_UNIT: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    RUN: tl.constexpr,
+    STEPS: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """y for STEPS tiles of (ROWS, RUN), one below the other: they share their columns' cells."""
+    channels = channels * CHANNEL_UNIT
+    area = area * AREA_UNIT
+    n, first, e, member, cell = place(channels, area, width, grid_h, grid_w, CHANNELS_LAST, GROUP, ROWS, RUN, STEPS)
+    base = n * (channels.to(tl.int64) * area)
+    g_c = gates + n * (channels + grid_h * grid_w)
+    g_s = tl.load(g_c + channels + cell, mask=e < area * GROUP, other=0.0)[None, :]
+    for step in range(STEPS):
+        offset, inside, channel = elements(first + step * ROWS, e, member, channels, area, CHANNELS_LAST, GROUP, ROWS)
+        g = tl.load(g_c + channel, mask=channel < channels, other=0.0) * SCALE * g_s
+        out = tl.load(x + base + offset, mask=inside, other=0.0).to(ACC) * g
+        if residual is not None:
+            out += tl.load(residual + base + offset, mask=inside, other=0.0).to(ACC)
+        if RELU:
+            out = tl.where(out <= 0.0, 0.0, out)  # a NaN stays
+        tl.store(y + base + offset, out.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=DO_NOT_SPECIALIZE)
+def gate_backward(
+    dy,
+    y,  # None: no ReLU
+    dx,  # None: not asked for
+    dresidual,  # None: not asked for
+    gates,
+    shifts,
+    channels,
+    area,
+    width,
+    grid_h,
+    grid_w,
+    SCALE: tl.constexpr,
+    SEQUENTIAL: tl.constexpr,
+    CHANNEL_UNIT: tl.constexpr,
+    AREA_UNIT: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    RUN: tl.constexpr,
+    STEPS: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """dx = scale dy g_c g_s + dz / (H W) + du / (C n_cell) (g_c or 1), and dy as the ReLU let it pass."""
+    channels = channels * CHANNEL_UNIT
+    area = area * AREA_UNIT
+    n, first, e, member, cell = place(channels, area, width, grid_h, grid_w, CHANNELS_LAST, GROUP, ROWS, RUN, STEPS)
+    base = n * (channels.to(tl.int64) * area)
+    at = n * (channels + grid_h * grid_w)
+    if dx is not None:
+        g_s = tl.load(gates + at + channels + cell, mask=e < area * GROUP, other=0.0)[None, :]
+        share = tl.load(shifts + at + channels + cell, mask=e < area * GROUP, other=0.0)[None, :]
+    for step in range(STEPS):
+        offset, inside, channel = elements(first + step * ROWS, e, member, channels, area, CHANNELS_LAST, GROUP, ROWS)
+        g = upstream(dy, y, base + offset, inside, ACC)
+        if dresidual is not None:
+            tl.store(dresidual + base + offset, g.to(dresidual.dtype.element_ty), mask=inside)
+        if dx is not None:
+            g_c = tl.load(gates + at + channel, mask=channel < channels, other=0.0)
+            shift = tl.load(shifts + at + channel, mask=channel < channels, other=0.0)
+            if SEQUENTIAL:
+                shift += share * g_c
+            else:
+                shift += share
+            out = g * (g_c * SCALE * g_s) + shift
+            tl.store(dx + base + offset, out.to(dx.dtype.element_ty), mask=inside)
