@@ -1,7 +1,8 @@
 """The operators: schema, fakes, autograd and FLOP formulas; the one place that knows PyTorch's dispatcher.
 
 ``steam_kernels::forward`` and ``steam_kernels::backward`` are functional and opaque to the compiler; ``forward_``
-writes into x. x arrives dense in NCHW or channels_last, residual and dy with x's strides, ``grid`` resolved. ``saved``
+writes into x. On a GPU they run the first backend that can; ``triton_forward`` and so on are one backend's, for a call
+that names it. x arrives dense in NCHW or channels_last, residual and dy with x's strides, ``grid`` resolved. ``saved``
 is ``(N, 2 (C + gh gw))`` in the accumulation dtype, a row being [z | o_c | u | o_s]: tokens and pre-activations of the
 channel and the spatial graph.
 """
@@ -15,8 +16,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from . import reference
-from .config import Unit, accumulation_dtype
+from . import backends, reference
+from .backends import gpu
+from .config import Unit, accumulation_dtype, make_unit
 from .cost import backward_flops, forward_flops
 
 # At module level: the operators vanish with the library object.
@@ -34,8 +36,12 @@ _SCHEMAS = {
     "forward_": "(Tensor(a!) x, Tensor channel_weight, Tensor spatial_weight, Tensor? residual, "
     f"{_OPTIONS}, bool relu) -> ()",
 }
-for _name, _schema in _SCHEMAS.items():
-    _LIBRARY.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+#: Backends with operators of their own, by name.
+_NAMED = ("triton",)
+_PREFIXES = ("", *(f"{_backend}_" for _backend in _NAMED))
+for _prefix in _PREFIXES:
+    for _name, _schema in _SCHEMAS.items():
+        _LIBRARY.define(_prefix + _name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 
 class Operators(NamedTuple):
@@ -46,13 +52,17 @@ class Operators(NamedTuple):
     forward_: Callable[..., None]
 
 
+def _operators(prefix: str) -> Operators:
+    return Operators(*(getattr(torch.ops.steam_kernels, prefix + name).default for name in Operators._fields))
+
+
+#: The key of the operators that serve a call which names no backend.
+AUTOMATIC = "automatic"
 #: Backend name -> operators; a backend that is not here is plain differentiable PyTorch.
 OPERATORS: dict[str, Operators] = {
-    "cpu": Operators(
-        torch.ops.steam_kernels.forward.default,
-        torch.ops.steam_kernels.backward.default,
-        torch.ops.steam_kernels.forward_.default,
-    ),
+    AUTOMATIC: _operators(""),
+    "cpu": _operators(""),
+    **{name: _operators(f"{name}_") for name in _NAMED},
 }
 
 
@@ -113,9 +123,9 @@ def _fake_forward_(*args: Any) -> None:
     return None
 
 
-torch.library.register_fake("steam_kernels::forward", _fake_forward, lib=_LIBRARY)
-torch.library.register_fake("steam_kernels::backward", _fake_backward, lib=_LIBRARY)
-torch.library.register_fake("steam_kernels::forward_", _fake_forward_, lib=_LIBRARY)
+for _prefix in _PREFIXES:
+    for _name, _fake in (("forward", _fake_forward), ("backward", _fake_backward), ("forward_", _fake_forward_)):
+        torch.library.register_fake(f"steam_kernels::{_prefix}{_name}", _fake, lib=_LIBRARY)
 
 
 # ---- the operators in plain PyTorch, for every device that has no kernels --------------------------------------------
@@ -130,14 +140,19 @@ def _unit(
     scale: float,
     relu: bool = False,
 ) -> Unit:
-    return Unit(
-        num_heads=num_heads,
-        channel_radius=channel_radius,
-        spatial_neighbors=spatial_neighbors,
-        self_loops=self_loops,
-        order="sequential" if sequential else "parallel",
-        scale=scale,
-        activation="relu" if relu else None,
+    order, activation = "sequential" if sequential else "parallel", "relu" if relu else None
+    return make_unit(
+        num_heads,
+        None,
+        None,
+        channel_radius,
+        spatial_neighbors,
+        self_loops,
+        order,
+        scale,
+        activation,
+        False,
+        None,
     )
 
 
@@ -220,6 +235,44 @@ def _plain_forward_(
 _LIBRARY.impl("forward", _plain_forward, "CompositeExplicitAutograd")
 _LIBRARY.impl("backward", _plain_backward, "CompositeExplicitAutograd")
 _LIBRARY.impl("forward_", _plain_forward_, "CompositeExplicitAutograd")
+
+
+# ---- the operators on a GPU ------------------------------------------------------------------------------------------
+
+
+def _triton(name: str) -> Callable[..., Any]:
+    def run(*args: Any) -> Any:
+        kernels, x = gpu.triton_kernels(), args[0]
+        if kernels.reason:
+            raise RuntimeError(kernels.reason)
+        function = getattr(kernels.module, name)
+        if x.device.type != "cuda":
+            return function(*args)
+        with torch.cuda.device(x.device):
+            return function(*args, family=gpu.family(x.device.index))
+
+    return run
+
+
+def _first_on_gpu(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
+    """The operator of the first GPU backend that can run the call, else plain PyTorch."""
+    start = 1 if name == "backward" else 0  # dy
+    options = {"forward": 4, "backward": 6, "forward_": 4}[name]
+
+    def run(*args: Any) -> Any:
+        x = args[start]
+        channel_weight, spatial_weight = args[3:5] if name == "backward" else args[1:3]
+        unit, grid = _unit(*args[options + 1 : options + 7]), (args[options][0], args[options][1])
+        call = backends.Call(x, channel_weight, spatial_weight, None, unit, grid)
+        backend = backends.first(call)
+        return getattr(OPERATORS[backend], name)(*args) if backend in _NAMED else plain(*args)
+
+    return run
+
+
+for _name, _plain in (("forward", _plain_forward), ("backward", _plain_backward), ("forward_", _plain_forward_)):
+    _LIBRARY.impl(f"triton_{_name}", _triton(_name), "CompositeExplicitAutograd")
+    _LIBRARY.impl(_name, _first_on_gpu(_name, _plain), "CUDA")
 
 
 # ---- autograd --------------------------------------------------------------------------------------------------------
@@ -352,7 +405,11 @@ def _call_inplace(
 # ---- FLOPs -----------------------------------------------------------------------------------------------------------
 
 
-@register_flop_formula([torch.ops.steam_kernels.forward, torch.ops.steam_kernels.forward_])
+def _packets(*names: str) -> list[Any]:
+    return [getattr(torch.ops.steam_kernels, prefix + name) for prefix in _PREFIXES for name in names]
+
+
+@register_flop_formula(_packets("forward", "forward_"))
 def _forward_flop(
     x: Any,
     channel_weight: Any,
@@ -370,7 +427,7 @@ def _forward_flop(
     return x[0] * forward_flops(x[1], x[2], x[3], tuple(grid), unit, residual is not None)
 
 
-@register_flop_formula(torch.ops.steam_kernels.backward)
+@register_flop_formula(_packets("backward"))
 def _backward_flop(
     dy: Any,
     x: Any,

@@ -1,7 +1,7 @@
 """The Triton backend: pool, graph and gate on a GPU, or on anything that runs Triton's kernels.
 
-``forward``, ``backward`` and ``forward_`` are the operators of ``steam_kernels.ops`` with their conventions. They know no
-device: they allocate beside x and launch. Importing this module imports Triton.
+``forward``, ``backward`` and ``forward_`` are the operators of ``steam_kernels.ops`` with their conventions. They know
+no device: they allocate beside x and launch. Importing this module imports Triton.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -18,7 +19,10 @@ from .gate import gate, gate_backward
 from .graph import graph, graph_backward, weights_backward
 from .pool import pool_runs, pool_tiles
 
-__all__ = ["backward", "forward", "forward_"]
+__all__ = ["INTERPRETED", "backward", "forward", "forward_"]
+
+#: Whether the kernels run in Triton's interpreter (TRITON_INTERPRET=1 when this was imported), on any tensor.
+INTERPRETED = not isinstance(gate, triton.JITFunction)
 
 
 class _Call(NamedTuple):

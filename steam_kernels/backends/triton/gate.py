@@ -1,7 +1,8 @@
 """The gate stage: y = scale x g_c g_s (+ residual, ReLU), and its input gradient.
 
 A map is rows of numbers: NCHW, a row is the pixels of a channel, or of GROUP channels, so that its length is a whole
-number of wide accesses also where H W is not; channels last, GROUP is 1 and a tile's rows are channels, its columns pixels.
+number of wide accesses also where H W is not; channels last, GROUP is 1, a tile's rows are channels and its
+columns pixels.
 """
 
 import triton
@@ -58,7 +59,7 @@ def elements(
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Offsets in the sample of a (ROWS, RUN) tile, which of them exist, and their channels ((ROWS, 1) where GROUP is 1)."""
+    """A (ROWS, RUN) tile's offsets in the sample, which of them exist, and their channels."""
     row = first + tl.arange(0, ROWS)[:, None]
     column = e[None, :]
     if CHANNELS_LAST:

@@ -70,9 +70,10 @@ def neighbor(node, k, nodes, columns, first, RING: tl.constexpr, LOOPS: tl.const
 def attend(
     tokens, node, a, count, nodes, columns, first, RING: tl.constexpr, LOOPS: tl.constexpr, DIAGONAL: tl.constexpr
 ):
-    """What each head sees at each node: slope a t, the extreme token of largest score, 1 / sum of weights, mean - extreme.
+    """What each head sees at each node, (NODES, HEADS) each.
 
-    A score is a difference before it is a product, so its exponential is at most 1; (NODES, HEADS) each.
+    The slope a t, the extreme token, which has the largest score, 1 / sum of weights, and mean - extreme. A score is a
+    difference before it is a product, so its exponential is at most 1.
     """
     slope = a * tl.load(tokens + node)[:, None]
     low = tl.full(node.shape, float("inf"), slope.dtype)
@@ -113,8 +114,8 @@ def transform_backward(
 ):  # fmt: skip
     """The tokens' gradients, and each node's terms of the gradients of a and b, (NODES, HEADS) each.
 
-    ``gradients`` are those of the pre-activations. The graph is symmetric, so what the neighbours give back is gathered:
-    their softmax is worked out again from their own neighbours, which takes no memory and no atomics.
+    ``gradients`` are those of the pre-activations. The graph is symmetric, so what the neighbours give back is
+    gathered: their softmax is worked out again from their own neighbours, which takes no memory and no atomics.
     """
     head = tl.arange(0, a.shape[1])[None, :]
     slope, extreme, inverse, mean = attend(tokens, node, a, count, nodes, columns, first, RING, LOOPS, DIAGONAL)
@@ -320,7 +321,7 @@ def graph_backward(
     WIDTH: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """One sample's gates [g_c | g_s], shifts [dz / (H W) | du / (C n_cell)] and (4, heads) terms of the heads' gradients.
+    """One sample's gates [g_c | g_s], shifts [dz / (H W) | du / (C n_cell)] and (4, heads) terms of da and db.
 
     ``flows`` are the gradients of the pre-activations, on their way between nodes. Without RING nobody asks for what
     lies behind the channel gate. ONCE: one tile has all cells, so the products are read once.

@@ -1,8 +1,8 @@
 """The launch table: block shapes, warps and stages as pure functions of (shape, dtype, layout, architecture family).
 
 Nothing is tuned at run time: a new shape costs a look-up here and, where a constant differs, one compilation. Sizes are
-arguments; constants are what shapes a tile (powers of two), the unit's options, and how far sizes are divisible (up to a
-16-byte access), since that decides how wide the accesses are.
+arguments; constants are what shapes a tile (powers of two), the unit's options, and how far sizes are divisible (up to
+a 16-byte access), since that decides how wide the accesses are.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def unit(n: int, most: int) -> int:
 
 
 def fitting(size: int, most: int, least: int) -> int:
-    """The block, from ``most`` down to ``least``, that covers ``size`` with under a tenth of it to spare, else the tightest."""
+    """The largest block from ``most`` down to ``least`` that covers ``size`` with a tenth to spare, or tightest."""
     if size <= least:
         return power(size)
     blocks = [b for b in (most >> k for k in range(most.bit_length())) if least <= b <= power(size)]

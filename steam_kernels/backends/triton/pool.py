@@ -119,7 +119,7 @@ def pool_tiles(
     COLUMNS: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Any map: CELLS neighbouring cells of a row of cells in CHANNELS channels, by tiles of ROWS x COLUMNS of a cell."""
+    """Any map: CELLS neighbours in a row of cells, in CHANNELS channels, by tiles of ROWS x COLUMNS of each cell."""
     channels = channels * CHANNEL_UNIT
     area = area * AREA_UNIT
     wide = width // grid_w * WIDTH_UNIT  # of every cell where they are uniform; a product tells its alignment

@@ -1,7 +1,7 @@
 """The integer arguments of the kernels."""
 
-#: Sizes that change from call to call. Alignment that kernels rely on is told by constants, so no size needs a kernel of
-#: its own.
+#: Sizes that change from call to call. Alignment that kernels rely on is told by constants, so no size needs a kernel
+#: of its own.
 DO_NOT_SPECIALIZE = (
     "samples",
     "channels",
