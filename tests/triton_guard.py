@@ -160,6 +160,7 @@ class Guard:
         self._order: np.ndarray = np.zeros(0, np.int64)
         self._program = 0
         self._epoch = 0
+        self._patched: set[frozenset[int]] = set()
 
     # ---- what it found
 
@@ -210,6 +211,7 @@ class Guard:
         builder, patch = interpreter.InterpreterBuilder, self._patch.setattr
         patch(interpreter.GridExecutor, "__call__", self._launching(interpreter.GridExecutor.__call__))
         patch(interpreter, "_implicit_cvt", self._tagging(interpreter._implicit_cvt))
+        patch(interpreter, "_patch_lang", self._patching(interpreter._patch_lang))
         patch(interpreter.TensorHandle, "set_attr", self._hinting(interpreter.TensorHandle.set_attr))
         patch(builder, "set_grid_idx", self._starting(builder.set_grid_idx))
         patch(builder, "create_masked_load", self._loading(builder.create_masked_load))
@@ -241,7 +243,7 @@ class Guard:
             if any(n > 65535 for n in grid[1:]) or grid[0] >= 2**31:
                 self._fail(f"a grid of {grid}, and CUDA's limits are (2**31 - 1, 65535, 65535)")
             self._parameters, self._unseen = parameters, list(parameters)
-            self._order, self._epoch = np.zeros(0, np.int64), 0
+            self._order, self._epoch, self._patched = np.zeros(0, np.int64), 0, set()
             spans = _spans(parameters)
             try:
                 original(executor, *args, **kwargs)
@@ -266,6 +268,17 @@ class Guard:
             return out
 
         return convert
+
+    def _patching(self, original: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        def patch_lang(fn: Any) -> Any:
+            # The interpreter does this again for every call of a device function, which takes longer than the call.
+            seen = frozenset(id(value) for value in fn.__globals__.values() if value is tl or value is tl.core)
+            if seen in self._patched:
+                return interpreter._LangPatchScope()
+            self._patched.add(seen)
+            return original(fn)
+
+        return patch_lang
 
     def _starting(self, original: Callable[..., None]) -> Callable[..., None]:
         def start(builder: Any, x: int, y: int, z: int) -> None:
