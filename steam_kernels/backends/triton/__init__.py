@@ -18,6 +18,7 @@ from . import launch
 from .gate import gate, gate_backward
 from .graph import graph, graph_backward, weights_backward
 from .pool import pool_runs, pool_tiles
+from .whole import whole, whole_backward
 
 __all__ = ["INTERPRETED", "backward", "forward", "forward_"]
 
@@ -37,9 +38,20 @@ class _Call(NamedTuple):
     acc: tl.dtype
 
     @property
-    def sizes(self) -> tuple[int, int, int, int]:
-        p = self.problem
-        return p.area, p.width, p.grid_h, p.grid_w
+    def table(self) -> tuple[launch.Problem, int, int, int]:
+        """What the launch table wants to know for the graph stage."""
+        return self.problem, self.heads, self.head_width, self.ring[1]
+
+    def units(self, how: launch.Launch) -> tuple[int, int, int, int, int]:
+        """Channels, area and width, in the units that a launch's constants tell, and the grid."""
+        p, told = self.problem, how.constants
+        return (
+            p.channels // told["CHANNEL_UNIT"],
+            p.area // told.get("AREA_UNIT", 1),
+            p.width // told.get("WIDTH_UNIT", 1),
+            p.grid_h,
+            p.grid_w,
+        )
 
 
 def _call(
@@ -92,17 +104,8 @@ def _pool(
 ) -> None:
     how = launch.pool(call.problem)
     assert how is not None
-    channels = call.problem.channels // how.constants["CHANNEL_UNIT"]
-    area, width, grid_h, grid_w = call.sizes
-    area //= how.constants["AREA_UNIT"]
-    if how.kernel == "pool_runs":
-        kernel = pool_runs
-    else:
-        kernel = pool_tiles
-        width //= how.constants["WIDTH_UNIT"]
-    kernel[(how.programs,)](
-        x, dy, y, sums, products, channels, area, width, grid_h, grid_w, ACC=call.acc, **how.options
-    )
+    kernel = pool_runs if how.kernel == "pool_runs" else pool_tiles
+    kernel[(how.programs,)](x, dy, y, sums, products, *call.units(how), ACC=call.acc, **how.options)
 
 
 def _forward(
@@ -121,11 +124,35 @@ def _forward(
     if p.samples == 0:
         return saved
     gates = _rows(x, p.channels + p.cells)
+    if launch.is_small(p):
+        how = launch.whole(*call.table)
+        whole[(how.programs,)](
+            x,
+            residual,
+            y,
+            None if p.pixel_cells else _rows(x, p.channels * p.cells),
+            saved,
+            gates,
+            channel_weight,
+            spatial_weight,
+            *channel_weight.stride(),
+            *spatial_weight.stride(),
+            *call.units(how),
+            call.heads,
+            call.head_width,
+            *call.ring,
+            SCALE=scale,
+            RELU=relu,
+            ACC=call.acc,
+            **call.options,
+            **how.options,
+        )
+        return saved
     sums = x
     if not p.pixel_cells:
         sums = _rows(x, p.channels * p.cells)
         _pool(call, x, None, None, sums, None)
-    how = launch.graph(p, call.heads, call.head_width)
+    how = launch.graph(*call.table)
     graph[(how.programs,)](
         sums,
         saved,
@@ -134,8 +161,7 @@ def _forward(
         spatial_weight,
         *channel_weight.stride(),
         *spatial_weight.stride(),
-        p.channels // how.constants["CHANNEL_UNIT"],
-        *call.sizes,
+        *call.units(how),
         call.heads,
         call.head_width,
         *call.ring,
@@ -144,15 +170,12 @@ def _forward(
         **how.options,
     )
     how = launch.gate(p)
-    area, *sizes = call.sizes
     gate[(how.programs,)](
         x,
         residual,
         y,
         gates,
-        p.channels // how.constants["CHANNEL_UNIT"],
-        area // how.constants["AREA_UNIT"],
-        *sizes,
+        *call.units(how),
         SCALE=scale,
         RELU=relu,
         ACC=call.acc,
@@ -242,29 +265,57 @@ def backward(
             (x, need_residual),
         )
     )
-    ring = need_x or need_channel_weight  # whether anybody asks for what lies behind the channel gate
     gates, shifts = _rows(x, p.channels + p.cells), _rows(x, p.channels + p.cells)
     partials = _rows(x, 4 * call.heads)
-    if p.samples and (ring or need_spatial_weight):
-        _graph_backward(call, dy, x, y, channel_weight, spatial_weight, saved, gates, shifts, partials, scale, ring)
-    if p.samples and (need_x or need_residual):
-        how = launch.gate(p)
-        area, *sizes = call.sizes
-        gate_backward[(how.programs,)](
+    ring = need_x or need_channel_weight  # whether anybody asks for what lies behind the channel gate
+    graphs = ring or need_spatial_weight
+    asked = (dx if need_x else None), (dresidual if need_residual else None)
+    if p.samples and graphs and launch.is_small(p):
+        flows, sums, products = _behind(call, x, ring)
+        how = launch.whole(*call.table)
+        whole_backward[(how.programs,)](
             dy,
+            x,
             y,
-            dx if need_x else None,
-            dresidual if need_residual else None,
+            *asked,
+            sums,
+            products,
+            saved,
             gates,
+            flows,
             shifts,
-            p.channels // how.constants["CHANNEL_UNIT"],
-            area // how.constants["AREA_UNIT"],
-            *sizes,
+            partials,
+            channel_weight,
+            spatial_weight,
+            *channel_weight.stride(),
+            *spatial_weight.stride(),
+            *call.units(how),
+            call.heads,
+            call.head_width,
+            *call.ring,
             SCALE=scale,
-            SEQUENTIAL=sequential,
+            RING=ring,
             ACC=call.acc,
+            **call.options,
             **how.options,
         )
+    elif p.samples:
+        if graphs:
+            _graph_backward(call, dy, x, y, channel_weight, spatial_weight, saved, gates, shifts, partials, scale, ring)
+        if need_x or need_residual:
+            how = launch.gate(p)
+            gate_backward[(how.programs,)](
+                dy,
+                y,
+                *asked,
+                gates,
+                shifts,
+                *call.units(how),
+                SCALE=scale,
+                SEQUENTIAL=sequential,
+                ACC=call.acc,
+                **how.options,
+            )
     if need_channel_weight or need_spatial_weight:
         weights_backward[(1,)](
             partials,
@@ -285,6 +336,14 @@ def backward(
     return dx, dchannel, dspatial, dresidual
 
 
+def _behind(call: _Call, x: Tensor, ring: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Scratch of the graph stage backwards: flows, and sums and products where they are not x and x dy themselves."""
+    p = call.problem
+    cells = None if p.pixel_cells else p.channels * p.cells
+    sums = _rows(x, cells) if cells and ring and call.options["SEQUENTIAL"] else None
+    return _rows(x, p.channels + p.cells), sums, _rows(x, cells) if cells else None
+
+
 def _graph_backward(
     call: _Call,
     dy: Tensor,
@@ -299,17 +358,12 @@ def _graph_backward(
     scale: float,
     ring: bool,
 ) -> None:
-    p = call.problem
-    flows = _rows(x, p.channels + p.cells)
-    sums, products = x, None
-    if not p.pixel_cells:
-        products = _rows(x, p.channels * p.cells)
-        asked = ring and call.options["SEQUENTIAL"]
-        sums = _rows(x, p.channels * p.cells) if asked else products
-        _pool(call, x, dy, y, sums if asked else None, products)
-    how = launch.graph(p, call.heads, call.head_width)
+    flows, sums, products = _behind(call, x, ring)
+    if products is not None:
+        _pool(call, x, dy, y, sums, products)
+    how = launch.graph(*call.table)
     graph_backward[(how.programs,)](
-        sums,
+        x if products is None else products if sums is None else sums,
         products,
         dy if products is None else None,
         y if products is None else None,
@@ -322,8 +376,7 @@ def _graph_backward(
         spatial_weight,
         *channel_weight.stride(),
         *spatial_weight.stride(),
-        p.channels // how.constants["CHANNEL_UNIT"],
-        *call.sizes,
+        *call.units(how),
         call.heads,
         call.head_width,
         *call.ring,

@@ -13,7 +13,16 @@ from .sizes import DO_NOT_SPECIALIZE
 
 
 @triton.jit
+def gate_tiles(
+    channels, area, GROUP: tl.constexpr, ROWS: tl.constexpr, RUN: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    """Blocks of rows and of columns of a sample; a block of rows has STEPS tiles."""
+    return tl.cdiv(tl.cdiv(channels, GROUP), ROWS * STEPS), tl.cdiv(area * GROUP, RUN)
+
+
+@triton.jit
 def place(
+    t,
     channels,
     area,
     width,
@@ -25,17 +34,15 @@ def place(
     RUN: tl.constexpr,
     STEPS: tl.constexpr,
 ):
-    """This program's sample n, its first row, its columns e and each column's channel within the group and cell."""
-    row_blocks = tl.cdiv(tl.cdiv(channels, GROUP), ROWS * STEPS)
-    run_blocks = tl.cdiv(area * GROUP, RUN)
-    pid = tl.program_id(0)
+    """Tile t's first row, its columns e, and each column's channel within the group and cell."""
+    row_blocks, run_blocks = gate_tiles(channels, area, GROUP, ROWS, RUN, STEPS)
+    # the neighbour in memory is the neighbour in time
     if CHANNELS_LAST:
-        row_block = pid % row_blocks
-        run_block = pid // row_blocks % run_blocks
+        row_block = t % row_blocks
+        run_block = t // row_blocks
     else:
-        run_block = pid % run_blocks
-        row_block = pid // run_blocks % row_blocks
-    n = (pid // run_blocks // row_blocks).to(tl.int64)
+        run_block = t % run_blocks
+        row_block = t // run_blocks
     e = run_block * RUN + tl.arange(0, RUN)
     pixel = e
     member = tl.zeros([RUN], tl.int32)
@@ -45,7 +52,7 @@ def place(
     row = pixel // width
     column = pixel - row * width
     cell = row * grid_h // (area // width) * grid_w + column * grid_w // width
-    return n, row_block * STEPS * ROWS, e, member, cell
+    return row_block * STEPS * ROWS, e, member, cell
 
 
 @triton.jit
@@ -78,6 +85,44 @@ def elements(
     return offset, inside, channel
 
 
+@triton.jit
+def gate_of(
+    n,
+    t,
+    x,
+    residual,  # None: none
+    y,
+    gates,
+    channels,
+    area,
+    width,
+    grid_h,
+    grid_w,
+    SCALE: tl.constexpr,
+    RELU: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    RUN: tl.constexpr,
+    STEPS: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """y for STEPS tiles of (ROWS, RUN), one below the other: they share their columns' cells."""
+    first, e, member, cell = place(t, channels, area, width, grid_h, grid_w, CHANNELS_LAST, GROUP, ROWS, RUN, STEPS)
+    base = n * (channels.to(tl.int64) * area)
+    g_c = gates + n * (channels + grid_h * grid_w)
+    g_s = tl.load(g_c + channels + cell, mask=e < area * GROUP, other=0.0)[None, :]
+    for step in range(STEPS):
+        offset, inside, channel = elements(first + step * ROWS, e, member, channels, area, CHANNELS_LAST, GROUP, ROWS)
+        g = tl.load(g_c + channel, mask=channel < channels, other=0.0) * SCALE * g_s
+        out = tl.load(x + base + offset, mask=inside, other=0.0).to(ACC) * g
+        if residual is not None:
+            out += tl.load(residual + base + offset, mask=inside, other=0.0).to(ACC)
+        if RELU:
+            out = tl.where(out <= 0.0, 0.0, out)  # a NaN stays
+        tl.store(y + base + offset, out.to(y.dtype.element_ty), mask=inside)
+
+
 @triton.jit(do_not_specialize=DO_NOT_SPECIALIZE)
 def gate(
     x,
@@ -100,22 +145,80 @@ def gate(
     STEPS: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """y for STEPS tiles of (ROWS, RUN), one below the other: they share their columns' cells."""
+    """A program is STEPS tiles of a sample."""
     channels = channels * CHANNEL_UNIT
     area = area * AREA_UNIT
-    n, first, e, member, cell = place(channels, area, width, grid_h, grid_w, CHANNELS_LAST, GROUP, ROWS, RUN, STEPS)
+    row_blocks, run_blocks = gate_tiles(channels, area, GROUP, ROWS, RUN, STEPS)
+    tiles = row_blocks * run_blocks
+    n = (tl.program_id(0) // tiles).to(tl.int64)
+    gate_of(
+        n,
+        tl.program_id(0) % tiles,
+        x,
+        residual,
+        y,
+        gates,
+        channels,
+        area,
+        width,
+        grid_h,
+        grid_w,
+        SCALE,
+        RELU,
+        CHANNELS_LAST,
+        GROUP,
+        ROWS,
+        RUN,
+        STEPS,
+        ACC,
+    )
+
+
+@triton.jit
+def gate_backward_of(
+    n,
+    t,
+    dy,
+    y,  # None: no ReLU
+    dx,  # None: not asked for
+    dresidual,  # None: not asked for
+    gates,
+    shifts,
+    channels,
+    area,
+    width,
+    grid_h,
+    grid_w,
+    SCALE: tl.constexpr,
+    SEQUENTIAL: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    RUN: tl.constexpr,
+    STEPS: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """dx = scale dy g_c g_s + dz / (H W) + du / (C n_cell) (g_c or 1), and dy as the ReLU let it pass."""
+    first, e, member, cell = place(t, channels, area, width, grid_h, grid_w, CHANNELS_LAST, GROUP, ROWS, RUN, STEPS)
     base = n * (channels.to(tl.int64) * area)
-    g_c = gates + n * (channels + grid_h * grid_w)
-    g_s = tl.load(g_c + channels + cell, mask=e < area * GROUP, other=0.0)[None, :]
+    at = n * (channels + grid_h * grid_w)
+    if dx is not None:
+        g_s = tl.load(gates + at + channels + cell, mask=e < area * GROUP, other=0.0)[None, :]
+        share = tl.load(shifts + at + channels + cell, mask=e < area * GROUP, other=0.0)[None, :]
     for step in range(STEPS):
         offset, inside, channel = elements(first + step * ROWS, e, member, channels, area, CHANNELS_LAST, GROUP, ROWS)
-        g = tl.load(g_c + channel, mask=channel < channels, other=0.0) * SCALE * g_s
-        out = tl.load(x + base + offset, mask=inside, other=0.0).to(ACC) * g
-        if residual is not None:
-            out += tl.load(residual + base + offset, mask=inside, other=0.0).to(ACC)
-        if RELU:
-            out = tl.where(out <= 0.0, 0.0, out)  # a NaN stays
-        tl.store(y + base + offset, out.to(y.dtype.element_ty), mask=inside)
+        g = upstream(dy, y, base + offset, inside, ACC)
+        if dresidual is not None:
+            tl.store(dresidual + base + offset, g.to(dresidual.dtype.element_ty), mask=inside)
+        if dx is not None:
+            g_c = tl.load(gates + at + channel, mask=channel < channels, other=0.0)
+            shift = tl.load(shifts + at + channel, mask=channel < channels, other=0.0)
+            if SEQUENTIAL:
+                shift += share * g_c
+            else:
+                shift += share
+            out = g * (g_c * SCALE * g_s) + shift
+            tl.store(dx + base + offset, out.to(dx.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=DO_NOT_SPECIALIZE)
@@ -142,26 +245,32 @@ def gate_backward(
     STEPS: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """dx = scale dy g_c g_s + dz / (H W) + du / (C n_cell) (g_c or 1), and dy as the ReLU let it pass."""
+    """A program is STEPS tiles of a sample."""
     channels = channels * CHANNEL_UNIT
     area = area * AREA_UNIT
-    n, first, e, member, cell = place(channels, area, width, grid_h, grid_w, CHANNELS_LAST, GROUP, ROWS, RUN, STEPS)
-    base = n * (channels.to(tl.int64) * area)
-    at = n * (channels + grid_h * grid_w)
-    if dx is not None:
-        g_s = tl.load(gates + at + channels + cell, mask=e < area * GROUP, other=0.0)[None, :]
-        share = tl.load(shifts + at + channels + cell, mask=e < area * GROUP, other=0.0)[None, :]
-    for step in range(STEPS):
-        offset, inside, channel = elements(first + step * ROWS, e, member, channels, area, CHANNELS_LAST, GROUP, ROWS)
-        g = upstream(dy, y, base + offset, inside, ACC)
-        if dresidual is not None:
-            tl.store(dresidual + base + offset, g.to(dresidual.dtype.element_ty), mask=inside)
-        if dx is not None:
-            g_c = tl.load(gates + at + channel, mask=channel < channels, other=0.0)
-            shift = tl.load(shifts + at + channel, mask=channel < channels, other=0.0)
-            if SEQUENTIAL:
-                shift += share * g_c
-            else:
-                shift += share
-            out = g * (g_c * SCALE * g_s) + shift
-            tl.store(dx + base + offset, out.to(dx.dtype.element_ty), mask=inside)
+    row_blocks, run_blocks = gate_tiles(channels, area, GROUP, ROWS, RUN, STEPS)
+    tiles = row_blocks * run_blocks
+    n = (tl.program_id(0) // tiles).to(tl.int64)
+    gate_backward_of(
+        n,
+        tl.program_id(0) % tiles,
+        dy,
+        y,
+        dx,
+        dresidual,
+        gates,
+        shifts,
+        channels,
+        area,
+        width,
+        grid_h,
+        grid_w,
+        SCALE,
+        SEQUENTIAL,
+        CHANNELS_LAST,
+        GROUP,
+        ROWS,
+        RUN,
+        STEPS,
+        ACC,
+    )

@@ -190,6 +190,131 @@ def pixels_of(cell, height, width, grid_h, grid_w):
     return rows * (cell_begin(j + 1, grid_w, width) - cell_begin(j, grid_w, width))
 
 
+@triton.jit
+def channel_gate(c, z, o_c, g_c, a, b, heads, channels, ring_first, ring_count, LOOPS: tl.constexpr):
+    """The gates of channels c, stored with their pre-activations."""
+    node = tl.where(c < channels, c, 0)
+    o = transform(z, node, a, b, heads, ring_count, channels, channels, ring_first, True, LOOPS, False)
+    g, _ = sigmoid(o)
+    tl.store(o_c + c, o, mask=c < channels)
+    tl.store(g_c + c, g, mask=c < channels)
+    return tl.where(c < channels, g, 0.0)
+
+
+@triton.jit
+def graph_of(
+    n,
+    sums,  # over the cells, or x where a cell is a pixel
+    saved,
+    gates,
+    channel_weight,
+    spatial_weight,
+    channel_row,
+    channel_column,
+    spatial_row,
+    spatial_column,
+    channels,
+    area,
+    width,
+    grid_h,
+    grid_w,
+    heads,
+    head_width,
+    ring_first,
+    ring_count,
+    RING_LOOPS: tl.constexpr,
+    LATTICE_LOOPS: tl.constexpr,
+    DIAGONAL: tl.constexpr,
+    SEQUENTIAL: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    CELLS: tl.constexpr,
+    WALK: tl.constexpr,
+    RUN: tl.constexpr,
+    NODES: tl.constexpr,
+    HEADS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """Tokens and pre-activations [z | o_c | u | o_s] of one sample, and its gates [g_c | g_s].
+
+    WALK: one tile has all cells, and the ring reaches no farther than the next block of channels. The sums are then
+    read once: a block waits in registers until its neighbours' tokens are there, the first one until the ring has closed.
+    """
+    cells = grid_h * grid_w
+    sums += n * channels * cells
+    z = saved + n * 2 * (channels + cells)
+    o_c = z + channels
+    u = o_c + channels
+    o_s = u + cells
+    g_c = gates + n * (channels + cells)
+    g_s = g_c + channels
+    block = tl.arange(0, NODES)
+
+    a, b = collapse(channel_weight, channel_row, channel_column, heads, head_width, HEADS, WIDTH, ACC)
+    if WALK:
+        total = tl.zeros([CHANNELS, CELLS], ACC)
+        c = tl.arange(0, CHANNELS)
+        head = load_cells(sums, None, None, 0, 0, channels, cells, CHANNELS_LAST, CHANNELS, CELLS, RUN, ACC)
+        tl.store(z + c, tl.sum(head, 1) / area, mask=c < channels)
+        last = head
+        for first in range(CHANNELS, channels, CHANNELS):
+            c = first + tl.arange(0, CHANNELS)
+            tile = load_cells(sums, None, None, first, 0, channels, cells, CHANNELS_LAST, CHANNELS, CELLS, RUN, ACC)
+            tl.store(z + c, tl.sum(tile, 1) / area, mask=c < channels)
+            tl.debug_barrier()
+            if first > CHANNELS:
+                g = channel_gate(c - CHANNELS, z, o_c, g_c, a, b, heads, channels, ring_first, ring_count, RING_LOOPS)
+                total += last * g[:, None] if SEQUENTIAL else last
+            last = tile
+        tl.debug_barrier()
+        c = tl.arange(0, CHANNELS)
+        if channels > CHANNELS:
+            first = (channels - 1) // CHANNELS * CHANNELS
+            g = channel_gate(first + c, z, o_c, g_c, a, b, heads, channels, ring_first, ring_count, RING_LOOPS)
+            total += last * g[:, None] if SEQUENTIAL else last
+        g = channel_gate(c, z, o_c, g_c, a, b, heads, channels, ring_first, ring_count, RING_LOOPS)
+        total += head * g[:, None] if SEQUENTIAL else head
+        ij = tl.arange(0, CELLS)
+        pixels = pixels_of(ij, area // width, width, grid_h, grid_w).to(ACC)
+        tl.store(u + ij, tl.sum(total, 0) / (pixels * channels), mask=ij < cells)
+    else:
+        for first in range(0, channels, CHANNELS):
+            total = tl.zeros([CHANNELS, CELLS], ACC)
+            for cell in range(0, cells, CELLS):
+                total += load_cells(
+                    sums, None, None, first, cell, channels, cells, CHANNELS_LAST, CHANNELS, CELLS, RUN, ACC
+                )
+            c = first + tl.arange(0, CHANNELS)
+            tl.store(z + c, tl.sum(total, 1) / area, mask=c < channels)
+        tl.debug_barrier()
+        for first in range(0, channels, NODES):
+            channel_gate(first + block, z, o_c, g_c, a, b, heads, channels, ring_first, ring_count, RING_LOOPS)
+        tl.debug_barrier()
+        for cell in range(0, cells, CELLS):
+            total = tl.zeros([CHANNELS, CELLS], ACC)
+            for first in range(0, channels, CHANNELS):
+                tile = load_cells(
+                    sums, None, None, first, cell, channels, cells, CHANNELS_LAST, CHANNELS, CELLS, RUN, ACC
+                )
+                if SEQUENTIAL:
+                    c = first + tl.arange(0, CHANNELS)
+                    tile *= tl.load(g_c + c, mask=c < channels, other=0.0)[:, None]
+                total += tile
+            ij = cell + tl.arange(0, CELLS)
+            pixels = pixels_of(ij, area // width, width, grid_h, grid_w).to(ACC)
+            tl.store(u + ij, tl.sum(total, 0) / (pixels * channels), mask=ij < cells)
+    tl.debug_barrier()
+
+    a, b = collapse(spatial_weight, spatial_row, spatial_column, heads, head_width, HEADS, WIDTH, ACC)
+    for first in range(0, cells, NODES):
+        ij = first + block
+        node = tl.where(ij < cells, ij, 0)
+        o = transform(u, node, a, b, heads, 9 if DIAGONAL else 5, cells, grid_w, 0, False, LATTICE_LOOPS, DIAGONAL)
+        tl.store(o_s + ij, o, mask=ij < cells)
+        tl.store(g_s + ij, sigmoid(o)[0], mask=ij < cells)
+
+
 @triton.jit(do_not_specialize=DO_NOT_SPECIALIZE)
 def graph(
     sums,  # over the cells, or x where a cell is a pixel
@@ -218,68 +343,55 @@ def graph(
     CHANNELS_LAST: tl.constexpr,
     CHANNELS: tl.constexpr,
     CELLS: tl.constexpr,
+    WALK: tl.constexpr,
     RUN: tl.constexpr,
     NODES: tl.constexpr,
     HEADS: tl.constexpr,
     WIDTH: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Tokens and pre-activations [z | o_c | u | o_s] of one sample, and its gates [g_c | g_s]."""
-    channels = channels * CHANNEL_UNIT
-    cells = grid_h * grid_w
+    """A program is a sample."""
     n = tl.program_id(0).to(tl.int64)
-    sums += n * channels * cells
-    z = saved + n * 2 * (channels + cells)
-    o_c = z + channels
-    u = o_c + channels
-    o_s = u + cells
-    g_c = gates + n * (channels + cells)
-    g_s = g_c + channels
-    block = tl.arange(0, NODES)
-
-    for first in range(0, channels, CHANNELS):
-        total = tl.zeros([CHANNELS, CELLS], ACC)
-        for cell in range(0, cells, CELLS):
-            total += load_cells(
-                sums, None, None, first, cell, channels, cells, CHANNELS_LAST, CHANNELS, CELLS, RUN, ACC
-            )
-        c = first + tl.arange(0, CHANNELS)
-        tl.store(z + c, tl.sum(total, 1) / area, mask=c < channels)
-    tl.debug_barrier()
-
-    a, b = collapse(channel_weight, channel_row, channel_column, heads, head_width, HEADS, WIDTH, ACC)
-    for first in range(0, channels, NODES):
-        c = first + block
-        node = tl.where(c < channels, c, 0)
-        o = transform(z, node, a, b, heads, ring_count, channels, channels, ring_first, True, RING_LOOPS, False)
-        tl.store(o_c + c, o, mask=c < channels)
-        tl.store(g_c + c, sigmoid(o)[0], mask=c < channels)
-    tl.debug_barrier()
-
-    for cell in range(0, cells, CELLS):
-        total = tl.zeros([CHANNELS, CELLS], ACC)
-        for first in range(0, channels, CHANNELS):
-            tile = load_cells(sums, None, None, first, cell, channels, cells, CHANNELS_LAST, CHANNELS, CELLS, RUN, ACC)
-            if SEQUENTIAL:
-                c = first + tl.arange(0, CHANNELS)
-                tile *= tl.load(g_c + c, mask=c < channels, other=0.0)[:, None]
-            total += tile
-        ij = cell + tl.arange(0, CELLS)
-        pixels = pixels_of(ij, area // width, width, grid_h, grid_w).to(ACC)
-        tl.store(u + ij, tl.sum(total, 0) / (pixels * channels), mask=ij < cells)
-    tl.debug_barrier()
-
-    a, b = collapse(spatial_weight, spatial_row, spatial_column, heads, head_width, HEADS, WIDTH, ACC)
-    for first in range(0, cells, NODES):
-        ij = first + block
-        node = tl.where(ij < cells, ij, 0)
-        o = transform(u, node, a, b, heads, 9 if DIAGONAL else 5, cells, grid_w, 0, False, LATTICE_LOOPS, DIAGONAL)
-        tl.store(o_s + ij, o, mask=ij < cells)
-        tl.store(g_s + ij, sigmoid(o)[0], mask=ij < cells)
+    channels = channels * CHANNEL_UNIT
+    graph_of(
+        n,
+        sums,
+        saved,
+        gates,
+        channel_weight,
+        spatial_weight,
+        channel_row,
+        channel_column,
+        spatial_row,
+        spatial_column,
+        channels,
+        area,
+        width,
+        grid_h,
+        grid_w,
+        heads,
+        head_width,
+        ring_first,
+        ring_count,
+        RING_LOOPS,
+        LATTICE_LOOPS,
+        DIAGONAL,
+        SEQUENTIAL,
+        CHANNELS_LAST,
+        CHANNELS,
+        CELLS,
+        WALK,
+        RUN,
+        NODES,
+        HEADS,
+        WIDTH,
+        ACC,
+    )
 
 
-@triton.jit(do_not_specialize=DO_NOT_SPECIALIZE)
-def graph_backward(
+@triton.jit
+def graph_backward_of(
+    n,
     sums,  # over the cells, or x where a cell is a pixel
     products,  # None: a cell is a pixel, and they are worked out from x and dy
     dy,  # None: there are products
@@ -310,7 +422,6 @@ def graph_backward(
     LATTICE_LOOPS: tl.constexpr,
     DIAGONAL: tl.constexpr,
     SEQUENTIAL: tl.constexpr,
-    CHANNEL_UNIT: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     CHANNELS: tl.constexpr,
     CELLS: tl.constexpr,
@@ -326,9 +437,7 @@ def graph_backward(
     ``flows`` are the gradients of the pre-activations, on their way between nodes. Without RING nobody asks for what
     lies behind the channel gate. ONCE: one tile has all cells, so the products are read once.
     """
-    channels = channels * CHANNEL_UNIT
     cells = grid_h * grid_w
-    n = tl.program_id(0).to(tl.int64)
     sums += n * channels * cells
     if products is not None:
         factor = products + n * channels * cells
@@ -425,6 +534,96 @@ def graph_backward(
             tl.store(shift_c + c, dz / area, mask=c < channels)
         tl.store(partial, tl.sum(da, 0), mask=head < heads)
         tl.store(partial + heads, tl.sum(db, 0), mask=head < heads)
+
+
+@triton.jit(do_not_specialize=DO_NOT_SPECIALIZE)
+def graph_backward(
+    sums,  # over the cells, or x where a cell is a pixel
+    products,  # None: a cell is a pixel, and they are worked out from x and dy
+    dy,  # None: there are products
+    y,  # None: no ReLU, or there are products
+    saved,
+    gates,
+    flows,
+    shifts,
+    partials,
+    channel_weight,
+    spatial_weight,
+    channel_row,
+    channel_column,
+    spatial_row,
+    spatial_column,
+    channels,
+    area,
+    width,
+    grid_h,
+    grid_w,
+    heads,
+    head_width,
+    ring_first,
+    ring_count,
+    SCALE: tl.constexpr,
+    RING: tl.constexpr,
+    RING_LOOPS: tl.constexpr,
+    LATTICE_LOOPS: tl.constexpr,
+    DIAGONAL: tl.constexpr,
+    SEQUENTIAL: tl.constexpr,
+    CHANNEL_UNIT: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    CELLS: tl.constexpr,
+    ONCE: tl.constexpr,
+    RUN: tl.constexpr,
+    NODES: tl.constexpr,
+    HEADS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """A program is a sample."""
+    n = tl.program_id(0).to(tl.int64)
+    channels = channels * CHANNEL_UNIT
+    graph_backward_of(
+        n,
+        sums,
+        products,
+        dy,
+        y,
+        saved,
+        gates,
+        flows,
+        shifts,
+        partials,
+        channel_weight,
+        spatial_weight,
+        channel_row,
+        channel_column,
+        spatial_row,
+        spatial_column,
+        channels,
+        area,
+        width,
+        grid_h,
+        grid_w,
+        heads,
+        head_width,
+        ring_first,
+        ring_count,
+        SCALE,
+        RING,
+        RING_LOOPS,
+        LATTICE_LOOPS,
+        DIAGONAL,
+        SEQUENTIAL,
+        CHANNELS_LAST,
+        CHANNELS,
+        CELLS,
+        ONCE,
+        RUN,
+        NODES,
+        HEADS,
+        WIDTH,
+        ACC,
+    )
 
 
 @triton.jit

@@ -189,14 +189,14 @@ def pool_tiles(p: Problem, cell_width: int, cell_height: int, uniform: bool) -> 
 
 
 @lru_cache(maxsize=4096)
-def graph(p: Problem, heads: int, head_width: int) -> Launch:
+def graph(p: Problem, heads: int, head_width: int, reach: int) -> Launch:
     """One program a sample: its tiles are large, since only a program's own loads hide each other's latency."""
     tile = 4096 if p.itemsize == 8 or p.backward else 8192
     cells = min(power(p.cells), 128)
     channels = min(power(p.channels), tile // cells)
     runs = not p.channels_last and p.cells <= cells
     constants = {
-        "CHANNEL_UNIT": unit(p.channels, 16),
+        "CHANNEL_UNIT": unit(p.channels, p.vector),
         "CHANNELS_LAST": p.channels_last,
         "CHANNELS": channels,
         "CELLS": cells,
@@ -208,6 +208,8 @@ def graph(p: Problem, heads: int, head_width: int) -> Launch:
     }
     if p.backward:
         constants["ONCE"] = p.cells <= cells
+    else:
+        constants["WALK"] = p.cells <= cells and reach <= channels
     name = "graph_backward" if p.backward else "graph"
     return Launch(name, p.samples, constants, num_warps=256 // FAMILIES[p.family].warp)
 
@@ -238,6 +240,40 @@ def gate(p: Problem) -> Launch:
     }
     name = "gate_backward" if p.backward else "gate"
     return Launch(name, p.samples * ceil_div(row_blocks, walk) * run_blocks, constants)
+
+
+#: Elements of a sample, at most, that one program sees through all stages: 64 for each of 256 threads.
+SMALL = 16384
+
+
+def is_small(p: Problem) -> bool:
+    """Whether a sample is one program's."""
+    return p.channels * p.area * max(1, p.itemsize // 4) <= SMALL
+
+
+@lru_cache(maxsize=4096)
+def whole(p: Problem, heads: int, head_width: int, reach: int) -> Launch:
+    """The stages' own tiles, by as many threads as the graph stage wants."""
+    pooling, graphs, gating = pool(p), graph(p, heads, head_width, reach), gate(p)
+    of_pool = {} if pooling is None else pooling.constants
+    constants: dict[str, Any] = {
+        "CHANNEL_UNIT": unit(p.channels, p.vector),
+        "AREA_UNIT": unit(p.area, p.vector),
+        "WIDTH_UNIT": of_pool.get("WIDTH_UNIT", 1),
+        "CHANNELS_LAST": p.channels_last,
+        "POOL_RUNS": pooling is not None and pooling.kernel == "pool_runs",
+        "POOL_UNIFORM": of_pool.get("UNIFORM", False),
+        "HEADS": power(heads),
+        "WIDTH": power(head_width),
+    }
+    for name in ("CHANNELS", "ROWS", "CELLS", "COLUMNS", "PIXELS", "RUN"):
+        constants["POOL_" + name] = of_pool.get(name, 0)
+    for name in ("CHANNELS", "CELLS", "ONCE" if p.backward else "WALK", "RUN", "NODES"):
+        constants["GRAPH_" + name] = graphs.constants[name]
+    for name in ("GROUP", "ROWS", "RUN"):
+        constants["GATE_" + name] = gating.constants[name]
+    constants["GATE_STEPS"] = ceil_div(ceil_div(p.channels, constants["GATE_GROUP"]), constants["GATE_ROWS"])
+    return Launch("whole_backward" if p.backward else "whole", p.samples, constants, num_warps=graphs.num_warps)
 
 
 def weights(heads: int, head_width: int) -> Launch:

@@ -32,6 +32,68 @@ def rearrange(flat, index, inside, ROWS: tl.constexpr, COLUMNS: tl.constexpr, AC
     return tl.where(inside, tl.reshape(tile, [ROWS, COLUMNS]).to(ACC), 0.0)
 
 
+@triton.jit
+def pool_runs_of(
+    n,
+    first,
+    steps,
+    x,
+    dy,  # None: no products
+    y,  # None: no ReLU
+    sums,  # None: products alone
+    products,
+    channels,
+    area,
+    width,
+    grid_h,
+    grid_w,
+    CHANNELS: tl.constexpr,
+    CELLS: tl.constexpr,
+    PIXELS: tl.constexpr,
+    RUN: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """Small NCHW maps of sample n: CHANNELS whole maps are one run of memory, read wide and sorted on the chip.
+
+    ``steps`` runs from channel ``first`` on share the places of their pixels.
+    """
+    height = area // width
+    cells = grid_h * grid_w
+    sample = channels.to(tl.int64) * area
+
+    # (PIXELS, CHANNELS * CELLS): pixels outermost, so that a thread adds up what it holds
+    slot = tl.arange(0, CHANNELS * CELLS)
+    channel = slot // CELLS
+    cell = slot % CELLS
+    top = cell_begin(cell // grid_w, grid_h, height)
+    left = cell_begin(cell % grid_w, grid_w, width)
+    cell_height = cell_begin(cell // grid_w + 1, grid_h, height) - top
+    cell_width = cell_begin(cell % grid_w + 1, grid_w, width) - left
+    pixel = tl.arange(0, PIXELS)[:, None]
+    inside = (cell < cells)[None, :] & (pixel < (cell_height * cell_width)[None, :])
+    row = pixel // cell_width[None, :]
+    column = pixel - row * cell_width[None, :]
+    index = (channel * area + top * width + left)[None, :] + row * width + column
+    index = tl.where(inside, index, 0)
+
+    flat = tl.arange(0, RUN)
+    for step in range(steps):
+        c = first + step * CHANNELS
+        start = c.to(tl.int64) * area
+        offset = n * sample + start + flat
+        read = (flat < CHANNELS * area) & (flat < sample - start)
+        out = (n * channels + c) * cells + channel * cells + cell
+        write = (cell < cells) & (c + channel < channels)
+        values = tl.load(x + offset, mask=read, other=0.0)
+        if sums is not None:
+            tile = rearrange(values, index, inside, PIXELS, CHANNELS * CELLS, ACC)
+            tl.store(sums + out, tl.sum(tile, 0), mask=write)
+        if dy is not None:
+            product = values.to(ACC) * upstream(dy, y, offset, read, ACC)
+            tile = rearrange(product, index, inside, PIXELS, CHANNELS * CELLS, ACC)
+            tl.store(products + out, tl.sum(tile, 0), mask=write)
+
+
 @triton.jit(do_not_specialize=DO_NOT_SPECIALIZE)
 def pool_runs(
     x,
@@ -53,63 +115,32 @@ def pool_runs(
     STEPS: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Small NCHW maps: CHANNELS whole maps are one run of memory, read wide and sorted into cells on the chip."""
+    """A program is STEPS runs of a sample."""
     channels = channels * CHANNEL_UNIT
     area = area * AREA_UNIT
-    height = area // width
-    cells = grid_h * grid_w
     blocks = tl.cdiv(channels, CHANNELS * STEPS)
     n = (tl.program_id(0) // blocks).to(tl.int64)
     first = (tl.program_id(0) % blocks) * STEPS * CHANNELS
-    sample = channels.to(tl.int64) * area
-
-    # (PIXELS, CHANNELS * CELLS): pixels outermost, so that a thread adds up what it holds
-    slot = tl.arange(0, CHANNELS * CELLS)
-    channel = slot // CELLS
-    cell = slot % CELLS
-    top = cell_begin(cell // grid_w, grid_h, height)
-    left = cell_begin(cell % grid_w, grid_w, width)
-    cell_height = cell_begin(cell // grid_w + 1, grid_h, height) - top
-    cell_width = cell_begin(cell % grid_w + 1, grid_w, width) - left
-    pixel = tl.arange(0, PIXELS)[:, None]
-    inside = (cell < cells)[None, :] & (pixel < (cell_height * cell_width)[None, :])
-    row = pixel // cell_width[None, :]
-    column = pixel - row * cell_width[None, :]
-    index = (channel * area + top * width + left)[None, :] + row * width + column
-    index = tl.where(inside, index, 0)
-
-    flat = tl.arange(0, RUN)
-    for step in range(STEPS):
-        c = first + step * CHANNELS
-        start = c.to(tl.int64) * area
-        offset = n * sample + start + flat
-        read = (flat < CHANNELS * area) & (flat < sample - start)
-        out = (n * channels + c) * cells + channel * cells + cell
-        write = (cell < cells) & (c + channel < channels)
-        values = tl.load(x + offset, mask=read, other=0.0)
-        if sums is not None:
-            tile = rearrange(values, index, inside, PIXELS, CHANNELS * CELLS, ACC)
-            tl.store(sums + out, tl.sum(tile, 0), mask=write)
-        if dy is not None:
-            product = values.to(ACC) * upstream(dy, y, offset, read, ACC)
-            tile = rearrange(product, index, inside, PIXELS, CHANNELS * CELLS, ACC)
-            tl.store(products + out, tl.sum(tile, 0), mask=write)
+    pool_runs_of(
+        n, first, STEPS, x, dy, y, sums, products, channels, area, width, grid_h, grid_w,
+        CHANNELS, CELLS, PIXELS, RUN, ACC,
+    )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=DO_NOT_SPECIALIZE)
-def pool_tiles(
+@triton.jit
+def pool_tiles_of(
+    n,
+    t,
     x,
-    dy,
-    y,
-    sums,
+    dy,  # None: no products
+    y,  # None: no ReLU
+    sums,  # None: products alone
     products,
     channels,
     area,
-    width,
+    width,  # in units of WIDTH_UNIT
     grid_h,
     grid_w,
-    CHANNEL_UNIT: tl.constexpr,
-    AREA_UNIT: tl.constexpr,
     WIDTH_UNIT: tl.constexpr,
     UNIFORM: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
@@ -119,29 +150,22 @@ def pool_tiles(
     COLUMNS: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Any map: CELLS neighbours in a row of cells, in CHANNELS channels, by tiles of ROWS x COLUMNS of each cell."""
-    channels = channels * CHANNEL_UNIT
-    area = area * AREA_UNIT
+    """Any map, tile t of sample n: CELLS neighbours in a row of cells, CHANNELS channels, ROWS x COLUMNS pixels."""
     wide = width // grid_w * WIDTH_UNIT  # of every cell where they are uniform; a product tells its alignment
     width = width * WIDTH_UNIT
     height = area // width
     cells = grid_h * grid_w
     channel_blocks = tl.cdiv(channels, CHANNELS)
     cell_blocks = tl.cdiv(grid_w, CELLS)
-    pid = tl.program_id(0)
     # the neighbour in memory is the neighbour in time
     if CHANNELS_LAST:
-        channel_block = pid % channel_blocks
-        rest = pid // channel_blocks
-        cell_block = rest % cell_blocks
-        i = rest // cell_blocks % grid_h
-        n = (rest // cell_blocks // grid_h).to(tl.int64)
+        channel_block = t % channel_blocks
+        cell_block = t // channel_blocks % cell_blocks
+        i = t // channel_blocks // cell_blocks
     else:
-        cell_block = pid % cell_blocks
-        rest = pid // cell_blocks
-        i = rest % grid_h
-        channel_block = rest // grid_h % channel_blocks
-        n = (rest // grid_h // channel_blocks).to(tl.int64)
+        cell_block = t % cell_blocks
+        i = t // cell_blocks % grid_h
+        channel_block = t // cell_blocks // grid_h
 
     c = channel_block * CHANNELS + tl.arange(0, CHANNELS)
     j = cell_block * CELLS + tl.arange(0, CELLS)
@@ -191,3 +215,37 @@ def pool_tiles(
         tl.store(sums + out, tl.sum(tl.sum(total, 3), 1), mask=write)
     if dy is not None:
         tl.store(products + out, tl.sum(tl.sum(product, 3), 1), mask=write)
+
+
+@triton.jit(do_not_specialize=DO_NOT_SPECIALIZE)
+def pool_tiles(
+    x,
+    dy,  # None: no products
+    y,  # None: no ReLU
+    sums,  # None: products alone
+    products,
+    channels,
+    area,
+    width,
+    grid_h,
+    grid_w,
+    CHANNEL_UNIT: tl.constexpr,
+    AREA_UNIT: tl.constexpr,
+    WIDTH_UNIT: tl.constexpr,
+    UNIFORM: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    ROWS: tl.constexpr,
+    CELLS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """A program is one tile of a sample."""
+    channels = channels * CHANNEL_UNIT
+    area = area * AREA_UNIT
+    tiles = tl.cdiv(channels, CHANNELS) * tl.cdiv(grid_w, CELLS) * grid_h
+    n = (tl.program_id(0) // tiles).to(tl.int64)
+    pool_tiles_of(
+        n, tl.program_id(0) % tiles, x, dy, y, sums, products, channels, area, width, grid_h, grid_w,
+        WIDTH_UNIT, UNIFORM, CHANNELS_LAST, CHANNELS, ROWS, CELLS, COLUMNS, ACC,
+    )  # fmt: skip
