@@ -93,8 +93,8 @@ def report(facts: Mapping[str, Any], tests: Tests, rows: Sequence[Mapping[str, A
     else:
         out += [
             "Medians of interleaved rounds, timed by events with a cold L2 cache. GB/s: least traffic over time; of "
-            "copy: over the copy bandwidth above. Over floor: `torch.mul(x, 0.5, out=y)` forward, `torch.add(x, dy, out=dx)` "
-            "backward. Each contender's output and gradients were judged in the same run.",
+            "copy: over the copy bandwidth above. Over floor: `torch.mul(x, 0.5, out=y)` forward, "
+            "`torch.add(x, dy, out=dx)` backward. Output and gradients of each were judged in the same run.",
             "",
         ]
     head = ("unit", "contender", "time", "GB/s", "of copy", "over floor", "x eager", "x compiled", "x plain-compiled")
