@@ -239,7 +239,7 @@ def graph_of(
     """Tokens and pre-activations [z | o_c | u | o_s] of one sample, and its gates [g_c | g_s].
 
     WALK: one tile has all cells, and the ring reaches no farther than the next block of channels. The sums are then
-    read once: a block waits in registers until its neighbours' tokens are there, the first one until the ring has closed.
+    read once: a block waits in registers for its neighbours' tokens, the first one until the ring has closed.
     """
     cells = grid_h * grid_w
     sums += n * channels * cells

@@ -20,16 +20,18 @@ class Family:
     processors: int
     #: Threads of a warp.
     warp: int = 32
+    #: Registers that a thread may have, where the compiler is to be told.
+    registers: int | None = 255
 
 
 #: By the name of the compilation target; "generic" is what an unknown device gets.
 FAMILIES = {
-    "generic": Family(processors=80),
+    "generic": Family(processors=80, registers=None),
     "sm70": Family(processors=80),
     "sm80": Family(processors=108),
     "sm90": Family(processors=132),
     "sm100": Family(processors=148),
-    "gfx9": Family(processors=304, warp=64),
+    "gfx9": Family(processors=304, warp=64, registers=None),
 }
 
 
@@ -81,11 +83,14 @@ class Launch:
     num_warps: int = 4
     #: No kernel has a loop that feeds a matrix product, which is what stages are for.
     num_stages: int = 1
+    #: Registers a thread, where occupancy does not matter: ptxas would otherwise spill to fit more programs.
+    maxnreg: int | None = None
 
     @property
     def options(self) -> dict[str, Any]:
         """Keyword arguments of the launch."""
-        return {**self.constants, "num_warps": self.num_warps, "num_stages": self.num_stages}
+        limit = {} if self.maxnreg is None else {"maxnreg": self.maxnreg}
+        return {**self.constants, "num_warps": self.num_warps, "num_stages": self.num_stages, **limit}
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -188,10 +193,16 @@ def pool_tiles(p: Problem, cell_width: int, cell_height: int, uniform: bool) -> 
     return Launch("pool_tiles", programs, constants)
 
 
+def graph_tile(p: Problem) -> int:
+    """Elements of a graph tile: 32 a thread, fewer where both directions' numbers or float64 would spill."""
+    wide = p.itemsize == 8
+    return 8192 >> (p.backward + wide + (wide and not p.channels_last and not p.backward))
+
+
 @lru_cache(maxsize=4096)
 def graph(p: Problem, heads: int, head_width: int, reach: int) -> Launch:
     """One program a sample: its tiles are large, since only a program's own loads hide each other's latency."""
-    tile = 4096 if p.itemsize == 8 or p.backward else 8192
+    tile = graph_tile(p)
     cells = min(power(p.cells), 128)
     channels = min(power(p.channels), tile // cells)
     runs = not p.channels_last and p.cells <= cells
@@ -211,13 +222,15 @@ def graph(p: Problem, heads: int, head_width: int, reach: int) -> Launch:
     else:
         constants["WALK"] = p.cells <= cells and reach <= channels
     name = "graph_backward" if p.backward else "graph"
-    return Launch(name, p.samples, constants, num_warps=256 // FAMILIES[p.family].warp)
+    of = FAMILIES[p.family]
+    return Launch(name, p.samples, constants, num_warps=256 // of.warp, maxnreg=of.registers)
 
 
 @lru_cache(maxsize=4096)
 def gate(p: Problem) -> Launch:
     """Rows of whole wide accesses: a channel's pixels, those of a group of channels, or a pixel's channels."""
-    tile = 2048 if p.itemsize == 8 else 4096  # 32 elements a thread, four to eight wide loads in flight
+    # 32 elements a thread, four to eight wide loads in flight; half of it where that would spill
+    tile = 4096 >> (p.itemsize == 8 or (p.backward and not p.channels_last))
     if p.channels_last:
         group = 1
         rows = fitting(p.channels, 512, 64)
@@ -273,7 +286,9 @@ def whole(p: Problem, heads: int, head_width: int, reach: int) -> Launch:
     for name in ("GROUP", "ROWS", "RUN"):
         constants["GATE_" + name] = gating.constants[name]
     constants["GATE_STEPS"] = ceil_div(ceil_div(p.channels, constants["GATE_GROUP"]), constants["GATE_ROWS"])
-    return Launch("whole_backward" if p.backward else "whole", p.samples, constants, num_warps=graphs.num_warps)
+    return Launch(
+        "whole_backward" if p.backward else "whole", p.samples, constants, graphs.num_warps, maxnreg=graphs.maxnreg
+    )
 
 
 def weights(heads: int, head_width: int) -> Launch:
