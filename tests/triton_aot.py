@@ -1,6 +1,6 @@
 """Ahead-of-time compilation of every launch for real GPUs, and what the result says; needs no GPU and no driver.
 
-    python tests/triton_aot.py --write     # compiles and counts, rewrites the record and docs/triton_verification.md
+    python tests/triton_aot.py --rows sm_80,gfx942      # prints what is read, as JSON
 
 A case is one call of the backend, forward and backward, on CPU tensors whose memory nobody touches. Its launches are
 recorded in place of being run, specialised by Triton's own binder exactly as the launcher would, and compiled for each
@@ -80,19 +80,29 @@ STAGES = {"56": (256, 56, 56), "28": (512, 28, 28), "14": (1024, 14, 14), "7": (
 
 
 def cases() -> Iterator[Compiled]:
-    """A covering set: with both layouts, every stage, every dtype in both classes, tails, both orders."""
-    half, full, double = (torch.float16, torch.bfloat16), torch.float32, torch.float64
+    """Ten kinds of call in both layouts: every stage; every dtype in both classes; tails, both orders; small samples,
+    which one launch serves, and larger ones."""
     for layout in ("nchw", "nhwc"):
-        yield Compiled("56", (32, *STAGES["56"]), full, layout)
-        yield Compiled("28", (32, *STAGES["28"]), half[0], layout, tail=True)
-        yield Compiled("14", (32, *STAGES["14"]), half[1], layout)
-        yield Compiled("7", (32, *STAGES["7"]), full, layout, sequential=False)
-        yield Compiled("7", (32, *STAGES["7"]), half[1], layout, tail=True)
-        yield Compiled("14", (32, *STAGES["14"]), double, layout)
-        yield Compiled("57x61", (3, 33, 57, 61), full, layout, vector=False, grid=(13, 21), tail=True)
-        yield Compiled("30x17", (3, 19, 30, 17), half[1], layout, vector=False)
-        yield Compiled("7", (3, 37, 7, 7), half[0], layout, vector=False, heads=8)
-        yield Compiled("15x9", (2, 5, 15, 9), double, layout, vector=False)
+        yield Compiled("56", (32, *STAGES["56"]), torch.float32, layout)
+        yield Compiled("28", (32, *STAGES["28"]), torch.float16, layout, tail=True)
+        yield Compiled("14", (32, *STAGES["14"]), torch.bfloat16, layout)
+        yield Compiled("7", (32, *STAGES["7"]), torch.bfloat16, layout, tail=True)
+        yield Compiled("14", (32, *STAGES["14"]), torch.float64, layout, sequential=False)
+        yield Compiled("57x61", (3, 33, 57, 61), torch.float32, layout, vector=False, grid=(13, 21), tail=True)
+        yield Compiled("30x17", (3, 41, 30, 17), torch.bfloat16, layout, vector=False)
+        yield Compiled("7, small", (3, 37, 7, 7), torch.float16, layout, vector=False, heads=8)
+        yield Compiled("16, small", (32, 32, 16, 16), torch.float32, layout, grid=(8, 8))
+        yield Compiled("15x9", (2, 67, 15, 9), torch.float64, layout, vector=False)
+
+
+def cases_of(target: str) -> list[Compiled]:
+    """All of them for sm_90; for each other target half, so that each kind is compiled in one of the two layouts."""
+    every = list(cases())
+    if target == "sm_90":
+        return every
+    half = len(every) // 2
+    turn = list(TARGETS).index(target)
+    return [case for i, case in enumerate(every) if (i % half + i // half + turn) % 2 == 0]
 
 
 # ---- recording (in the worker) ---------------------------------------------------------------------------------------
@@ -208,7 +218,7 @@ class Compiler:
             resources, machine = code.amd_resources(text, shared), code.amd_accesses(text)
             accesses = code.llvm_accesses(assembly["llir"])
         else:
-            usage, text = _tool("cuobjdump", "--dump-resource-usage", assembly["cubin"]), ""
+            usage = _tool("cuobjdump", "--dump-resource-usage", assembly["cubin"])
             text = _tool("nvdisasm", "-c", assembly["cubin"])
             resources, machine = code.nvidia_resources(usage, text, shared), code.sass_accesses(text)
             accesses = code.ptx_accesses(assembly["ptx"])
@@ -218,46 +228,76 @@ class Compiler:
         )
 
 
-def _tool(name: str, option: str, cubin: bytes) -> str:
-    """The output of one of the CUDA tools in Triton's wheel."""
+def tools() -> dict[str, Path]:
+    """The CUDA tools of Triton's wheel, or nothing where one is missing or cannot be executed."""
     import triton
 
-    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    found = {name: folder / name for name in ("cuobjdump", "nvdisasm")}
+    return found if all(os.access(path, os.X_OK) for path in found.values()) else {}
+
+
+def _tool(name: str, option: str, cubin: bytes) -> str:
+    """The output of one of the CUDA tools."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        return subprocess.run([str(path), option, file.name], check=True, capture_output=True, text=True).stdout
+        command = [str(tools()[name]), option, file.name]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def row_of(compiler: Compiler, launch: Recorded, maps: list[Tensor]) -> dict[str, Any]:
+    """What there is to say of one launch on one target; ``maps`` are those of its arguments that matter."""
+    kernel = compiler(launch)
+    given = {k: v for k, v in launch.kwargs.items() if k in launch.kernel.signature.parameters}
+    bound = launch.kernel.signature.bind_partial(*launch.args, **given)
+    names = {name for name, value in bound.arguments.items() if any(value is m for m in maps)}
+    to_maps = [a for a in kernel.accesses if _parameter(a, kernel) in names]
+    return {
+        "programs": launch.grid[0],
+        "warps": kernel.warps,
+        "registers": kernel.resources.registers,
+        "spills": kernel.resources.spills,
+        "shared": kernel.resources.shared,
+        "occupancy": round(kernel.occupancy, 3),
+        "maps": sorted({_parameter(a, kernel) for a in to_maps}),
+        "wide": _rounded(code.wide_share(to_maps)),
+        "wide_all": _rounded(code.wide_share(kernel.machine)),
+        "untraced": sum(a.parameter is None for a in kernel.accesses),
+        "narrow": code.narrow_offsets(kernel.ttir, names),
+    }
 
 
 def compiled_rows(targets: list[str]) -> Iterator[dict[str, Any]]:
     """A row for each launch of each case on each target."""
     for target in targets:
         compiler = Compiler(target)
-        for case in cases():
+        for case in cases_of(target):
             for direction, launch, maps in launches(case, TARGETS[target][3]):
-                kernel = compiler(launch)
-                bound = launch.kernel.signature.bind_partial(*launch.args, **{
-                    k: v for k, v in launch.kwargs.items() if k in launch.kernel.signature.parameters
-                })  # fmt: skip
-                names = {name for name, value in bound.arguments.items() if any(value is m for m in maps)}
-                to_maps = [a for a in kernel.accesses if _parameter(a, kernel) in names]
-                yield {
-                    "target": target,
-                    "case": case.id,
-                    "vector": case.vector,
-                    "kernel": f"{direction} {kernel.name}",
-                    "programs": launch.grid[0],
-                    "warps": kernel.warps,
-                    "registers": kernel.resources.registers,
-                    "spills": kernel.resources.spills,
-                    "shared": kernel.resources.shared,
-                    "occupancy": round(kernel.occupancy, 3),
-                    "maps": sorted({_parameter(a, kernel) for a in to_maps}),
-                    "wide": _rounded(code.wide_share(to_maps)),
-                    "wide_all": _rounded(code.wide_share(kernel.machine)),
-                    "untraced": sum(a.parameter is None for a in kernel.accesses),
-                    "narrow": code.narrow_offsets(kernel.ttir, names),
-                }
+                kernel = f"{direction} {launch.kernel.__name__}"
+                found = row_of(compiler, launch, maps)
+                yield {"target": target, "case": case.id, "vector": case.vector, "kernel": kernel} | found
+
+
+def planted_rows() -> dict[str, dict[str, Any]]:
+    """The toy kernels of ``triton_planted``, which the readers of compiled code must judge rightly."""
+    import triton_planted as toy
+
+    x, y, few = torch.empty(1 << 14), torch.empty(1 << 14), torch.empty(64)
+    runs: dict[str, Callable[[], Any]] = {
+        "wide_copy": lambda: toy.wide_copy[(4,)](x, y, 1 << 14, BLOCK=4096),
+        "wide_copy odd": lambda: toy.wide_copy[(4,)](x, y, (1 << 14) - 1, BLOCK=4096),
+        "half_wide": lambda: toy.half_wide[(4,)](x, y, 1 << 14, 3, BLOCK=4096),
+        "spilling": lambda: toy.spilling[(1,)](x, y, BLOCK=128 * compiler.target.warp_size, num_warps=1),
+        "narrow_copy": lambda: toy.narrow_copy[(4,)](x, y, few, 1 << 14, BLOCK=4096),
+        "narrow_walk": lambda: toy.narrow_walk[(1,)](x, y, 1 << 14, BLOCK=4096),
+    }
+    out = {}
+    for compiler in map(Compiler, TARGETS):
+        for name, run in runs.items():
+            (launch,) = record(run)
+            out[f"{compiler.name} {name}"] = row_of(compiler, launch, [x, y])
+    return out
 
 
 def _parameter(access: code.Access, kernel: Kernel) -> str:
@@ -293,21 +333,20 @@ def answer(process: subprocess.Popen[str]) -> Any:
 
 
 def rows() -> list[dict[str, Any]]:
-    """All rows, by two processes at a time."""
-    names = list(TARGETS)
-    running = [worker("--rows", ",".join(names[i::2])) for i in range(2)]
+    """All rows, by two processes: sm_90 has as many cases as two others."""
+    running = [worker("--rows", names) for names in ("sm_90", "sm_80,sm_100,gfx942")]
     found = [row for process in running for row in answer(process)]
-    return sorted(found, key=lambda row: names.index(row["target"]))
+    return sorted(found, key=lambda row: list(TARGETS).index(row["target"]))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rows", help="compile for these targets and print the rows as JSON")
+    parser.add_argument("--rows", metavar="TARGETS", help="compile the cases for these targets and print the rows")
+    parser.add_argument("--planted", action="store_true", help="compile the toy kernels for every target")
     args = parser.parse_args()
-    if args.rows:
-        with tempfile.TemporaryDirectory() as cache:
-            os.environ["TRITON_CACHE_DIR"] = cache
-            json.dump(list(compiled_rows(args.rows.split(","))), sys.stdout)
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TRITON_CACHE_DIR"] = cache
+        json.dump(planted_rows() if args.planted else list(compiled_rows(args.rows.split(","))), sys.stdout)
 
 
 if __name__ == "__main__":
