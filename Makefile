@@ -3,6 +3,7 @@
 # make test    the tests                      (PYTEST_FLAGS="-k layouts" for some of them)
 # make lint    ruff, clang-format, mypy, and the check that no CPU variant's code leaks into another
 # make bench   the benchmark table            (BENCH_FLAGS)
+# make gpu-report   the GPU suite and the benchmarks on this machine's GPU, as one file in benchmarks/results/ (REPORT_FLAGS)
 # make clean   removes what was built, .venv too
 #
 # PYTHON is the interpreter that .venv is made from. STEAM_KERNELS_BUILD is `require` here, so that a library that
@@ -21,8 +22,9 @@ LIBRARY := steam_kernels/libsteam_cpu.so
 NATIVE_SOURCES := $(shell find csrc include cmake -type f 2>/dev/null) CMakeLists.txt setup.py
 PYTEST_FLAGS ?=
 BENCH_FLAGS ?=
+REPORT_FLAGS ?=
 
-.PHONY: venv demo test lint bench clean
+.PHONY: venv demo test lint bench gpu-report clean
 .DELETE_ON_ERROR:
 
 venv: $(INSTALLED) $(LIBRARY)
@@ -54,6 +56,9 @@ lint: venv
 
 bench: venv
 	$(PY) -m pytest benchmarks --benchmark-only $(BENCH_FLAGS)
+
+gpu-report: venv
+	$(PY) -m benchmarks.gpu_report $(REPORT_FLAGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info steam_kernels/libsteam_*.so steam_kernels/_build.txt .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -52,6 +52,12 @@ class Row:
         block = contender if contender.startswith("floor") else _block(contender, direction)
         return self.measured.median(block, direction) if block in self.measured.samples else None
 
+    def share_of_copy(self, direction: str, seconds: float) -> float | None:
+        """The ideal traffic's rate over the GPU's own copy bandwidth, measured in this run."""
+        if self.problem.device != "cuda":
+            return None
+        return self.problem.ideal_bytes(direction) / seconds * 1e-9 / core.cuda.copy_gbytes()
+
     def lines(self) -> list[dict[str, Any]]:
         """Rows of the closing table."""
         out = []
@@ -72,6 +78,7 @@ class Row:
                         "gflops": self.problem.flops(direction) / seconds * 1e-9,
                         "gbytes": self.problem.ideal_bytes(direction) / seconds * 1e-9,
                         "over_floor": seconds / floor,
+                        "of_copy": self.share_of_copy(direction, seconds),
                     }
                     | {f"speedup_{k.replace('-', '_')}": v and v / seconds for k, v in others.items()}
                 )
@@ -94,7 +101,7 @@ def measure(problem: core.Problem, names: list[str], effort: core.Effort) -> Row
     for name in names:
         unit = core.CONTENDERS[name]()
         try:
-            (judge if name == "fused" else peers).check(core.outputs(unit, problem, tensors), label=name)
+            (judge if name in core.OURS else peers).check(core.outputs(unit, problem, tensors), label=name)
             pair = {
                 f"{name} forward": core.forward_block(unit, problem, tensors),
                 f"{name} training": core.training_block(unit, problem, tensors),

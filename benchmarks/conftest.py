@@ -21,6 +21,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--quick", action="store_true", help="two shapes at batch 1, few rounds: that it runs, not what it takes"
     )
+    group.addoption("--device", default="cpu", help="cpu or cuda (cpu)")
     group.addoption("--size", default="", help="comma list of ResNet-50 stages: 56, 28, 14, 7")
     group.addoption("--batch", default="", help="comma list of batch sizes (32,1)")
     group.addoption("--dtype", default="", help="comma list: float32, bfloat16, float16")
@@ -41,8 +42,11 @@ def pytest_cmdline_main(config: pytest.Config) -> int | None:
     return subprocess.call(command, cwd=config.invocation_params.dir, env=core.malloc_environment())
 
 
-def pytest_report_header() -> str:
-    return "steam_kernels benchmarks: " + core.describe(core.machine())
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    lines = ["steam_kernels benchmarks: " + core.describe(core.machine())]
+    if _device(config) == "cuda":
+        lines.append("on the GPU: " + ", ".join(f"{k} {v}" for k, v in core.cuda.facts().items()))
+    return lines
 
 
 def _choice(config: pytest.Config, option: str, allowed: list[str], default: list[str]) -> list[str]:
@@ -53,8 +57,15 @@ def _choice(config: pytest.Config, option: str, allowed: list[str], default: lis
     return given or default
 
 
+def _device(config: pytest.Config) -> str:
+    device = _choice(config, "--device", ["cpu", "cuda"], ["cpu"])[0]
+    if device == "cuda" and not core.torch.cuda.is_available():
+        raise pytest.UsageError("--device cuda: PyTorch sees no GPU")
+    return device
+
+
 def problems(config: pytest.Config) -> list[core.Problem]:
-    quick = config.getoption("--quick")
+    quick, device = config.getoption("--quick"), _device(config)
     sizes = _choice(config, "--size", list(core.STAGES), ["14", "7"] if quick else list(core.STAGES))
     layouts = _choice(config, "--layout", list(core.LAYOUTS), list(core.LAYOUTS))
     dtypes = _choice(config, "--dtype", ["float32", "bfloat16", "float16"], ["float32", "bfloat16"])
@@ -63,7 +74,7 @@ def problems(config: pytest.Config) -> list[core.Problem]:
     except ValueError as error:
         raise pytest.UsageError(f"--batch {config.getoption('--batch')!r}: a comma list of numbers") from error
     return [
-        core.Problem(n, *core.STAGES[size], dtype=dtype, layout=layout)
+        core.Problem(n, *core.STAGES[size], dtype=dtype, layout=layout, device=device)
         for n in batches
         for size in sizes
         for dtype in dtypes
@@ -72,7 +83,12 @@ def problems(config: pytest.Config) -> list[core.Problem]:
 
 
 def contenders(config: pytest.Config) -> list[str]:
-    return _choice(config, "--contender", list(core.CONTENDERS), list(core.CONTENDERS))
+    # On a GPU each backend of ours has its own row; on the CPU there is one.
+    usable = {"fused"}
+    if _device(config) == "cuda":
+        usable = {name for name, why in core.machine()["backends"].items() if not why}
+    default = [name for name in core.CONTENDERS if name not in core.OURS or name in usable]
+    return _choice(config, "--contender", list(core.CONTENDERS), default)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -101,9 +117,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     rows = [line for row in measured.values() for line in row.lines()]
     if not rows:
         return
-    head = ("latency", "GFLOP/s", "GB/s", "over floor", "x eager", "x compiled", "x plain-compiled")
+    head = ["latency", "GFLOP/s", "GB/s", "over floor", "x eager", "x compiled", "x plain-compiled"]
+    keys = ["gflops", "gbytes", "over_floor", "speedup_eager", "speedup_compiled", "speedup_plain_compiled"]
+    if _device(config) == "cuda":
+        head.append("of copy")
+        keys.append("of_copy")
     for direction in DIRECTIONS:
-        keys = ("gflops", "gbytes", "over_floor", "speedup_eager", "speedup_compiled", "speedup_plain_compiled")
         body = [
             (f"{r['problem']}  {r['contender']}", core.micro(r["seconds"]), *(r[k] for k in keys))
             for r in rows
@@ -123,5 +142,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         "x eager, x compiled: speed-up over the reference, eager and by torch.compile; x plain-compiled: over "
         "torch.compile of benchmarks/plain.py."
     )
+    facts = core.machine()
+    if _device(config) == "cuda":
+        facts |= core.cuda.facts()
+        terminalreporter.write_line("of copy: GB/s over this GPU's own copy of a large buffer, measured in this run.")
     if config.getoption("--json"):
-        core.write_json(Path(config.getoption("--json")), "unit", rows)
+        core.write_json(Path(config.getoption("--json")), "unit", rows, facts)

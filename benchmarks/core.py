@@ -62,6 +62,8 @@ def restart_with_malloc() -> None:
 import torch  # noqa: E402  (after the environment helpers, which a parent process uses without torch's start-up cost)
 from torch import Tensor  # noqa: E402
 
+from benchmarks import cuda  # noqa: E402
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 RESULTS = ("y", "dx", "dchannel_weight", "dspatial_weight")
@@ -105,6 +107,7 @@ class Problem:
     self_loops: bool = True
     order: str = "sequential"
     tail: bool = False
+    device: str = "cpu"
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -150,7 +153,8 @@ class Problem:
     @property
     def label(self) -> str:
         grid = "" if self.grid_size == (7, 7) else f"-grid{self.grid[0]}x{self.grid[1]}"
-        return f"{self.shape}{grid}-{self.dtype}-{self.layout}"
+        device = "" if self.device == "cpu" else f"-{self.device}"
+        return f"{self.shape}{grid}-{self.dtype}-{self.layout}{device}"
 
     def flops(self, direction: str) -> int:
         """Floating-point operations of ``forward``, ``backward`` or ``both``."""
@@ -185,7 +189,7 @@ class Problem:
             # Larger than what is added to it, or a rounding would decide what the ReLU lets through.
             noise = feature_map()
             out["residual"] = torch.sign(noise) * (0.5 + noise.abs() + self.unit.get("scale", 1.0) * out["x"].abs())
-        return out
+        return {k: v.to(self.device) for k, v in out.items()}
 
 
 DIRECTIONS: dict[str, tuple[str, ...]] = {
@@ -285,18 +289,22 @@ def forget_compiled() -> None:
 
 CONTENDERS: dict[str, Callable[[], Unit]] = {
     "fused": fused,
+    "triton": lambda: fused("triton"),
+    "cuda": lambda: fused("cuda"),
     "eager": eager,
     "compiled": lambda: Compiled(eager()),
     "plain": plain,
     "plain-compiled": lambda: Compiled(plain()),
 }
+#: Ours, which keep the tests' rule of tolerance.
+OURS = ("fused", "triton", "cuda")
 
 
 # --- correctness ------------------------------------------------------------------------------------------------------
 
 
 def outputs(unit: Unit, problem: Problem, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """y and every gradient, by autograd through ``unit``."""
+    """y and every gradient, by autograd through ``unit``; on the CPU, to be judged."""
     names = [k for k in ("x", "channel_weight", "spatial_weight", "residual") if k in tensors]
     leaves = {k: tensors[k].detach().requires_grad_() for k in names}
     y = unit(*leaves.values(), **problem.unit)
@@ -304,7 +312,7 @@ def outputs(unit: Unit, problem: Problem, tensors: Mapping[str, Tensor]) -> dict
     if any(size > 1 and a != b for size, a, b in strides):  # where there is one element, a stride says nothing
         raise AssertionError(f"y has strides {y.stride()}, x {leaves['x'].stride()}")
     grads = torch.autograd.grad(y, list(leaves.values()), tensors["dy"])
-    return {"y": y.detach(), **{f"d{k}": g for k, g in zip(names, grads, strict=True)}}
+    return {"y": y.detach().cpu(), **{f"d{k}": g.cpu() for k, g in zip(names, grads, strict=True)}}
 
 
 def judge(problem: Problem, tensors: Mapping[str, Tensor], perturbations: int = 0) -> Any:
@@ -314,8 +322,9 @@ def judge(problem: Problem, tensors: Mapping[str, Tensor], perturbations: int = 
     reference = eager()
 
     def run(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        return outputs(reference, problem, inputs)
+        return outputs(reference, problem, {k: v.to(problem.device) for k, v in inputs.items()})
 
+    tensors = {k: v.cpu() for k, v in tensors.items()}
     dtypes = {f"d{k}": v.dtype for k, v in tensors.items() if k != "dy"} | {"y": problem.torch_dtype}
     return tolerances().judge(run, dict(tensors), dtypes, problem.grid, perturbations=perturbations)
 
@@ -345,6 +354,8 @@ def forward_block(unit: Unit, problem: Problem, tensors: Mapping[str, Tensor]) -
     """Forward without gradients."""
     args = [tensors[k] for k in ("x", "channel_weight", "spatial_weight", "residual") if k in tensors]
     options = problem.unit
+    if problem.device == "cuda":
+        return cuda.timed("forward", torch.no_grad()(lambda: unit(*args, **options)))
 
     def block(calls: int) -> Sample:
         with torch.no_grad():
@@ -365,6 +376,8 @@ def training_block(unit: Unit, problem: Problem, tensors: Mapping[str, Tensor]) 
         if k in tensors
     ]
     options, dy, clock, grad = problem.unit, tensors["dy"], time.perf_counter, torch.autograd.grad
+    if problem.device == "cuda":
+        return cuda.timed_pair(lambda: unit(*leaves, **options), lambda y: grad(y, leaves, dy))
 
     def block(calls: int) -> Sample:
         grad(unit(*leaves, **options), leaves, dy)
@@ -387,10 +400,11 @@ def floor_blocks(problem: Problem, tensors: Mapping[str, Tensor]) -> dict[str, B
     """The least traffic of a forward and of a backward pass; with a tail, its own."""
     x, dy = tensors["x"], tensors["dy"]
     y, dx = torch.empty_like(x), torch.empty_like(x)
+    clock = cuda.timed if problem.device == "cuda" else timed
     if not problem.tail:
         return {
-            "floor-forward": timed("forward", lambda: torch.mul(x, 0.5, out=y)),
-            "floor-backward": timed("backward", lambda: torch.add(x, dy, out=dx)),
+            "floor-forward": clock("forward", lambda: torch.mul(x, 0.5, out=y)),
+            "floor-backward": clock("backward", lambda: torch.add(x, dy, out=dx)),
         }
     residual, dresidual = tensors["residual"], torch.empty_like(x)
 
@@ -399,8 +413,8 @@ def floor_blocks(problem: Problem, tensors: Mapping[str, Tensor]) -> dict[str, B
         torch.mul(y, 0.5, out=dresidual)
 
     return {
-        "floor-forward": timed("forward", lambda: torch.add(x, residual, out=y)),
-        "floor-backward": timed("backward", backward),
+        "floor-forward": clock("forward", lambda: torch.add(x, residual, out=y)),
+        "floor-backward": clock("backward", backward),
     }
 
 

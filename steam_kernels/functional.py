@@ -103,13 +103,13 @@ def steam(
         backend,
     )
     grid = unit.check(x, channel_weight, spatial_weight, residual)
-    chosen = backends.choose(backends.Call(x, channel_weight, spatial_weight, residual, unit, grid))
+    chosen, named = backends.choose(backends.Call(x, channel_weight, spatial_weight, residual, unit, grid))
     plain = chosen not in ops.OPERATORS or _looked_into()
     if not torch.compiler.is_compiling() and _log.isEnabledFor(logging.DEBUG):
         _log.debug("%s %s on %s: %s", tuple(x.shape), x.dtype, x.device, "reference" if plain else chosen)
     if plain:
         return reference.run(x, channel_weight, spatial_weight, residual, unit, grid)
-    return ops.call(x, channel_weight, spatial_weight, residual, unit, grid, chosen)
+    return ops.call(x, channel_weight, spatial_weight, residual, unit, grid, chosen if named else ops.AUTOMATIC)
 
 
 def _looked_into() -> bool:

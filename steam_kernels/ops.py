@@ -1,10 +1,10 @@
 """The operators: schema, fakes, autograd and FLOP formulas; the one place that knows PyTorch's dispatcher.
 
 ``steam_kernels::forward`` and ``steam_kernels::backward`` are functional and opaque to the compiler; ``forward_``
-writes into x. ``cuda_forward``, ``cuda_backward`` and ``cuda_forward_`` are the same for one backend alone. x arrives
-dense in NCHW or channels_last, residual and dy with x's strides, ``grid`` resolved. ``saved`` is
-``(N, 2 (C + gh gw))`` in the accumulation dtype, a row being [z | o_c | u | o_s]: tokens and pre-activations of the
-channel and the spatial graph.
+writes into x. On a GPU they run the first backend that can; ``triton_forward``, ``cuda_forward`` and so on are one
+backend's, for a call that names it. x arrives dense in NCHW or channels_last, residual and dy with x's strides,
+``grid`` resolved. ``saved`` is ``(N, 2 (C + gh gw))`` in the accumulation dtype, a row being [z | o_c | u | o_s]:
+tokens and pre-activations of the channel and the spatial graph.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from . import reference
-from .config import Unit, accumulation_dtype
+from . import backends, reference
+from .backends import gpu
+from .config import Unit, accumulation_dtype, make_unit
 from .cost import backward_flops, forward_flops
 
 # At module level: the operators vanish with the library object.
@@ -35,8 +36,9 @@ _SCHEMAS = {
     "forward_": "(Tensor(a!) x, Tensor channel_weight, Tensor spatial_weight, Tensor? residual, "
     f"{_OPTIONS}, bool relu) -> ()",
 }
-#: What stands before the operators' names: those of all backends, and those of one.
-_PREFIXES = ("", "cuda_")
+#: Backends with operators of their own, by name.
+_NAMED = ("triton", "cuda")
+_PREFIXES = ("", *(f"{_backend}_" for _backend in _NAMED))
 for _prefix in _PREFIXES:
     for _name, _schema in _SCHEMAS.items():
         _LIBRARY.define(_prefix + _name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -50,17 +52,18 @@ class Operators(NamedTuple):
     forward_: Callable[..., None]
 
 
-def _packets(name: str) -> list[Any]:
-    """The operator of this name under each prefix."""
-    return [getattr(torch.ops.steam_kernels, prefix + name) for prefix in _PREFIXES]
+def _operators(prefix: str) -> Operators:
+    return Operators(*(getattr(torch.ops.steam_kernels, prefix + name).default for name in Operators._fields))
 
 
-_main, _of_cuda = (
-    Operators(*(packet.default for packet in packets))
-    for packets in zip(_packets("forward"), _packets("backward"), _packets("forward_"), strict=True)
-)
+#: The key of the operators that serve a call which names no backend.
+AUTOMATIC = "automatic"
 #: Backend name -> operators; a backend that is not here is plain differentiable PyTorch.
-OPERATORS: dict[str, Operators] = {"cpu": _main, "cuda": _of_cuda}
+OPERATORS: dict[str, Operators] = {
+    AUTOMATIC: _operators(""),
+    "cpu": _operators(""),
+    **{name: _operators(f"{name}_") for name in _NAMED},
+}
 
 
 # ---- fakes: shapes, dtypes and strides -------------------------------------------------------------------------------
@@ -121,9 +124,8 @@ def _fake_forward_(*args: Any) -> None:
 
 
 for _prefix in _PREFIXES:
-    torch.library.register_fake(f"steam_kernels::{_prefix}forward", _fake_forward, lib=_LIBRARY)
-    torch.library.register_fake(f"steam_kernels::{_prefix}backward", _fake_backward, lib=_LIBRARY)
-    torch.library.register_fake(f"steam_kernels::{_prefix}forward_", _fake_forward_, lib=_LIBRARY)
+    for _name, _fake in (("forward", _fake_forward), ("backward", _fake_backward), ("forward_", _fake_forward_)):
+        torch.library.register_fake(f"steam_kernels::{_prefix}{_name}", _fake, lib=_LIBRARY)
 
 
 # ---- the operators in plain PyTorch, for every device that has no kernels --------------------------------------------
@@ -138,14 +140,19 @@ def _unit(
     scale: float,
     relu: bool = False,
 ) -> Unit:
-    return Unit(
-        num_heads=num_heads,
-        channel_radius=channel_radius,
-        spatial_neighbors=spatial_neighbors,
-        self_loops=self_loops,
-        order="sequential" if sequential else "parallel",
-        scale=scale,
-        activation="relu" if relu else None,
+    order, activation = "sequential" if sequential else "parallel", "relu" if relu else None
+    return make_unit(
+        num_heads,
+        None,
+        None,
+        channel_radius,
+        spatial_neighbors,
+        self_loops,
+        order,
+        scale,
+        activation,
+        False,
+        None,
     )
 
 
@@ -228,6 +235,44 @@ def _plain_forward_(
 _LIBRARY.impl("forward", _plain_forward, "CompositeExplicitAutograd")
 _LIBRARY.impl("backward", _plain_backward, "CompositeExplicitAutograd")
 _LIBRARY.impl("forward_", _plain_forward_, "CompositeExplicitAutograd")
+
+
+# ---- the operators on a GPU ------------------------------------------------------------------------------------------
+
+
+def _triton(name: str) -> Callable[..., Any]:
+    def run(*args: Any) -> Any:
+        kernels, x = gpu.triton_kernels(), args[0]
+        if kernels.reason:
+            raise RuntimeError(kernels.reason)
+        function = getattr(kernels.module, name)
+        if x.device.type != "cuda":
+            return function(*args)
+        with torch.cuda.device(x.device):
+            return function(*args, family=gpu.family(x.device.index))
+
+    return run
+
+
+def _first_on_gpu(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
+    """The operator of the first GPU backend that can run the call, else plain PyTorch."""
+    start = 1 if name == "backward" else 0  # dy
+    options = {"forward": 4, "backward": 6, "forward_": 4}[name]
+
+    def run(*args: Any) -> Any:
+        x = args[start]
+        channel_weight, spatial_weight = args[3:5] if name == "backward" else args[1:3]
+        unit, grid = _unit(*args[options + 1 : options + 7]), (args[options][0], args[options][1])
+        call = backends.Call(x, channel_weight, spatial_weight, None, unit, grid)
+        backend = backends.first(call)
+        return getattr(OPERATORS[backend], name)(*args) if backend in _NAMED else plain(*args)
+
+    return run
+
+
+for _name, _plain in (("forward", _plain_forward), ("backward", _plain_backward), ("forward_", _plain_forward_)):
+    _LIBRARY.impl(f"triton_{_name}", _triton(_name), "CompositeExplicitAutograd")
+    _LIBRARY.impl(_name, _first_on_gpu(_name, _plain), "CUDA")
 
 
 # ---- autograd --------------------------------------------------------------------------------------------------------
@@ -360,7 +405,11 @@ def _call_inplace(
 # ---- FLOPs -----------------------------------------------------------------------------------------------------------
 
 
-@register_flop_formula([*_packets("forward"), *_packets("forward_")])
+def _packets(*names: str) -> list[Any]:
+    return [getattr(torch.ops.steam_kernels, prefix + name) for prefix in _PREFIXES for name in names]
+
+
+@register_flop_formula(_packets("forward", "forward_"))
 def _forward_flop(
     x: Any,
     channel_weight: Any,

@@ -265,13 +265,14 @@ FACTORS: dict[str, tuple[Any, ...]] = {
 LARGEST = 400_000  # elements of x, in the sample; larger maps are listed by hand
 
 
-def all_pairs() -> list[Case]:
+def all_pairs(factors: dict[str, tuple[Any, ...]] | None = None) -> list[Case]:
     """Cases in which every feasible pair of values of two factors occurs (greedy, seeded)."""
     rng = random.Random(7)
-    names = list(FACTORS)
+    factors = FACTORS if factors is None else factors
+    names = list(factors)
 
     def build(row: tuple[int, ...]) -> Case:
-        values = {name: FACTORS[name][i] for name, i in zip(names, row, strict=True)}
+        values = {name: factors[name][i] for name, i in zip(names, row, strict=True)}
         space, grid = values.pop("where")
         return Case(space=space, grid=grid, **values)
 
@@ -280,7 +281,7 @@ def all_pairs() -> list[Case]:
 
     missing = set()
     for a, b in itertools.combinations(range(len(names)), 2):
-        for i, j in itertools.product(range(len(FACTORS[names[a]])), range(len(FACTORS[names[b]]))):
+        for i, j in itertools.product(range(len(factors[names[a]])), range(len(factors[names[b]]))):
             missing.add((a, i, b, j))
     rows = []
     while missing:
@@ -288,7 +289,7 @@ def all_pairs() -> list[Case]:
         a, i, b, j = min(missing, key=lambda m: hash(m) ^ len(rows))
         best, gain = None, 0
         for _ in range(24):
-            row = [rng.randrange(len(FACTORS[name])) for name in names]
+            row = [rng.randrange(len(factors[name])) for name in names]
             row[a], row[b] = i, j
             candidate = tuple(row)
             if not feasible(candidate):

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..config import Unit, check_backend
 from . import native
+from .gpu import why_not_triton
 
 ENVIRONMENT = "STEAM_KERNELS_BACKEND"
 
@@ -28,10 +29,6 @@ class Call(NamedTuple):
     residual: Tensor | None
     unit: Unit
     grid: tuple[int, int]
-
-
-def _triton(call: Call | None) -> str:
-    return "this version of steam_kernels has no Triton kernels"
 
 
 def _cuda(call: Call | None) -> str:
@@ -58,15 +55,23 @@ def _reference(call: Call | None) -> str:
 
 #: Name -> why_not, in the order in which they are tried.
 REGISTRY: dict[str, Callable[[Call | None], str]] = {
-    "triton": _triton,
+    "triton": why_not_triton,
     "cuda": _cuda,
     "cpu": _cpu,
     "reference": _reference,
 }
 
 
-def choose(call: Call) -> str:
+def first(call: Call) -> str:
+    """The first backend that can run ``call``; Triton's interpreter serves the CPU too, but only where it is named."""
+    on_gpu = call.x.device.type == "cuda"
+    return next(name for name, why_not in REGISTRY.items() if (on_gpu or name != "triton") and not why_not(call))
+
+
+def choose(call: Call) -> tuple[str, bool]:
     """The backend that runs ``call``: the one asked for, by argument or environment, else the first that can.
+
+    The flag says whether it was asked for.
 
     Raises:
         RuntimeError: the backend asked for by name cannot run the call; the message is its ``why_not``.
@@ -77,16 +82,14 @@ def choose(call: Call) -> str:
     if asked is None:
         asked = os.environ.get(ENVIRONMENT)
         if not asked:
-            for name, why_not in REGISTRY.items():
-                if not why_not(call):
-                    return name
+            return first(call), False
         source = ENVIRONMENT
         check_backend(asked, source)
     assert asked is not None
     reason = REGISTRY[asked](call)
     if reason:
         raise RuntimeError(f"{source}={asked!r} cannot run this call: {reason}")
-    return asked
+    return asked, True
 
 
 def available_backends() -> dict[str, str]:

@@ -1,0 +1,388 @@
+"""The Triton backend: pool, graph and gate on a GPU, or on anything that runs Triton's kernels.
+
+``forward``, ``backward`` and ``forward_`` are the operators of ``steam_kernels.ops`` with their conventions. They know
+no device: they allocate beside x and launch. Importing this module imports Triton.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...config import accumulation_dtype
+from . import launch
+from .gate import gate, gate_backward
+from .graph import graph, graph_backward, weights_backward
+from .pool import pool_runs, pool_tiles
+from .whole import whole, whole_backward
+
+__all__ = ["INTERPRETED", "backward", "forward", "forward_"]
+
+#: Whether the kernels run in Triton's interpreter (TRITON_INTERPRET=1 when this was imported), on any tensor.
+INTERPRETED = not isinstance(gate, triton.JITFunction)
+
+
+class _Call(NamedTuple):
+    """What all kernels of a call share."""
+
+    problem: launch.Problem
+    heads: int
+    head_width: int
+    ring: tuple[int, int]
+    #: Constants of the graph kernels.
+    options: dict[str, bool]
+    acc: tl.dtype
+
+    @property
+    def table(self) -> tuple[launch.Problem, int, int, int]:
+        """What the launch table wants to know for the graph stage."""
+        return self.problem, self.heads, self.head_width, self.ring[1]
+
+    def units(self, how: launch.Launch) -> tuple[int, int, int, int, int]:
+        """Channels, area and width, in the units that a launch's constants tell, and the grid."""
+        p, told = self.problem, how.constants
+        return (
+            p.channels // told["CHANNEL_UNIT"],
+            p.area // told.get("AREA_UNIT", 1),
+            p.width // told.get("WIDTH_UNIT", 1),
+            p.grid_h,
+            p.grid_w,
+        )
+
+
+def _call(
+    x: Tensor,
+    weight: Tensor,
+    grid: tuple[int, int],
+    num_heads: int,
+    channel_radius: int,
+    spatial_neighbors: int,
+    self_loops: bool,
+    sequential: bool,
+    backward: bool,
+    family: str,
+) -> _Call:
+    samples, channels, height, width = x.shape
+    problem = launch.Problem(
+        samples,
+        channels,
+        height,
+        width,
+        grid[0],
+        grid[1],
+        x.element_size(),
+        not x.is_contiguous(),
+        backward,
+        family,
+    )
+    # A ring that reaches around has each node once.
+    lowest = max(-channel_radius, -((channels - 1) // 2))
+    highest = min(channel_radius, channels // 2)
+    ring_loops = self_loops or highest == lowest
+    options = {
+        "RING_LOOPS": ring_loops,
+        "LATTICE_LOOPS": self_loops or problem.cells == 1,
+        "DIAGONAL": spatial_neighbors == 8,
+        "SEQUENTIAL": sequential,
+    }
+    ring = lowest, highest - lowest + ring_loops
+    acc = tl.float64 if x.dtype is torch.float64 else tl.float32
+    return _Call(problem, num_heads, weight.shape[1] // num_heads, ring, options, acc)
+
+
+def _rows(x: Tensor, numbers: int) -> Tensor:
+    """Scratch, ``numbers`` a sample."""
+    return torch.empty((x.shape[0], numbers), dtype=accumulation_dtype(x.dtype), device=x.device)
+
+
+def _pool(
+    call: _Call, x: Tensor, dy: Tensor | None, y: Tensor | None, sums: Tensor | None, products: Tensor | None
+) -> None:
+    how = launch.pool(call.problem)
+    assert how is not None
+    kernel = pool_runs if how.kernel == "pool_runs" else pool_tiles
+    kernel[(how.programs,)](x, dy, y, sums, products, *call.units(how), ACC=call.acc, **how.options)
+
+
+def _forward(
+    x: Tensor,
+    channel_weight: Tensor,
+    spatial_weight: Tensor,
+    residual: Tensor | None,
+    y: Tensor,
+    call: _Call,
+    scale: float,
+    relu: bool,
+) -> Tensor:
+    """Writes y and returns what backward wants."""
+    p = call.problem
+    saved = _rows(x, 2 * (p.channels + p.cells))
+    if p.samples == 0:
+        return saved
+    gates = _rows(x, p.channels + p.cells)
+    if launch.is_small(p):
+        how = launch.whole(*call.table)
+        whole[(how.programs,)](
+            x,
+            residual,
+            y,
+            None if p.pixel_cells else _rows(x, p.channels * p.cells),
+            saved,
+            gates,
+            channel_weight,
+            spatial_weight,
+            *channel_weight.stride(),
+            *spatial_weight.stride(),
+            *call.units(how),
+            call.heads,
+            call.head_width,
+            *call.ring,
+            SCALE=scale,
+            RELU=relu,
+            ACC=call.acc,
+            **call.options,
+            **how.options,
+        )
+        return saved
+    sums = x
+    if not p.pixel_cells:
+        sums = _rows(x, p.channels * p.cells)
+        _pool(call, x, None, None, sums, None)
+    how = launch.graph(*call.table)
+    graph[(how.programs,)](
+        sums,
+        saved,
+        gates,
+        channel_weight,
+        spatial_weight,
+        *channel_weight.stride(),
+        *spatial_weight.stride(),
+        *call.units(how),
+        call.heads,
+        call.head_width,
+        *call.ring,
+        ACC=call.acc,
+        **call.options,
+        **how.options,
+    )
+    how = launch.gate(p)
+    gate[(how.programs,)](
+        x,
+        residual,
+        y,
+        gates,
+        *call.units(how),
+        SCALE=scale,
+        RELU=relu,
+        ACC=call.acc,
+        **how.options,
+    )
+    return saved
+
+
+def forward(
+    x: Tensor,
+    channel_weight: Tensor,
+    spatial_weight: Tensor,
+    residual: Tensor | None,
+    grid: tuple[int, int],
+    num_heads: int,
+    channel_radius: int,
+    spatial_neighbors: int,
+    self_loops: bool,
+    sequential: bool,
+    scale: float,
+    relu: bool,
+    save: bool,
+    *,
+    family: str = "generic",
+) -> tuple[Tensor, Tensor]:
+    """``steam_kernels::forward``; ``family`` is a key of ``launch.FAMILIES``."""
+    options = num_heads, channel_radius, spatial_neighbors, self_loops, sequential
+    call = _call(x, channel_weight, grid, *options, False, family)
+    y = torch.empty_like(x)
+    saved = _forward(x, channel_weight, spatial_weight, residual, y, call, scale, relu)
+    return y, saved if save else saved.new_empty(0)
+
+
+def forward_(
+    x: Tensor,
+    channel_weight: Tensor,
+    spatial_weight: Tensor,
+    residual: Tensor | None,
+    grid: tuple[int, int],
+    num_heads: int,
+    channel_radius: int,
+    spatial_neighbors: int,
+    self_loops: bool,
+    sequential: bool,
+    scale: float,
+    relu: bool,
+    *,
+    family: str = "generic",
+) -> None:
+    """``steam_kernels::forward_``: the gate's programs read the very elements that they write."""
+    options = num_heads, channel_radius, spatial_neighbors, self_loops, sequential
+    call = _call(x, channel_weight, grid, *options, False, family)
+    _forward(x, channel_weight, spatial_weight, residual, x, call, scale, relu)
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    channel_weight: Tensor,
+    spatial_weight: Tensor,
+    saved: Tensor,
+    grid: tuple[int, int],
+    num_heads: int,
+    channel_radius: int,
+    spatial_neighbors: int,
+    self_loops: bool,
+    sequential: bool,
+    scale: float,
+    need_x: bool,
+    need_channel_weight: bool,
+    need_spatial_weight: bool,
+    need_residual: bool,
+    *,
+    family: str = "generic",
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``steam_kernels::backward``; ``family`` is a key of ``launch.FAMILIES``."""
+    options = num_heads, channel_radius, spatial_neighbors, self_loops, sequential
+    call = _call(x, channel_weight, grid, *options, True, family)
+    p = call.problem
+    dx, dchannel, dspatial, dresidual = (
+        torch.empty_like(t) if need else t.new_empty(0)
+        for t, need in (
+            (x, need_x),
+            (channel_weight, need_channel_weight),
+            (spatial_weight, need_spatial_weight),
+            (x, need_residual),
+        )
+    )
+    gates, shifts = _rows(x, p.channels + p.cells), _rows(x, p.channels + p.cells)
+    partials = _rows(x, 4 * call.heads)
+    ring = need_x or need_channel_weight  # whether anybody asks for what lies behind the channel gate
+    graphs = ring or need_spatial_weight
+    asked = (dx if need_x else None), (dresidual if need_residual else None)
+    if p.samples and graphs and launch.is_small(p):
+        flows, sums, products = _behind(call, x, ring)
+        how = launch.whole(*call.table)
+        whole_backward[(how.programs,)](
+            dy,
+            x,
+            y,
+            *asked,
+            sums,
+            products,
+            saved,
+            gates,
+            flows,
+            shifts,
+            partials,
+            channel_weight,
+            spatial_weight,
+            *channel_weight.stride(),
+            *spatial_weight.stride(),
+            *call.units(how),
+            call.heads,
+            call.head_width,
+            *call.ring,
+            SCALE=scale,
+            RING=ring,
+            ACC=call.acc,
+            **call.options,
+            **how.options,
+        )
+    elif p.samples:
+        if graphs:
+            _graph_backward(call, dy, x, y, channel_weight, spatial_weight, saved, gates, shifts, partials, scale, ring)
+        if need_x or need_residual:
+            how = launch.gate(p)
+            gate_backward[(how.programs,)](
+                dy,
+                y,
+                *asked,
+                gates,
+                shifts,
+                *call.units(how),
+                SCALE=scale,
+                SEQUENTIAL=sequential,
+                ACC=call.acc,
+                **how.options,
+            )
+    if need_channel_weight or need_spatial_weight:
+        weights_backward[(1,)](
+            partials,
+            channel_weight,
+            spatial_weight,
+            dchannel if need_channel_weight else None,
+            dspatial if need_spatial_weight else None,
+            *channel_weight.stride(),
+            *spatial_weight.stride(),
+            *(dchannel if need_channel_weight else channel_weight).stride(),
+            *(dspatial if need_spatial_weight else spatial_weight).stride(),
+            p.samples,
+            call.heads,
+            call.head_width,
+            ACC=call.acc,
+            **launch.weights(call.heads, call.head_width).options,
+        )
+    return dx, dchannel, dspatial, dresidual
+
+
+def _behind(call: _Call, x: Tensor, ring: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Scratch of the graph stage backwards: flows, and sums and products where they are not x and x dy themselves."""
+    p = call.problem
+    cells = None if p.pixel_cells else p.channels * p.cells
+    sums = _rows(x, cells) if cells and ring and call.options["SEQUENTIAL"] else None
+    return _rows(x, p.channels + p.cells), sums, _rows(x, cells) if cells else None
+
+
+def _graph_backward(
+    call: _Call,
+    dy: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    channel_weight: Tensor,
+    spatial_weight: Tensor,
+    saved: Tensor,
+    gates: Tensor,
+    shifts: Tensor,
+    partials: Tensor,
+    scale: float,
+    ring: bool,
+) -> None:
+    flows, sums, products = _behind(call, x, ring)
+    if products is not None:
+        _pool(call, x, dy, y, sums, products)
+    how = launch.graph(*call.table)
+    graph_backward[(how.programs,)](
+        x if products is None else products if sums is None else sums,
+        products,
+        dy if products is None else None,
+        y if products is None else None,
+        saved,
+        gates,
+        flows,
+        shifts,
+        partials,
+        channel_weight,
+        spatial_weight,
+        *channel_weight.stride(),
+        *spatial_weight.stride(),
+        *call.units(how),
+        call.heads,
+        call.head_width,
+        *call.ring,
+        SCALE=scale,
+        RING=ring,
+        ACC=call.acc,
+        **call.options,
+        **how.options,
+    )

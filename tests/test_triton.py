@@ -1,0 +1,477 @@
+"""The Triton kernels in the interpreter: against the reference, against the loop oracle, and what the backend promises.
+
+Bounds, races, traffic and the compiled code have tests of their own; here it is numbers, operators and choice.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import cases
+import pytest
+import torch
+from cases import Case
+from tolerances import judge
+
+import steam_kernels
+from steam_kernels import FusedSTEAM, backends, ops
+from steam_kernels.backends import gpu
+
+pytest.importorskip("triton")
+if not gpu.triton_kernels().module.INTERPRETED:
+    pytest.skip("Triton was imported to run on a GPU", allow_module_level=True)
+
+from steam_kernels.backends.triton import launch
+
+OPS = torch.ops.steam_kernels
+#: Every feasible pair of two factors' values; costs in the interpreter follow the number of tiles and neighbours.
+FACTORS: dict[str, tuple[Any, ...]] = {
+    "where": (
+        ((7, 7), None),
+        ((14, 14), None),
+        ((14, 14), (3, 5)),
+        ((28, 28), None),
+        ((9, 8), "w2"),
+        ((13, 2), (5, 7)),
+        ((1, 1), None),
+    ),
+    "channels": (1, 5, 24),
+    "layout": ("nchw", "nhwc", "offset_nchw", "offset_nhwc", "column_slice"),
+    "dtype": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
+    "attention": ((8, 4), (8, 1), (16, 8), (3, 1), (12, 6)),
+    "radius": (1, 0, 2),
+    "neighbors": (4, 8),
+    "self_loops": (True, False),
+    "order": ("sequential", "parallel"),
+    "scale": (1.0, 1.1),
+    "weights": ("float32", "x"),
+    "tail": ("none", "relu", "residual", "residual_relu", "x_relu"),
+    "dy_layout": ("same", "other"),
+}
+#: The stages of a ResNet at 224, wide enough for several tiles, and maps of other kinds.
+MAPS = [
+    Case(space=(56, 56), channels=9, batch=1),
+    Case(space=(56, 56), channels=9, batch=1, layout="nhwc", dtype=torch.bfloat16),
+    Case(space=(28, 28), channels=6, batch=1, dtype=torch.bfloat16, tail="residual_relu"),
+    Case(space=(28, 28), channels=70, batch=1, layout="nhwc"),
+    Case(space=(14, 14), channels=40, batch=1, dtype=torch.float16, tail="relu"),
+    Case(space=(14, 14), channels=130, batch=1, layout="nhwc", dtype=torch.bfloat16),
+    Case(space=(7, 7), channels=300, batch=1, radius=2),
+    Case(space=(7, 7), channels=300, batch=1, order="parallel", dtype=torch.bfloat16, tail="residual_relu"),
+    Case(space=(7, 7), channels=300, batch=1, layout="nhwc", self_loops=False),
+    Case(space=(112, 112), channels=3, batch=1),
+    Case(space=(60, 92), channels=2, batch=1, grid="w8", self_loops=False, tail="relu"),
+    Case(space=(61, 300), channels=2, batch=1, grid=(3, 1)),
+    Case(space=(2, 700), channels=3, batch=1, grid=(2, 1), layout="nhwc"),
+    Case(space=(24, 31), channels=5, batch=1, grid="w2"),
+    Case(space=(24, 31), channels=5, batch=1, grid="w2", layout="nhwc"),
+    Case(space=(12, 12), channels=10, batch=1, grid=(12, 12)),
+    # the ring reaches around, and farther than a tile of channels
+    Case(space=(12, 12), channels=45, batch=1, grid=(12, 12), radius=33, attention=(2, 1)),
+    Case(space=(3, 3), channels=4, radius=9, self_loops=False),
+]
+SMALL = Case(space=(9, 8), channels=6, grid=(3, 5), batch=2)
+PAIRS = cases.all_pairs(FACTORS)
+
+
+@pytest.fixture(params=["whole", "stages"])
+def launches(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """One launch for a small sample, or one a stage."""
+    if request.param == "stages":
+        monkeypatch.setattr(launch, "SMALL", 0)
+    return request.param
+
+
+def run(case: Case) -> dict[str, torch.Tensor]:
+    inputs, dy = cases.make(case)
+    return cases.forward_backward(steam_kernels.steam, inputs, dy, backend="triton", **case.options)
+
+
+@pytest.mark.parametrize("index", range(len(PAIRS)), ids=lambda i: PAIRS[i].id)
+def test_pairs(index: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every other case by one launch a stage."""
+    if index % 2:
+        monkeypatch.setattr(launch, "SMALL", 0)
+    cases.check(PAIRS[index], "triton", *cases.make(PAIRS[index]))
+
+
+@pytest.mark.parametrize("case", MAPS, ids=lambda c: c.id)
+def test_maps(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "SMALL", 0)
+    cases.check(case, "triton", *cases.make(case))
+
+
+def test_maps_reach_every_kernel_and_loop() -> None:
+    """The cases above are wide enough for more than one tile of each kind, or they would prove less than they say."""
+    seen: dict[str, set[str]] = {}
+    for case in MAPS:
+        for backward in (False, True):
+            nchw = "nhwc" not in case.layout
+            p = launch.Problem(
+                1, case.channels, *case.space, *case.resolved_grid, case.dtype.itemsize, not nchw, backward
+            )
+            pooling, graphs, gating = launch.pool(p), launch.graph(p, 4, 2, 2 * case.radius + 1), launch.gate(p)
+            own = seen.setdefault(f"{'nchw' if nchw else 'nhwc'} {'backward' if backward else 'forward'}", set())
+            if pooling is not None:
+                own.add(pooling.kernel)
+                if pooling.programs > 1:
+                    own.add(f"{pooling.kernel} x n")
+            blocks = -(-p.channels // graphs.constants["CHANNELS"])
+            own.add(f"graph x {min(blocks, 3)}")
+            if p.cells > graphs.constants["CELLS"]:
+                own.add("cells x n")
+            if p.pixel_cells:
+                own.add("pixel cells")
+            if gating.programs > 1:
+                own.add("gate x n")
+    both = {"pool_tiles", "pool_tiles x n", "graph x 1", "cells x n", "pixel cells", "gate x n"}
+    for direction in ("forward", "backward"):
+        assert seen[f"nchw {direction}"] >= both | {"pool_runs", "pool_runs x n", "graph x 3"}, direction
+        assert seen[f"nhwc {direction}"] >= both | {"graph x 3"}, direction
+
+
+@pytest.mark.parametrize("case", [c for c in cases.random_cases(40, seed=77) if c.radius < 3][:14], ids=lambda c: c.id)
+def test_random_unit_against_the_oracle(case: Case) -> None:
+    from test_random_units import truth_of
+
+    inputs, dy = cases.make(case)
+    bounds = judge(
+        cases.reference_run(case),
+        cases.judged_inputs(case, inputs, dy),
+        cases.result_dtypes(inputs),
+        case.resolved_grid,
+        truth=truth_of(case, inputs, dy),
+    )
+    bounds.check(run(case), case.id)
+
+
+def test_runs_in_the_number_of_launches_promised(launches: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three forwards and four backwards; for a small sample one, and one more for the weights' gradients."""
+    from triton.runtime.interpreter import InterpretedFunction
+
+    names: list[str] = []
+    original = InterpretedFunction.run
+
+    def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        names.append(self.fn.__name__)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(InterpretedFunction, "run", counted)
+    run(SMALL)
+    run(SMALL.but(space=(7, 7), grid=None))
+    if launches == "whole":
+        assert names == ["whole", "whole_backward", "weights_backward"] * 2
+    else:
+        both = ["graph", "gate"], ["graph_backward", "gate_backward", "weights_backward"]
+        assert names == ["pool_runs", *both[0], "pool_runs", *both[1], *both[0], *both[1]]
+
+
+def test_same_bits_again(launches: str) -> None:
+    first, second = run(SMALL), run(SMALL)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_sample_does_not_depend_on_its_batch(launches: str) -> None:
+    case = SMALL.but(batch=3, tail="residual_relu")
+    inputs, dy = cases.make(case)
+    whole = cases.forward_backward(steam_kernels.steam, inputs, dy, backend="triton", **case.options)
+    alone = {k: v[1:2].contiguous() if v.dim() == 4 else v for k, v in inputs.items()}
+    one = cases.forward_backward(steam_kernels.steam, alone, dy[1:2], backend="triton", **case.options)
+    for name in ("y", "dx", "dresidual"):
+        assert torch.equal(one[name], whole[name][1:2]), name
+
+
+def test_empty_batch(launches: str) -> None:
+    got = run(SMALL.but(batch=0, tail="residual_relu"))
+    assert got["y"].shape == got["dx"].shape == got["dresidual"].shape == (0, 6, 9, 8)
+    assert not got["dchannel_weight"].any() and not got["dspatial_weight"].any()
+
+
+@pytest.mark.parametrize("layout", cases.DENSE_LAYOUTS)
+def test_non_finite_stays_in_its_sample(launches: str, layout: str) -> None:
+    """A NaN or an Inf is its own sample's matter, and where a pixel is NaN, so is y."""
+    for bad in (float("nan"), float("inf")):
+        case = SMALL.but(batch=3, layout=layout, tail="residual_relu")
+        inputs, _ = cases.make(case)
+        with torch.no_grad():
+            clean = steam_kernels.steam(**inputs, backend="triton", **case.options)
+            inputs["x"][1, 2, 3, 4] = bad
+            y = steam_kernels.steam(**inputs, backend="triton", **case.options)
+            expected = steam_kernels.reference.steam(**inputs, **case.options)
+        assert torch.equal(y[0], clean[0]) and torch.equal(y[2], clean[2])
+        assert torch.equal(y.isnan(), expected.isnan()) and y[1].isnan().any()
+
+
+@pytest.mark.parametrize("wanted", [("x",), ("channel_weight",), ("spatial_weight",), ("residual",), ("x", "residual")])
+def test_what_is_not_asked_for(launches: str, wanted: tuple[str, ...]) -> None:
+    case = SMALL.but(tail="residual_relu")
+    inputs, dy = cases.make(case)
+    everything = cases.forward_backward(steam_kernels.steam, inputs, dy, backend="triton", **case.options)
+    given = {k: v.detach().requires_grad_(k in wanted) for k, v in inputs.items()}
+    steam_kernels.steam(**given, backend="triton", **case.options).backward(dy)
+    for name, value in given.items():
+        if name in wanted:
+            torch.testing.assert_close(value.grad, everything["d" + name], rtol=1e-6, atol=1e-7)
+        else:
+            assert value.grad is None, name
+
+
+def test_only_the_masked_residual(launches: str) -> None:
+    """The operator itself, asked for the residual's gradient alone."""
+    arguments = backward_arguments(SMALL.but(tail="residual_relu"), (False, False, False, True))
+    dy, _, y = arguments[:3]
+    *others, dresidual = OPS.triton_backward(*arguments)
+    assert all(t.numel() == 0 for t in others)
+    assert torch.equal(dresidual, dy.masked_fill(y <= 0, 0))
+
+
+def test_weights_of_any_strides(launches: str) -> None:
+    inputs, dy = cases.make(SMALL)
+    expected = run(SMALL)
+    for name in ("channel_weight", "spatial_weight"):
+        inputs[name] = inputs[name].t().contiguous().t()
+    got = cases.forward_backward(steam_kernels.steam, inputs, dy, backend="triton", **SMALL.options)
+    assert got["dchannel_weight"].stride() == (1, 4)
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("layout", ["nchw", "nhwc", "column_slice"])
+def test_in_place(launches: str, layout: str) -> None:
+    case = SMALL.but(layout=layout, tail="residual_relu")
+    inputs, _ = cases.make(case)
+    with torch.no_grad():
+        expected = steam_kernels.steam(**inputs, backend="triton", **case.options)
+        y = steam_kernels.steam(**inputs, backend="triton", inplace=True, **case.options)
+    assert y is inputs["x"] and torch.equal(y, expected)
+
+
+def test_twice_differentiable() -> None:
+    inputs, _ = cases.make(Case(space=(4, 5), channels=3, grid=2, batch=1, dtype=torch.float64, weights="x"))
+    leaves = tuple(v.requires_grad_() for v in inputs.values())
+    assert torch.autograd.gradgradcheck(
+        lambda x, c, s: steam_kernels.steam(x, c, s, grid_size=2, backend="triton"), leaves, fast_mode=True
+    )
+
+
+# ---- operators -------------------------------------------------------------------------------------------------------
+
+
+def forward_arguments(case: Case) -> tuple[Any, ...]:
+    inputs, _ = cases.make(case)
+    weights = inputs["channel_weight"], inputs["spatial_weight"]
+    options = list(case.resolved_grid), case.attention[1], case.radius, case.neighbors, case.self_loops
+    options = *options, case.order == "sequential", case.scale
+    return inputs["x"], *weights, inputs.get("residual"), *options, case.tail.endswith("relu"), True
+
+
+def backward_arguments(case: Case, need: tuple[bool, ...]) -> tuple[Any, ...]:
+    arguments = forward_arguments(case)
+    y, saved = OPS.triton_forward(*arguments)
+    x, channel_weight, spatial_weight, _, *options, relu, _ = arguments
+    dy = torch.empty_like(x).normal_()
+    return dy, x, y if relu else None, channel_weight, spatial_weight, saved, *options, *need
+
+
+UTILITIES = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+
+
+@pytest.mark.parametrize("case", [SMALL, SMALL.but(layout="nhwc", tail="residual_relu")], ids=lambda c: c.id)
+def test_opcheck(case: Case) -> None:
+    torch.library.opcheck(OPS.triton_forward.default, forward_arguments(case), test_utils=UTILITIES)
+    torch.library.opcheck(OPS.triton_forward_.default, forward_arguments(case)[:-1], test_utils=UTILITIES)
+    relu = case.tail.endswith("relu")
+    torch.library.opcheck(
+        OPS.triton_backward.default, backward_arguments(case, (True, True, True, relu)), test_utils=UTILITIES
+    )
+
+
+def test_compiles_without_a_break() -> None:
+    """One graph, one opaque operator each way, no pause to look for a backend."""
+    from torch._dynamo.testing import AotEagerAndRecordGraphs
+
+    unit = FusedSTEAM(backend="triton")
+    x = torch.randn(2, 4, 9, 8, requires_grad=True)
+    recorded = AotEagerAndRecordGraphs()
+    torch._dynamo.reset()
+    y = torch.compile(unit, fullgraph=True, backend=recorded)(x)
+    y.sum().backward()
+    assert len(recorded.graphs) == 1
+    called = [str(n.target) for g in (*recorded.fw_graphs, *recorded.bw_graphs) for n in g.graph.nodes]
+    assert [t for t in called if "steam_kernels" in t] == [
+        "steam_kernels.triton_forward.default",
+        "steam_kernels.triton_backward.default",
+    ]
+    assert torch.equal(y, unit(x))
+
+
+def test_flops_are_the_cpu_operators() -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    def count(backend: str) -> int:
+        inputs, dy = cases.make(SMALL)
+        with FlopCounterMode(display=False) as counter:
+            cases.forward_backward(steam_kernels.steam, inputs, dy, backend=backend, **SMALL.options)
+        return counter.get_total_flops()
+
+    if steam_kernels.available_backends()["cpu"]:
+        pytest.skip("no CPU kernels here")
+    assert count("triton") == count("cpu") > 0
+
+
+# ---- choice ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_interpreter_is_never_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is usable, by argument or environment, and slow: nobody gets it who did not name it."""
+    from torch.profiler import profile
+
+    assert steam_kernels.available_backends()["triton"] == ""
+    unit, x = FusedSTEAM(), torch.randn(1, 3, 4, 5)
+
+    def operators() -> set[str]:
+        with profile() as record:
+            unit(x)
+        return {e.key for e in record.key_averages() if e.key.startswith("steam_kernels::")}
+
+    assert "steam_kernels::triton_forward" not in operators()
+    monkeypatch.setenv("STEAM_KERNELS_BACKEND", "triton")
+    assert operators() == {"steam_kernels::triton_forward"}
+
+
+def call_of(x: torch.Tensor, embed_dim: int = 8) -> backends.Call:
+    weight = torch.empty(4, embed_dim)
+    unit = steam_kernels.config.Unit()
+    return backends.Call(x, weight, weight, None, unit, unit.grid(*x.shape[2:]))
+
+
+def test_why_not_sizes() -> None:
+    one = torch.zeros(1)
+    assert gpu.why_not_triton(call_of(one.expand(1, 1, 10_000, 10_000))) == ""
+    assert "16 H W below 2^31" in gpu.why_not_triton(call_of(one.expand(1, 1, 20_000, 20_000)))
+    assert "C below 2^31" in gpu.why_not_triton(call_of(one.expand(1, 2**31, 1, 1)))
+    assert "embed_dim of 16384" in gpu.why_not_triton(call_of(one.expand(1, 1, 1, 1), embed_dim=16385))
+
+
+def test_why_not_another_device() -> None:
+    with pytest.raises(RuntimeError, match=r"backend='triton' cannot run this call: .*meta"):
+        FusedSTEAM(backend="triton", device="meta")(torch.empty(1, 3, 4, 4, device="meta"))
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """As if Triton had been imported to compile; the answers that are kept are forgotten before and after."""
+    monkeypatch.setattr(gpu.triton_kernels().module, "INTERPRETED", False)
+    gpu._why_not_device.cache_clear()
+    gpu.family.cache_clear()
+    yield monkeypatch
+    gpu._why_not_device.cache_clear()
+    gpu.family.cache_clear()
+
+
+def test_why_not_the_cpu(compiled: pytest.MonkeyPatch) -> None:
+    assert "on the CPU" in gpu.why_not_triton(call_of(torch.zeros(1, 1, 2, 2)))
+
+
+def test_why_not_without_a_gpu(compiled: pytest.MonkeyPatch) -> None:
+    compiled.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu.why_not_triton(None) == "the triton backend needs a GPU, and PyTorch sees none"
+
+
+def test_why_not_an_old_gpu(compiled: pytest.MonkeyPatch) -> None:
+    capabilities = {0: (6, 1), 1: (9, 0)}
+    compiled.setattr(torch.cuda, "is_available", lambda: True)
+    compiled.setattr(torch.cuda, "device_count", lambda: 2)
+    compiled.setattr(torch.cuda, "get_device_capability", capabilities.get)
+    compiled.setattr(torch.version, "hip", None)
+    assert gpu.why_not_device("cuda", 0) == "the triton backend needs compute capability 7.0, and cuda:0 has 6.1"
+    assert gpu.why_not_device("cuda", 1) == gpu.why_not_triton(None) == ""
+    assert gpu.family(1) == "sm90"
+
+
+def test_why_not_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    gpu.triton_kernels.cache_clear()
+    gpu._why_not_device.cache_clear()
+    monkeypatch.setitem(sys.modules, "steam_kernels.backends.triton", None)
+    monkeypatch.delattr(backends, "triton")
+    try:
+        reason = gpu.why_not_triton(None)
+    finally:
+        monkeypatch.undo()
+        gpu.triton_kernels.cache_clear()
+        gpu._why_not_device.cache_clear()
+    assert "Triton cannot be imported: ModuleNotFoundError" in reason
+
+
+@pytest.mark.parametrize("name", ops.Operators._fields)
+def test_the_gpu_key_runs_the_first_backend_that_can(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Python function behind the main operators' CUDA key, on CPU tensors as if they were on a GPU."""
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"steam_kernels::{name}", "CUDA")
+    case = SMALL.but(tail="residual_relu")
+
+    def arguments() -> tuple[Any, ...]:
+        if name == "backward":
+            torch.manual_seed(0)
+            return backward_arguments(case, (True, True, True, True))
+        return forward_arguments(case)[: None if name == "forward" else -1]
+
+    run = ops._first_on_gpu(name, lambda *args: "plain")
+    seen: list[backends.Call] = []
+    monkeypatch.setattr(backends, "first", lambda call: seen.append(call) or "triton")
+    given, same = arguments(), arguments()
+    got, expected = run(*given), getattr(OPS, f"triton_{name}")(*same)
+    if name == "forward_":
+        got, expected = given[:1], same[:1]
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    x = given[1] if name == "backward" else given[0]
+    assert seen[0].x is x and seen[0].grid == case.resolved_grid and seen[0].channel_weight.shape == (4, 8)
+    assert seen[0].unit.options == (4, 1, 4, True, True, 1.0)
+    monkeypatch.setattr(backends, "first", lambda call: "reference")
+    assert run(*given) == "plain"
+
+
+# ---- the launch table ------------------------------------------------------------------------------------------------
+
+
+def problems() -> list[launch.Problem]:
+    shapes = [(32, 256, 56, 56), (32, 2048, 7, 7), (1, 1, 1, 1), (2, 3, 500, 333), (1, 30, 1, 4000), (9, 96, 13, 14)]
+    return [
+        launch.Problem(*shape, min(g, shape[2]), min(g, shape[3]), itemsize, last, backward, family)
+        for shape in shapes
+        for g in (7, 1, 40)
+        for itemsize in (2, 4, 8)
+        for last in (False, True)
+        for backward in (False, True)
+        for family in launch.FAMILIES
+    ]
+
+
+def test_launch_table() -> None:
+    """Powers of two, tiles that fit, programs that cover, units that divide; what shapes no tile is no constant."""
+    for p in problems():
+        shown = [launch.pool(p), launch.graph(p, 4, 2, 3), launch.gate(p), launch.whole(p, 4, 2, 3)]
+        for how in shown:
+            if how is None:
+                assert p.pixel_cells
+                continue
+            told = how.constants
+            blocks = {k: v for k, v in told.items() if not isinstance(v, bool) and "STEPS" not in k and v}
+            assert all(v & (v - 1) == 0 for v in blocks.values()), (p, told)
+            assert p.channels % told["CHANNEL_UNIT"] == 0 and p.area % told.get("AREA_UNIT", 1) == 0
+            assert how.num_warps * launch.FAMILIES[p.family].warp in (128, 256)
+            assert set(how.options) - {"num_warps", "num_stages", "maxnreg"} == set(told)
+        pooling, graphs, gating, _ = shown
+        if pooling is not None and pooling.kernel == "pool_tiles":
+            told = pooling.constants
+            assert told["CHANNELS"] * told["ROWS"] * told["CELLS"] * told["COLUMNS"] <= 4096
+        if pooling is not None and pooling.kernel == "pool_runs":
+            told = pooling.constants
+            assert told["CHANNELS"] * p.area <= told["RUN"] <= 4096 and told["CELLS"] >= p.cells
+            assert told["CHANNELS"] * told["CELLS"] * told["PIXELS"] <= 8192
+        assert graphs.constants["CHANNELS"] * graphs.constants["CELLS"] <= 8192
+        assert graphs.constants["RUN"] <= 8192 and graphs.programs == p.samples
+        told = gating.constants
+        assert told["ROWS"] * told["RUN"] <= 4096
+        covered = gating.programs // p.samples * told["ROWS"] * told["RUN"] * told["STEPS"]
+        assert covered >= p.channels * p.area

@@ -1,0 +1,275 @@
+"""What compiled Triton kernels do, read from their text: Triton's IR, PTX, LLVM IR, machine code and resources.
+
+Addresses are traced back to the kernel's parameter that they were made from, by names alone: a register depends on all
+that any instruction defining it reads. A loaded value ends a trace, as no address here is made from loaded data.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+WIDE = 16  # bytes of a 128-bit access
+
+
+class Access(NamedTuple):
+    """One load or store of one thread: the number of the parameter that it goes to (None: unknown), and its bytes."""
+
+    parameter: int | None
+    store: bool
+    bytes: int
+
+
+def wide_share(accesses: Iterable[Access]) -> float | None:
+    """Bytes moved by accesses of at least 128 bits over all bytes; None where there is no access."""
+    accesses = list(accesses)
+    total = sum(a.bytes for a in accesses)
+    return sum(a.bytes for a in accesses if a.bytes >= WIDE) / total if total else None
+
+
+class _Trace:
+    """Which names each name is made from, and which parameter a name is."""
+
+    def __init__(self) -> None:
+        self.sources: dict[str, set[str]] = defaultdict(set)
+        self.roots: dict[str, int] = {}
+
+    def origins(self, name: str) -> set[int]:
+        return {self.roots[n] for n in self.closure(name) if n in self.roots}
+
+    def closure(self, name: str) -> set[str]:
+        seen, todo = set(), [name]
+        while todo:
+            n = todo.pop()
+            if n not in seen:
+                seen.add(n)
+                todo += self.sources[n]
+        return seen
+
+    def one(self, name: str, pointers: set[int]) -> int | None:
+        found = self.origins(name) & pointers
+        return found.pop() if len(found) == 1 else None
+
+
+# ---- PTX -------------------------------------------------------------------------------------------------------------
+
+_PTX_ACCESS = re.compile(r"(ld|st)(?:\.\w+)*?\.global(?:[.:]+\w+)*?(?:\.v(\d))?\.\w(\d+)\s")
+_PTX_REGISTER = re.compile(r"%\w+")
+
+
+def ptx_accesses(ptx: str) -> list[Access]:
+    """The global loads and stores, parameters numbered as in the entry's list."""
+    trace, pointers, pending = _Trace(), set(), []
+    for number in re.findall(r"\.param \.u64 \.ptr \S+(?: \.align \d+)? \w+_param_(\d+)", ptx):
+        pointers.add(int(number))
+    for statement in re.sub(r"//.*|^\s*\.(?:loc|file)\b.*", "", ptx, flags=re.M).split(";"):
+        text = re.sub(r"^(\s|\$\w+:|\{|\}|@!?%\w+)*", "", statement)
+        opcode, _, operands = text.partition(" ") if "\t" not in text else text.partition("\t")
+        parameter = re.match(r"ld\.param\S*\s+(%\w+), \[\w+_param_(\d+)\]", text)
+        if parameter:
+            trace.roots[parameter[1]] = int(parameter[2])
+            continue
+        access = _PTX_ACCESS.match(text)
+        if access:
+            address = re.search(r"\[\s*(%\w+)", text)
+            assert address is not None, text
+            pending.append((address[1], access[1] == "st", int(access[2] or 1) * int(access[3]) // 8))
+            continue
+        copy = re.match(r"cp\.async\S*\.global\S*\s+\[[^\]]*\],\s*\[\s*(%\w+)[^\]]*\],\s*(\w+)", text)
+        if copy:
+            pending.append((copy[1], False, int(copy[2], 0)))
+            continue
+        if opcode.startswith(("ld.", "atom.", "red.", "st.")):
+            continue
+        head = re.match(r"\s*(\{[^}]*\}|%\w+(?:\|%\w+)?)\s*,?(.*)", operands, re.S)
+        if head:
+            for name in _PTX_REGISTER.findall(head[1]):
+                trace.sources[name].update(_PTX_REGISTER.findall(head[2]))
+    return [Access(trace.one(address, pointers), store, size) for address, store, size in pending]
+
+
+# ---- LLVM IR, as AMD's backend is given it ---------------------------------------------------------------------------
+
+_LLVM_BITS = {"half": 16, "bfloat": 16, "float": 32, "double": 64}
+
+
+def _llvm_bytes(kind: str) -> int:
+    vector = re.fullmatch(r"<(\d+) x (\w+)>", kind)
+    if vector:
+        return int(vector[1]) * _llvm_bytes(vector[2])
+    return (_LLVM_BITS.get(kind) or int(kind.removeprefix("i"))) // 8
+
+
+_TYPE, _NAME = r"(<\d+ x \w+>|\w+)", r"(%[\w.]+)"
+_LLVM_LOAD = re.compile(
+    rf"(?:tail )?(?:load (?:volatile )?{_TYPE}, ptr addrspace\(1\) {_NAME}"
+    rf"|call {_TYPE} @llvm\.(?:masked\.load|amdgcn\.raw\.ptr\.buffer\.load)\S*\(ptr addrspace\([18]\)[^%]*{_NAME})"
+)
+_LLVM_STORE = re.compile(
+    rf"(?:tail )?(?:store {_TYPE} [^,]+(?:<[^>]*>)?, ptr addrspace\(1\) {_NAME}"
+    rf"|call void @llvm\.(?:masked\.store|amdgcn\.raw\.ptr\.buffer\.store)\S*"
+    rf"\({_TYPE} .*?, ptr addrspace\([18]\)[^%]*{_NAME})"
+)
+
+
+def llvm_accesses(llir: str) -> list[Access]:
+    """The global loads and stores of a kernel in LLVM IR, parameters numbered as in its definition."""
+    header = re.search(r"^define [^\n]*amdgpu_kernel [^\n]*@\w+\(([^\n]*)\) ", llir, re.M)
+    assert header is not None
+    trace, pointers, pending = _Trace(), set(), []
+    for i, argument in enumerate(re.findall(r"[^,(]*(?:\([^)]*\)[^,(]*)*", header[1])[::2]):
+        trace.roots["%" + argument.split("%")[-1].strip()] = i
+        if "ptr addrspace(1)" in argument:
+            pointers.add(i)
+    for line in llir[header.end() :].splitlines():
+        if line.startswith("}"):
+            break
+        name, _, right = line.strip().rpartition(" = ")
+        name = name.strip()
+        right = right.split(", !dbg")[0]
+        load, store = _LLVM_LOAD.match(right), _LLVM_STORE.match(right)
+        found = load or store
+        if found:
+            kind, address = (found[1], found[2]) if found[1] else (found[3], found[4])
+            pending.append((address, store is not None, _llvm_bytes(kind)))
+        elif name.startswith("%"):
+            trace.sources[name].update(re.findall(r"%[\w.]+", right))
+    return [Access(trace.one(address, pointers), store, size) for address, store, size in pending]
+
+
+# ---- machine code ----------------------------------------------------------------------------------------------------
+
+
+def sass_accesses(sass: str) -> list[Access]:
+    """The global loads and stores in ``nvdisasm``'s listing; whose they are it does not say."""
+    out = []
+    for kind, suffix in re.findall(r"\b(LDG|STG|LDGSTS)((?:\.\w+)*)\b", sass):
+        size = 4
+        for part in suffix.split("."):
+            size = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32}.get(part, size)
+        out.append(Access(None, kind == "STG", size))
+    return out
+
+
+def sass_spills(sass: str) -> int:
+    """Loads and stores of local memory, where spilled registers go."""
+    return len(re.findall(r"\b(?:LDL|STL)\b", sass))
+
+
+_AMD_BYTES = {
+    "dwordx4": 16,
+    "dwordx3": 12,
+    "dwordx2": 8,
+    "dword": 4,
+    "short": 2,
+    "ushort": 2,
+    "sshort": 2,
+} | dict.fromkeys(("byte", "ubyte", "sbyte"), 1)
+
+
+def amd_accesses(assembly: str) -> list[Access]:
+    """The global loads and stores in AMD's assembly."""
+    found = re.findall(r"^\s*(?:global|buffer|flat)_(load|store)_(dwordx\d|[a-z]+)", assembly, re.M)
+    return [Access(None, kind == "store", _AMD_BYTES[width]) for kind, width in found]
+
+
+# ---- resources -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one thread, or one program, takes: registers (vector registers on AMD), spilled accesses, bytes of shared
+    memory."""
+
+    registers: int
+    spills: int
+    shared: int
+
+
+def nvidia_resources(usage: str, sass: str, shared: int) -> Resources:
+    """From ``cuobjdump --dump-resource-usage`` and ``nvdisasm``; ``shared`` is what a launch asks for, all there is."""
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert found is not None, usage
+    return Resources(int(found[1]), sass_spills(sass) + (int(found[2]) > 0), shared)
+
+
+def amd_resources(assembly: str, shared: int) -> Resources:
+    """From the metadata at the end of AMD's assembly."""
+    found = re.findall(r"^\s*\.(vgpr_count|vgpr_spill_count|private_segment_fixed_size):\s+(\d+)", assembly, re.M)
+    fields = {name: int(value) for name, value in found}
+    # A spilled scalar register goes to a lane of a vector register, not to memory.
+    spills = fields["vgpr_spill_count"] + (fields["private_segment_fixed_size"] > 0)
+    return Resources(fields["vgpr_count"], spills, shared)
+
+
+#: Target -> bytes of shared memory of a multiprocessor; from NVIDIA's compute capability tables.
+_SHARED = {"sm_80": 164 << 10, "sm_90": 228 << 10, "sm_100": 228 << 10}
+
+
+def occupancy(target: str, resources: Resources, warps: int) -> float:
+    """Resident warps over the most that a multiprocessor (AMD: compute unit) holds, by registers, shared memory, slots.
+
+    NVIDIA: 64 warps, 32 programs, 65536 registers given out to warps by 256, 1 KiB of shared memory beside each
+    program's own. gfx942: 4 SIMDs of 8 warps with 512 vector registers a lane, given out by 8, and 64 KiB of LDS.
+    """
+    if target == "gfx942":
+        most, per_simd = 32, min(8, 512 // max(8, -(-resources.registers // 8) * 8))
+        programs = 4 * per_simd // warps
+        if resources.shared:
+            programs = min(programs, (64 << 10) // resources.shared)
+        return programs * warps / most
+    most, of_warp = 64, -(-resources.registers * 32 // 256) * 256
+    programs = min(32, most // warps, 65536 // of_warp // warps, _SHARED[target] // (resources.shared + 1024))
+    return programs * warps / most
+
+
+# ---- Triton's IR -----------------------------------------------------------------------------------------------------
+
+
+def narrow_offsets(ttir: str, maps: Iterable[str]) -> list[str]:
+    """Each addition of an offset of fewer than 64 bits to a pointer made from one of the parameters ``maps``."""
+    trace, open_ops, added = _Trace(), [], []
+    names = re.findall(r"%(\w+): !tt\.ptr", ttir[ttir.index("tt.func") :].split("attributes")[0])
+    trace.roots = {f"%{name}": i for i, name in enumerate(names)}
+    wanted = {i for i, name in enumerate(names) if name in set(maps)}
+    for line in ttir.splitlines():
+        text = re.sub(r"\s*loc\(.*", "", line.strip())
+        left, _, right = text.rpartition(" = ") if " = " in text and "iter_args" not in text else ("", "", text)
+        if "iter_args" in text:
+            left, _, right = text.partition(" = ") if text.startswith("%") else ("", "", text)
+        results = _results(left)
+        if re.match(r"(scf\.for|scf\.while|scf\.if)\b", right):
+            carried = re.findall(r"(%[\w#]+) = (%[\w#]+)", right)
+            for argument, start in carried:
+                trace.sources[argument].add(start)
+            open_ops.append((results, [argument for argument, _ in carried]))
+        elif right.startswith("scf.yield") and open_ops:
+            values = re.findall(r"%[\w#]+", right)
+            results_of, arguments = open_ops[-1]
+            for target in (results_of, arguments):
+                for name, value in zip(target, values, strict=False):
+                    trace.sources[name].add(value)
+        if text == "}" and open_ops:
+            open_ops.pop()
+        operands = re.findall(r"%[\w#]+", right.split(" : ")[0])
+        if "tt.addptr" in right:
+            trace.sources[results[0]].add(operands[0])  # an offset is no pointer
+            added.append((operands[0], right))
+        elif not re.match(r"(tt\.load|scf\.)", right):
+            for name in results:
+                trace.sources[name].update(operands)
+    out = []
+    for pointer, text in added:
+        if trace.origins(pointer) & wanted and not re.search(r"(?:, |x)i64(?:>|$)", text.strip()):
+            out.append(text)
+    return out
+
+
+def _results(left: str) -> list[str]:
+    many = re.fullmatch(r"(%\w+):(\d+)", left.strip())
+    if many:
+        return [f"{many[1]}#{i}" for i in range(int(many[2]))]
+    return re.findall(r"%\w+", left)
