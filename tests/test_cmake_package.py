@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -33,9 +34,7 @@ def run(*command: str | Path) -> str:
 
 
 def with_cuda() -> bool:
-    return "STEAM_WITH_CUDA TRUE" in (BUILD_DIR / "steamConfig.cmake").read_text().replace(
-        "steam_cuda_FOUND", "STEAM_WITH_CUDA"
-    )
+    return "set(steam_cuda_FOUND TRUE)" in (BUILD_DIR / "steamConfig.cmake").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +96,58 @@ def test_header_is_c(prefix: Path, tmp_path: Path) -> None:
     run(
         compiler, "-std=c99", "-pedantic", "-Wall", "-Wextra", "-Werror", "-fsyntax-only", f"-I{prefix}/include", source
     )
+
+
+USE_CUDA = r"""
+#include <steam/steam.h>
+
+#include <cstdio>
+
+int main() {
+  char message[STEAM_MESSAGE_BYTES];
+  char memory[64] = {0};  /* no memory of a GPU: where there is one, nothing is launched */
+  int64_t bytes = -1;
+  steam_problem p = steam_usual_problem(3, 8, 14, 15);
+  steam_forward_args forward = {p, memory, memory, memory, nullptr, memory, nullptr};
+  steam_backward_args backward = {p, memory, memory, memory, memory, nullptr, memory, memory, nullptr, memory, memory};
+  std::printf("%s\n", steam_cuda_architectures());
+  std::printf("%d %d\n", steam_cuda_forward_workspace(&p, &bytes, message), bytes >= 0);
+  std::printf("%d %d\n", steam_cuda_backward_workspace(&p, &bytes, message), bytes >= 0);
+  std::printf("%d %s\n", steam_cuda_forward_workspace(&p, nullptr, message), message);
+  const steam_status usable = steam_cuda_usable(message);
+  std::printf("%d %s\n", usable, message);
+  if (usable == STEAM_OK) return 0;
+  std::printf("%d %s\n", steam_cuda_forward(&forward, memory, nullptr, message), message);
+  std::printf("%d %s\n", steam_cuda_backward(&backward, memory, nullptr, message), message);
+  forward.problem.num_heads = 3;
+  backward.problem.scale = 1e300 * 1e300;
+  std::printf("%d %s\n", steam_cuda_forward(&forward, memory, nullptr, message), message);
+  std::printf("%d %s\n", steam_cuda_backward(&backward, memory, nullptr, message), message);
+}
+"""
+USE_CUDA_CMAKE = """
+cmake_minimum_required(VERSION 3.18...4.0)
+project(use LANGUAGES CXX)
+find_package(steam REQUIRED COMPONENTS cpu cuda)
+add_executable(use use.cpp)
+target_link_libraries(use PRIVATE steam::cuda steam::cpu)
+"""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, which is not given a pointer of the host's")
+def test_the_cuda_library_links_and_names_kernel_and_shape_without_a_gpu(prefix: Path, tmp_path: Path) -> None:
+    if not with_cuda():
+        pytest.skip("the CUDA library was not built in this tree")
+    (tmp_path / "use.cpp").write_text(USE_CUDA)
+    (tmp_path / "CMakeLists.txt").write_text(USE_CUDA_CMAKE)
+    build_against(prefix, tmp_path, tmp_path / "build")
+    architectures, *lines = run(tmp_path / "build" / "use").splitlines()
+    assert all(int(word) >= 750 for word in architectures.split(","))
+    assert lines[:3] == ["0 1", "0 1", "1 bytes must not be NULL"]
+    assert lines[3].startswith("3 ") and "cudaError" in lines[3]
+    for line in lines[4:6]:
+        assert re.match(r"3 kernel steam_\w+ failed to launch for x of shape \(3, 8, 14, 15\)", line)
+    assert lines[6:] == ["1 num_heads must divide embed_dim, got 3 and 8", "1 scale must be finite, got inf"]
 
 
 # --- the C interface --------------------------------------------------------------------------------------------------

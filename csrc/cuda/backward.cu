@@ -73,17 +73,16 @@ __global__ void __launch_bounds__(kWeightThreads)
   }
   __syncthreads();
   const double root = 1 / sqrt(static_cast<double>(width));
-  for (int branch = 0; branch < 2; ++branch) {
-    const Weight& weight = branch ? unit.spatial_weight : unit.channel_weight;
-    const WeightGrad& grad = branch ? spatial_grad : channel_grad;
-    if (grad.data == nullptr) continue;
+  const auto write = [&](const Weight& weight, const WeightGrad& grad, const double* total) {
+    if (grad.data == nullptr) return;
     for (int64_t e = t; e < 4 * static_cast<int64_t>(p.embed_dim); e += kWeightThreads) {
-      const int64_t row = e / p.embed_dim, column = e % p.embed_dim;
-      const double* total = sums + branch * 2 * heads + column / width;
+      const int64_t row = e / p.embed_dim, column = e % p.embed_dim, head = column / width;
       const double partner = read_number(weight.data, weight.dtype, (row ^ 1) * p.embed_dim + column);
-      write_number(grad.data, grad.dtype, e, (row < 2 ? total[0] * root : total[heads]) * partner);
+      write_number(grad.data, grad.dtype, e, (row < 2 ? total[head] * root : total[heads + head]) * partner);
     }
-  }
+  };
+  write(unit.channel_weight, channel_grad, sums);
+  write(unit.spatial_weight, spatial_grad, sums + 2 * heads);
 }
 
 // Working memory in the workspace: the parameters' gradients by sample, and what only the general path needs.

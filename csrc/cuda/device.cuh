@@ -13,6 +13,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 
 #include "../common/graph.h"
 #include "../common/problem.h"
@@ -88,9 +89,12 @@ template <int n, class T>
 __device__ __forceinline__ Pack<T, n> load_pack(const T* p) {
   return *reinterpret_cast<const Pack<T, n>*>(p);
 }
-template <int n, class T>
-__device__ __forceinline__ void store_pack(T* p, const Pack<T, n>& v) {
-  *reinterpret_cast<Pack<T, n>*>(p) = v;
+// To global memory. An assignment may be taken apart into four stores; the intrinsic is one.
+template <class T>
+__device__ __forceinline__ void store_pack(T* p, const Pack<T>& v) {
+  int4 bits;
+  memcpy(&bits, &v, sizeof(bits));
+  __stwb(reinterpret_cast<int4*>(p), bits);
 }
 
 // Elements between the last 16-byte boundary and p.

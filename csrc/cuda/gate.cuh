@@ -105,6 +105,7 @@ int64_t gate_maps_bytes(int64_t rows, int64_t columns, bool channels_last, bool 
 template <class T>
 struct GateForward {
   using A = Accumulate<T>;
+  static constexpr int kBatch = 4;  // packs of a thread under way at a time
   const T* x;
   const T* residual;  // may be null
   T* y;               // may be x
@@ -147,6 +148,7 @@ struct GateForward {
 // dx = dy * gate + shift, and the residual's gradient: dy where the ReLU let it pass.
 template <class T>
 struct GateBackward {
+  static constexpr int kBatch = 2;
   const T* dy;
   const T* y;    // null: no mask
   T* dx;         // may be null
@@ -199,7 +201,7 @@ template <class T, class G, class M>
 __device__ void gate_matrix(const G& op, const T* first, const M& maps, int rows, int columns, int64_t pitch,
                             bool whole) {
   using Factor = typename M::Factor;
-  constexpr int kBatch = 4, n = kPack<T>;
+  constexpr int kBatch = G::kBatch, n = kPack<T>;
   const int threads = static_cast<int>(blockDim.x);
   const auto packs = [&](const auto& run, int head, int count, const auto& finish) {
     for (int k = static_cast<int>(threadIdx.x); k < count; k += kBatch * threads) {

@@ -43,15 +43,17 @@ __device__ T* stage(T* room, const T* from, int count) {
   T* to = room + phase(from);
   const Span span = make_span<T>(count, phase(from), true);
   const int threads = static_cast<int>(blockDim.x);
+  const int4* source = reinterpret_cast<const int4*>(from + span.head);
+  int4* packs = reinterpret_cast<int4*>(to + span.head);
   for (int k = static_cast<int>(threadIdx.x); k < span.packs; k += kBatch * threads) {
-    Pack<T> v[kBatch];
+    int4 v[kBatch];
 #pragma unroll
     for (int b = 0; b < kBatch; ++b) {
-      if (k + b * threads < span.packs) v[b] = load_pack<kPack<T>>(from + span.head + (k + b * threads) * kPack<T>);
+      if (k + b * threads < span.packs) v[b] = source[k + b * threads];
     }
 #pragma unroll
     for (int b = 0; b < kBatch; ++b) {
-      if (k + b * threads < span.packs) store_pack(to + span.head + (k + b * threads) * kPack<T>, v[b]);
+      if (k + b * threads < span.packs) packs[k + b * threads] = v[b];
     }
   }
   for_ends<T>(span, [&](int e) { to[e] = from[e]; });
@@ -75,7 +77,7 @@ __device__ T* stage_masked(T* room, const T* dy, const T* y, int count) {
     Pack<T> kept;
 #pragma unroll
     for (int b = 0; b < kPack<T>; ++b) kept.at[b] = mask(g.at[b], out.at[b]);
-    store_pack(to + e, kept);
+    *reinterpret_cast<Pack<T>*>(to + e) = kept;
   }
   for_ends<T>(span, [&](int e) { to[e] = mask(dy[e], y[e]); });
   return to;
@@ -269,11 +271,21 @@ __device__ void pool_channels_last(const Unit& unit, const PoolPlan& plan, const
   }
   if (!active || first != 0) return;
   const int64_t out = (n * unit.cells() + k) * unit.p.channels + c;
+  const auto write = [&](A* to, const A* sums) {
+    if constexpr (kWidth == 1) {
+      *to = *sums;
+    } else {
 #pragma unroll
-  for (int l = 0; l < kWidth; ++l) {
-    if (values) values[out + l] = sum[l];
-    if (kProducts) products[out + l] = dot[l];
-  }
+      for (int l = 0; l < kWidth; l += kPack<A>) {
+        Pack<A> v;
+#pragma unroll
+        for (int e = 0; e < kPack<A>; ++e) v.at[e] = sums[l + e];
+        store_pack(to + l, v);
+      }
+    }
+  };
+  if (values) write(values + out, sum);
+  if (kProducts) write(products + out, dot);
 }
 
 template <class T>

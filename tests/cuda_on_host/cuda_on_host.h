@@ -450,6 +450,11 @@ void launch(const Place& place, void (*kernel)(Parameters...), unsigned grid, un
 #define STEAM_LAUNCH(kernel, grid, block, bytes, stream, ...) \
   ((void)(stream), ::cuda_on_host::launch(::cuda_on_host::Place::current(), kernel, grid, block, bytes, __VA_ARGS__))
 
+struct alignas(16) int4 {
+  int x, y, z, w;
+};
+inline void __stwb(int4* p, int4 v) { *p = v; }
+
 struct __half {
   _Float16 value;
 };
