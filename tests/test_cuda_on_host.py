@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 from collections.abc import Iterator
+from typing import Any
 
 import cases
 import on_host
@@ -83,9 +84,9 @@ LARGE = [
 ]
 
 
-def limit_of(k: int) -> int:
-    """Neighbours of the sample take turns on the two paths."""
-    return (GENERAL, FUSED)[k % 2]
+def turns(sample: list[Case]) -> list[Any]:
+    """(limit, case), the cases of a sample taking turns on the two paths."""
+    return [pytest.param((GENERAL, FUSED)[k % 2], case, id=case.id) for k, case in enumerate(sample)]
 
 
 @pytest.mark.parametrize("limit", [GENERAL, FUSED], ids=["general", "fused"])
@@ -96,21 +97,17 @@ def test_case(case: Case, limit: int, host: on_host.Host) -> None:
 
 
 @sanitized("address")
-@pytest.mark.parametrize(
-    ("k", "case"), list(enumerate(cases.all_pairs())), ids=lambda v: v.id if isinstance(v, Case) else ""
-)
-def test_sample(k: int, case: Case, host: on_host.Host) -> None:
+@pytest.mark.parametrize(("limit", "case"), turns(cases.all_pairs()))
+def test_sample(limit: int, case: Case, host: on_host.Host) -> None:
     """The ordinary sample, under AddressSanitizer and UBSan."""
-    host.shared_memory_limit = limit_of(k)
+    host.shared_memory_limit = limit
     cases.check(case, "cuda", *cases.make(case), perturbations=1)
 
 
-@pytest.mark.parametrize(
-    ("k", "case"), list(enumerate(cases.random_cases(40, seed=77))), ids=lambda v: v.id if isinstance(v, Case) else ""
-)
-def test_random_unit(k: int, case: Case, host: on_host.Host) -> None:
+@pytest.mark.parametrize(("limit", "case"), turns(cases.random_cases(40, seed=77)))
+def test_random_unit(limit: int, case: Case, host: on_host.Host) -> None:
     """Against the loop oracle, which shares no code with the package."""
-    host.shared_memory_limit = limit_of(k)
+    host.shared_memory_limit = limit
     inputs, dy = cases.make(case)
     bounds = judge(
         cases.reference_run(case),
