@@ -48,3 +48,12 @@ def test_every_kernel_was_guarded(rows: dict[str, dict[str, Any]]) -> None:
         "pool_runs", "pool_tiles", "graph", "gate", "whole",
         "graph_backward", "gate_backward", "whole_backward", "weights_backward",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+def test_offsets_beyond_32_bits(layout: str) -> None:
+    """The last programs of each launch on maps of 2.3e9 elements stay in bounds, and are where the maps end."""
+    rows = triton_interpreted.start("offsets", layout)
+    assert "error" not in rows[layout], rows[layout]["error"]
+    reached = {name for _, highest in rows[layout]["launches"] for name, element in highest.items() if element > 2**31}
+    assert reached >= {"x", "y", "dy", "dx", "residual", "dresidual"}
