@@ -1,9 +1,10 @@
-"""``python -m steam_kernels.env_report``: versions, backends or the reason why not, and the compiled kernels."""
+"""``python -m steam_kernels.env_report``: versions, GPUs, backends or why not, and the compiled kernels."""
 
 from __future__ import annotations
 
 import os
 import platform
+from importlib import metadata
 
 import torch
 
@@ -13,11 +14,14 @@ from .backends import ENVIRONMENT, native
 
 def report() -> str:
     """The report as text, one fact a line."""
-    cuda = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA"
+    hip = torch.version.hip
+    cuda = f"ROCm {hip}" if hip else f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA"
     lines = [
         f"steam_kernels  {__version__}",
         f"torch          {torch.__version__} ({cuda}, {torch.get_num_threads()} threads)",
+        f"triton         {_triton()}",
         f"Python         {platform.python_version()}, {platform.system()} {platform.machine()}",
+        *(f"GPU {i}          {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())),
         "",
         "backends, in the order in which they are tried:",
     ]
@@ -33,6 +37,14 @@ def report() -> str:
     lines.append("")
     lines += [f"{name} = {os.environ.get(name, '(not set)')}" for name in (ENVIRONMENT, native.ENVIRONMENT)]
     return "\n".join(lines)
+
+
+def _triton() -> str:
+    interpreted = " (interpreter)" if os.environ.get("TRITON_INTERPRET") == "1" else ""
+    try:
+        return metadata.version("triton") + interpreted
+    except metadata.PackageNotFoundError:
+        return "not installed"
 
 
 if __name__ == "__main__":

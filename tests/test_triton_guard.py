@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ triton = pytest.importorskip("triton")
 
 import triton.language as tl  # noqa: E402
 import triton_guard  # noqa: E402
+from triton.runtime.errors import InterpreterError  # noqa: E402
 from triton.runtime.interpreter import InterpretedFunction  # noqa: E402
 from triton_guard import Guard, GuardError, Traffic  # noqa: E402
 
@@ -325,6 +327,28 @@ def test_random_order_is_a_permutation_and_seeded() -> None:
     assert order(None) == list(range(8))
     assert sorted(order(1)) == list(range(8)) and order(1) != order(None)
     assert order(1) == order(1) != order(2)
+
+
+@interpreted
+def wrapping_kernel(x, n, BLOCK: tl.constexpr, WIDE: tl.constexpr):
+    """Offsets that are widened before, or after, the multiplication by BLOCK."""
+    i = tl.program_id(0)
+    o = i.to(tl.int64) * BLOCK if WIDE else (i * BLOCK).to(tl.int64)
+    o += tl.arange(0, BLOCK)
+    tl.store(x + o, tl.load(x + o, mask=o < n) + 1, mask=o < n)
+
+
+def test_last_programs_of_a_huge_tensor() -> None:
+    """A tensor of more than 2**31 elements that nobody touches: 32-bit offsets wrap, 64-bit ones arrive."""
+    n = 2**31 + 100
+    x = torch.frombuffer(mmap.mmap(-1, 2 * n), dtype=torch.float16)
+    grid = (-(-n // 1024),)
+    with Guard(last=2) as guard:
+        wrapping_kernel[grid](x, n, BLOCK=1024, WIDE=True)
+    assert guard.launches[0].highest == {"x": n - 1}
+    assert x[-1124:].tolist() == [1.0] * 1124 and x[-1125] == 0  # two programs, and each once
+    with Guard(last=2), pytest.raises((GuardError, InterpreterError)):
+        wrapping_kernel[grid](x, n, BLOCK=1024, WIDE=False)
 
 
 def test_nothing_stays_patched() -> None:

@@ -34,10 +34,13 @@ def test_guarded(case: Any, plan: str, rows: dict[str, dict[str, Any]]) -> None:
     whole = ["whole"] if plan == "whole" else []
     assert [k for k in row["forward"]["kernels"] if k == "whole"] == whole
     aliased = case.tail == "x_relu"  # the residual is x
+    pixels = case.resolved_grid == case.space
     for direction, limits in LIMITS.items():
         for name, (read, written) in limits.items():
             if name in row[direction]:
                 extra = aliased and (direction, name) == ("forward", "x")
+                # where a cell is a pixel, x stands for P too
+                extra += pixels and (direction, name) == ("backward", "x")
                 assert row[direction][name][0] <= read + extra, f"{direction}: {name} is read too often"
                 assert row[direction][name][1] == written, f"{direction}: {name} written"
 
@@ -48,3 +51,12 @@ def test_every_kernel_was_guarded(rows: dict[str, dict[str, Any]]) -> None:
         "pool_runs", "pool_tiles", "graph", "gate", "whole",
         "graph_backward", "gate_backward", "whole_backward", "weights_backward",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+def test_offsets_beyond_32_bits(layout: str) -> None:
+    """The last programs of each launch on maps of 2.3e9 elements stay in bounds, and are where the maps end."""
+    rows = triton_interpreted.start("offsets", layout)
+    assert "error" not in rows[layout], rows[layout]["error"]
+    reached = {name for _, highest in rows[layout]["launches"] for name, element in highest.items() if element > 2**31}
+    assert reached >= {"x", "y", "dy", "dx", "residual", "dresidual"}

@@ -269,14 +269,20 @@ def row_of(compiler: Compiler, launch: Recorded, maps: list[Tensor]) -> dict[str
 
 
 def compiled_rows(targets: list[str]) -> Iterator[dict[str, Any]]:
-    """A row for each launch of each case on each target."""
+    """A row for each launch of each case on each target; one that does not compile has "error" and no figures."""
+    from triton.compiler.errors import CompilationError
+
     for target in targets:
         compiler = Compiler(target)
         for case in cases_of(target):
             for direction, launch, maps in launches(case, TARGETS[target][3]):
-                kernel = f"{direction} {launch.kernel.__name__}"
-                found = row_of(compiler, launch, maps)
-                yield {"target": target, "case": case.id, "vector": case.vector, "kernel": kernel} | found
+                row = {"target": target, "case": case.id, "vector": case.vector}
+                row["kernel"] = f"{direction} {launch.kernel.__name__}"
+                try:
+                    row |= row_of(compiler, launch, maps)
+                except CompilationError as error:
+                    row["error"] = str(error)
+                yield row
 
 
 def planted_rows() -> dict[str, dict[str, Any]]:

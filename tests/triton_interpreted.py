@@ -2,6 +2,7 @@
 
     TRITON_INTERPRET=1 python tests/triton_interpreted.py cases [PART OF AN ID ...]     # guarded cases
     TRITON_INTERPRET=1 python tests/triton_interpreted.py traffic ["56 nchw" ...]       # stages of a ResNet
+    TRITON_INTERPRET=1 python tests/triton_interpreted.py offsets [nchw | nhwc]         # maps beyond 2**31 elements
 
 The interpreter is chosen when Triton is first imported, so no test process need be started for it. One JSON object a
 line, each with its "id"; a case that fails has "error" instead of figures.
@@ -188,10 +189,34 @@ def _plan(launch: Any, channels: int, size: int, layout: str, backward: bool, ba
     return [launch.is_small(p), pooling and pooling.options, gating.options]
 
 
-def start(what: str) -> dict[str, dict[str, Any]]:
+def offsets(wanted: list[str]) -> Iterator[dict[str, Any]]:
+    """The last programs of each launch on maps of more than 2**31 elements, in memory that nobody has touched."""
+    from triton_guard import Guard
+
+    for layout in ("nchw", "nhwc"):
+        case = Case(space=(300, 400), channels=9, batch=2100, dtype=torch.float16, layout=layout, tail="residual_relu")
+        row: dict[str, Any] = {"id": layout}
+        if wanted and layout not in wanted:
+            continue
+        memory_format = torch.channels_last if layout == "nhwc" else torch.contiguous_format
+        try:
+            call = Call(case.but(space=(9, 8), batch=1))
+            call.x, call.dy, call.residual = (
+                torch.empty(case.shape, dtype=case.dtype, memory_format=memory_format) for _ in range(3)
+            )
+            with Guard(last=2) as guard:
+                y, saved = call.forward("generic")
+                call.backward(y, saved, "generic")
+            row["launches"] = [[launch.kernel, launch.highest] for launch in guard.launches]
+        except Exception:
+            row["error"] = traceback.format_exc()
+        yield row
+
+
+def start(*what: str) -> dict[str, dict[str, Any]]:
     """What this file prints in a process of its own, by id."""
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{Path(__file__).parent}"}
-    done = subprocess.run([sys.executable, __file__, what], env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, __file__, *what], env=environment, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"the interpreter's process failed:\n{done.stderr[-4000:]}")
     return {row["id"]: row for row in map(json.loads, done.stdout.splitlines())}
@@ -199,5 +224,5 @@ def start(what: str) -> dict[str, dict[str, Any]]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    for row in {"cases": guarded, "traffic": traffic}[sys.argv[1]](sys.argv[2:]):
+    for row in {"cases": guarded, "traffic": traffic, "offsets": offsets}[sys.argv[1]](sys.argv[2:]):
         print(json.dumps(row), flush=True)

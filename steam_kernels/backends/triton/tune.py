@@ -1,0 +1,180 @@
+"""``python -m steam_kernels.backends.triton.tune``: times other entries of the launch table on this machine's GPU.
+
+Prints, for each stage of a ResNet, dtype, layout and direction, the table's launch of each kernel, the best one found
+and the gain, to be carried into ``launch.py`` by hand. Nothing at run time reads it. Needs a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from . import INTERPRETED, backward, forward, launch
+
+STAGES = ((256, 56, 56), (512, 28, 28), (1024, 14, 14), (2048, 7, 7), (96, 14, 14))
+DTYPES = (torch.float32, torch.bfloat16)
+GRID = 7
+#: What may be moved, by kernel: constants that shape tiles, within the limits that the kernels need.
+BLOCKS = {
+    "pool_runs": ("STEPS",),
+    "pool_tiles": ("CHANNELS", "ROWS", "CELLS", "COLUMNS"),
+    "graph": ("NODES",),
+    "graph_backward": ("NODES",),
+    "gate": ("ROWS", "RUN", "STEPS"),
+    "gate_backward": ("ROWS", "RUN", "STEPS"),
+}
+#: Elements of a tile that a candidate may have at most.
+LARGEST_TILE = 8192
+
+
+@dataclass(frozen=True)
+class Result:
+    """One kernel at one problem: the table's launch and the best one found, with their times in microseconds."""
+
+    problem: launch.Problem
+    table: launch.Launch
+    table_us: float
+    best: launch.Launch
+    best_us: float
+
+    @property
+    def gain(self) -> float:
+        return self.table_us / self.best_us - 1
+
+
+def candidates(how: launch.Launch, p: launch.Problem) -> Iterator[launch.Launch]:
+    """The table's launch, and those with blocks and warps half and twice as large, each with its own programs."""
+    names = BLOCKS[how.kernel]
+    choices = [
+        sorted({max(1, how.constants[name] // 2), how.constants[name], 2 * how.constants[name]}) for name in names
+    ]
+    seen = set()
+    for values in itertools.product(*choices):
+        blocks = dict(zip(names, values, strict=True))
+        tile = 1
+        for name in names:
+            tile *= 1 if name in ("STEPS", "NODES") else blocks[name]
+        if tile > LARGEST_TILE:
+            continue
+        for warps in (how.num_warps // 2, how.num_warps, how.num_warps * 2):
+            constants = {**how.constants, **blocks}
+            key = (*values, warps)
+            if warps < 1 or key in seen:
+                continue
+            seen.add(key)
+            yield replace(how, constants=constants, num_warps=warps, programs=programs(how, constants, p))
+
+
+def programs(how: launch.Launch, told: dict[str, Any], p: launch.Problem) -> int:
+    """The programs of a kernel with these constants."""
+    if how.kernel == "pool_runs":
+        return p.samples * launch.ceil_div(p.channels, told["CHANNELS"] * told["STEPS"])
+    if how.kernel == "pool_tiles":
+        cells = launch.ceil_div(p.grid_w, told["CELLS"])
+        return p.samples * p.grid_h * cells * launch.ceil_div(p.channels, told["CHANNELS"])
+    if how.kernel.startswith("gate"):
+        rows = launch.ceil_div(launch.ceil_div(p.channels, told["GROUP"]), told["ROWS"] * told["STEPS"])
+        return p.samples * rows * launch.ceil_div(p.area * told["GROUP"], told["RUN"])
+    return p.samples
+
+
+def problems(samples: int, family: str) -> Iterator[tuple[launch.Problem, torch.dtype]]:
+    """What is tuned."""
+    for (c, h, w), dtype, last, back in itertools.product(STAGES, DTYPES, (False, True), (False, True)):
+        grid = min(GRID, h), min(GRID, w)
+        yield launch.Problem(samples, c, h, w, *grid, dtype.itemsize, last, back, family), dtype
+
+
+def search(p: launch.Problem, time: Callable[[launch.Launch], float]) -> list[Result]:
+    """The best launch of each stage, all others being the table's; ``time`` gives the microseconds of a launch."""
+    found = []
+    for how in (launch.pool(p), launch.graph(p, 4, 2, 3), launch.gate(p)):
+        if how is None:
+            continue
+        timed = [(time(candidate), candidate) for candidate in candidates(how, p)]
+        own = next(us for us, candidate in timed if candidate == how)
+        us, best = min(timed, key=lambda pair: pair[0])
+        found.append(Result(p, how, own, best, us))
+    return found
+
+
+def table(results: Iterable[Result]) -> str:
+    """The results as Markdown, the largest gain first."""
+    lines = ["| problem | kernel | table | us | best | us | gain |", "|---|---|---|---|---|---|---|"]
+    for r in sorted(results, key=lambda r: -r.gain):
+        p = r.problem
+        layout = "channels_last" if p.channels_last else "NCHW"
+        name = f"{p.samples}x{p.channels}x{p.height}x{p.width}, {p.itemsize} bytes, {layout}"
+        own, best = (describe(how) for how in (r.table, r.best))
+        lines.append(
+            f"| {name} | {r.table.kernel} | {own} | {r.table_us:.1f} | {best} | {r.best_us:.1f} | {r.gain:.0%} |"
+        )
+    return "\n".join(lines)
+
+
+def describe(how: launch.Launch) -> str:
+    blocks = " ".join(f"{name}={how.constants[name]}" for name in BLOCKS[how.kernel])
+    return f"{blocks}, {how.num_warps} warps"
+
+
+def time_on_gpu(p: launch.Problem, dtype: torch.dtype, how: launch.Launch, repeats: int = 20) -> float:
+    """Microseconds of a call in which ``how`` is its kernel's launch; infinite where it does not compile."""
+    stage = how.kernel.removesuffix("_backward").split("_")[0]
+    original, small = getattr(launch, stage), launch.SMALL
+    format = torch.channels_last if p.channels_last else torch.contiguous_format
+    x = torch.randn(p.samples, p.channels, p.height, p.width, device="cuda", dtype=dtype).to(memory_format=format)
+    weight = torch.randn(4, 8, device="cuda")
+    options = (p.grid_h, p.grid_w), 4, 1, 4, True, True, 1.0
+    family = p.family
+    _, saved = forward(x, weight, weight, None, *options, False, True, family=family)
+
+    def call() -> None:
+        if p.backward:
+            backward(x, x, None, weight, weight, saved, *options, True, True, True, False, family=family)
+        else:
+            forward(x, weight, weight, None, *options, False, True, family=family)
+
+    setattr(launch, stage, lambda *_: how)
+    launch.SMALL = 0
+    try:
+        call()
+        times = []
+        for _ in range(repeats):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            call()
+            end.record()
+            end.synchronize()
+            times.append(begin.elapsed_time(end) * 1e3)
+    except Exception as error:  # too many registers or too much shared memory: another candidate's turn
+        print(f"  {describe(how)}: {type(error).__name__}")
+        return float("inf")
+    finally:
+        setattr(launch, stage, original)
+        launch.SMALL = small
+    return sorted(times)[len(times) // 2]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--samples", type=int, default=32, help="the batch (%(default)s)")
+    given = parser.parse_args(arguments)
+    if INTERPRETED or not torch.cuda.is_available():
+        print("tuning needs a GPU, and " + ("TRITON_INTERPRET is set" if INTERPRETED else "PyTorch sees none"))
+        return 1
+    from ..gpu import family
+
+    results: list[Result] = []
+    for p, dtype in problems(given.samples, family(torch.cuda.current_device())):
+        results += search(p, lambda how, p=p, dtype=dtype: time_on_gpu(p, dtype, how))  # type: ignore[misc]
+    print(table(results))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
