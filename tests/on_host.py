@@ -11,6 +11,7 @@ import hashlib
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,10 +29,7 @@ SHIM = ROOT / "tests" / "cuda_on_host"
 KERNELS = ROOT / "csrc" / "cuda"
 BUILD = ROOT / "build" / "cuda_on_host"
 
-FLAGS = [
-    *("-std=c++20", "-O1", "-g1", "-DSTEAM_CUDA_ON_HOST", "-fno-strict-aliasing"),
-    *("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),
-]
+FLAGS = ["-std=c++20", "-O1", "-g1", "-DSTEAM_CUDA_ON_HOST", "-fno-strict-aliasing", "-Wno-unknown-pragmas"]
 #: Variant -> compiler flags and environment.
 VARIANTS: dict[str, tuple[list[str], dict[str, str]]] = {
     "plain": ([], {}),
@@ -64,7 +62,8 @@ class Failed(Exception):
 
 
 def compiler() -> str | None:
-    return shutil.which(os.environ.get("CXX", "g++"))
+    """GCC, whose names for the sanitizers the header knows."""
+    return shutil.which("g++") if sys.platform == "linux" else None
 
 
 def build(variant: str, sources: Sequence[Path] = ()) -> Path:

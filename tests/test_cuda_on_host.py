@@ -24,7 +24,7 @@ from tolerances import judge
 import steam_kernels
 from steam_kernels import backends, ops
 
-pytestmark = pytest.mark.skipif(on_host.compiler() is None, reason="no C++ compiler to build the CUDA kernels with")
+pytestmark = pytest.mark.skipif(on_host.compiler() is None, reason="no g++ on Linux to build the CUDA kernels with")
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 
