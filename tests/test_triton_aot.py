@@ -112,7 +112,7 @@ def test_spills_are_seen(target: str, planted: dict[str, dict[str, Any]]) -> Non
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_32_bit_offsets_are_seen(target: str, planted: dict[str, dict[str, Any]]) -> None:
-    """Also where a pointer walks through a loop; an offset into what is no map does not matter."""
+    """Also in a loop; an offset into what is no map does not matter, nor does a place within a tile."""
     assert len(planted[f"{target} narrow_copy"]["narrow"]) == 2
     assert len(planted[f"{target} narrow_walk"]["narrow"]) == 1
 

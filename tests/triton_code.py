@@ -229,47 +229,91 @@ def occupancy(target: str, resources: Resources, warps: int) -> float:
 # ---- Triton's IR -----------------------------------------------------------------------------------------------------
 
 
+class _Scopes:
+    """Values of a textual IR: a name may be used again in another region, for another value."""
+
+    def __init__(self) -> None:
+        self.stack: list[dict[str, str]] = [{}]
+        self.count = 0
+
+    def new(self, name: str) -> str:
+        self.count += 1
+        self.stack[-1][name] = f"{name} {self.count}"
+        return self.stack[-1][name]
+
+    def __getitem__(self, name: str) -> str:
+        return next((scope[name] for scope in reversed(self.stack) if name in scope), name)
+
+
+class _Region(NamedTuple):
+    """An operation with regions: its results, and the loop's arguments; both take what is yielded."""
+
+    results: list[str]
+    arguments: list[str]
+
+
 def narrow_offsets(ttir: str, maps: Iterable[str]) -> list[str]:
-    """Each addition of an offset of fewer than 64 bits to a pointer made from one of the parameters ``maps``."""
-    trace, open_ops, added = _Trace(), [], []
-    names = re.findall(r"%(\w+): !tt\.ptr", ttir[ttir.index("tt.func") :].split("attributes")[0])
-    trace.roots = {f"%{name}": i for i, name in enumerate(names)}
-    wanted = {i for i, name in enumerate(names) if name in set(maps)}
+    """Each addition of an offset of fewer than 64 bits to a pointer made from one of the parameters ``maps``.
+
+    A place within a tile may have 32: an offset that no size, program's number or loop's index has a part in.
+    """
+    trace, scopes, open_regions, added = _Trace(), _Scopes(), [], []
+    sizes: set[str] = set()
+    wanted = set(maps)
     for line in ttir.splitlines():
         text = re.sub(r"\s*loc\(.*", "", line.strip())
-        left, _, right = text.rpartition(" = ") if " = " in text and "iter_args" not in text else ("", "", text)
-        if "iter_args" in text:
-            left, _, right = text.partition(" = ") if text.startswith("%") else ("", "", text)
-        results = _results(left)
-        if re.match(r"(scf\.for|scf\.while|scf\.if)\b", right):
-            carried = re.findall(r"(%[\w#]+) = (%[\w#]+)", right)
-            for argument, start in carried:
+        if "tt.func" in text:
+            # a parameter's own location stands between it and the next
+            for name, kind in re.findall(r"%(\w+): (\S+)", line.split(") attributes")[0]):
+                if kind.startswith("!tt.ptr"):
+                    trace.roots[scopes.new(f"%{name}")] = int(name in wanted)
+                else:
+                    sizes.add(scopes.new(f"%{name}"))
+            continue
+        if text.startswith("}"):
+            scopes.stack.pop()
+            if text.endswith("{"):  # else, or the second region of a while loop
+                scopes.stack.append({})
+            elif open_regions:
+                open_regions.pop()
+            continue
+        if re.match(r"scf\.(yield|condition)", text):
+            values = [scopes[v] for v in _VALUE.findall(text)]
+            for targets in open_regions[-1]:
+                for target, value in zip(targets, values, strict=False):
+                    trace.sources[target].add(value)
+            continue
+        assigned = re.match(r"(%\w+(?::\d+)?(?:, %\w+)*) = ", text)
+        left, right = (assigned[1], text[assigned.end() :]) if assigned else ("", text)
+        operands = [scopes[v] for v in _VALUE.findall(right.split(" : ")[0])]
+        carried = [(name, scopes[start]) for name, start in re.findall(r"(%\w+) = (%[\w#]+)", right)]
+        results = [scopes.new(name) for name in _results(left)]
+        if text.endswith("{"):
+            scopes.stack.append({})
+            arguments = [scopes.new(name) for name, _ in carried]
+            for argument, (_, start) in zip(arguments, carried, strict=True):
                 trace.sources[argument].add(start)
-            open_ops.append((results, [argument for argument, _ in carried]))
-        elif right.startswith("scf.yield") and open_ops:
-            values = re.findall(r"%[\w#]+", right)
-            results_of, arguments = open_ops[-1]
-            for target in (results_of, arguments):
-                for name, value in zip(target, values, strict=False):
-                    trace.sources[name].add(value)
-        if text == "}" and open_ops:
-            open_ops.pop()
-        operands = re.findall(r"%[\w#]+", right.split(" : ")[0])
-        if "tt.addptr" in right:
+            if right.startswith("scf.for"):  # whose first argument is its index, which is not yielded
+                sizes.add(arguments.pop(0))
+            open_regions.append(_Region(results, arguments))
+        elif right.startswith("tt.addptr"):
             trace.sources[results[0]].add(operands[0])  # an offset is no pointer
-            added.append((operands[0], right))
-        elif not re.match(r"(tt\.load|scf\.)", right):
-            for name in results:
-                trace.sources[name].update(operands)
-    out = []
-    for pointer, text in added:
-        if trace.origins(pointer) & wanted and not re.search(r"(?:, |x)i64(?:>|$)", text.strip()):
-            out.append(text)
-    return out
+            added.append((*operands, right))
+        elif not right.startswith("tt.load"):
+            for result in results:
+                trace.sources[result].update(operands)
+            if right.startswith("tt.get_program_id"):
+                sizes.update(results)
+    return [
+        text
+        for pointer, offset, text in added
+        if 1 in trace.origins(pointer) and not re.search(r"(?:, |x)i64(?:>|$)", text) and trace.closure(offset) & sizes
+    ]
+
+
+_VALUE = re.compile(r"%[\w#]+")
 
 
 def _results(left: str) -> list[str]:
-    many = re.fullmatch(r"(%\w+):(\d+)", left.strip())
-    if many:
-        return [f"{many[1]}#{i}" for i in range(int(many[2]))]
-    return re.findall(r"%\w+", left)
+    many = re.fullmatch(r"(%\w+):(\d+)", left)
+    return [f"{many[1]}#{i}" for i in range(int(many[2]))] if many else re.findall(r"%\w+", left)

@@ -43,11 +43,9 @@ def narrow_copy(x, y, few, n, BLOCK: tl.constexpr):
 
 @triton.jit
 def narrow_walk(x, y, n, BLOCK: tl.constexpr):
-    """A pointer that goes on by a 32-bit step in a loop."""
-    o = tl.arange(0, BLOCK).to(tl.int64)
-    p_x = x + o
+    """A 32-bit loop index is an offset into x; a place within the tile is one into y, which is right."""
+    o = tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
-    for _ in range(0, n, BLOCK):
-        total += tl.load(p_x)
-        p_x += BLOCK
+    for first in range(0, n, BLOCK):
+        total += tl.load(x + (first + o))
     tl.store(y + o, total)
