@@ -111,8 +111,12 @@ int main() {
   steam_forward_args forward = {p, memory, memory, memory, nullptr, memory, nullptr};
   steam_backward_args backward = {p, memory, memory, memory, memory, nullptr, memory, memory, nullptr, memory, memory};
   std::printf("%s\n", steam_cuda_architectures());
-  std::printf("%d %d\n", steam_cuda_forward_workspace(&p, &bytes, message), bytes >= 0);
-  std::printf("%d %d\n", steam_cuda_backward_workspace(&p, &bytes, message), bytes >= 0);
+  std::printf("%d ", steam_cuda_forward_workspace(&p, &bytes, message));
+  std::printf("%d\n", bytes >= 0);
+  bytes = -1;
+  std::printf("%d ", steam_cuda_backward_workspace(&p, &bytes, message));
+  std::printf("%d\n", bytes >= 0);
+  bytes = -1;
   std::printf("%d %s\n", steam_cuda_forward_workspace(&p, nullptr, message), message);
   const steam_status usable = steam_cuda_usable(message);
   std::printf("%d %s\n", usable, message);
