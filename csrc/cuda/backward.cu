@@ -5,11 +5,9 @@
 namespace steam {
 namespace {
 
-constexpr int kFusedThreads = 512;
-
 // A block keeps one sample's x and masked dy in shared memory, so that each is read once.
 template <class T, bool kChannelsLast>
-__global__ void __launch_bounds__(kFusedThreads, 1)
+__global__ void __launch_bounds__(kSampleThreads<Accumulate<T>>, 1)
     steam_backward(Unit unit, const T* batch_x, GateBackward<T> batch, const Accumulate<T>* saved, double* sums) {
   using A = Accumulate<T>;
   const int64_t n = blockIdx.x, channels = unit.p.channels, pixels = unit.pixels(), sample = unit.sample();
@@ -23,7 +21,7 @@ __global__ void __launch_bounds__(kFusedThreads, 1)
   A* grads = shared.take<A>(grads_count(unit));
   A* gate_map = shared.take<A>(pixels);
   A* share_map = shared.take<A>(pixels);
-  A* room = shared.take<A>(kFusedThreads);
+  A* room = shared.take<A>(kSampleThreads<A>);
   const HeadTable<A> heads = take_heads<A>(shared);
   const GateMaps<A, kChannelsLast, true> maps(shared, rows, columns);
 
@@ -53,7 +51,7 @@ int64_t fused_bytes(const Unit& u) {
   const int64_t nodes = u.p.channels + u.cells(), pixels = u.pixels();
   const int64_t rows = u.p.channels_last ? pixels : u.p.channels, columns = u.p.channels_last ? u.p.channels : pixels;
   return 2 * shared_bytes<T>(stage_room<T>(u.sample())) + shared_bytes<A>(2 * nodes) + shared_bytes<A>(nodes) +
-         shared_bytes<A>(grads_count(u)) + 2 * shared_bytes<A>(pixels) + shared_bytes<A>(kFusedThreads) +
+         shared_bytes<A>(grads_count(u)) + 2 * shared_bytes<A>(pixels) + shared_bytes<A>(kSampleThreads<A>) +
          shared_bytes<A>(2 * kHeads) + gate_maps_bytes<A>(rows, columns, u.p.channels_last, true);
 }
 
@@ -121,18 +119,19 @@ void run(const Unit& u, const cuda::BackwardArgs& args, Launcher& launch) {
   Workspace workspace(args.workspace);
   const Buffers<A> b = take_buffers<A>(u, one_launch, workspace);
   if (one_launch && tokens) {
-    launch("steam_backward", steam_backward<T, kChannelsLast>, u.p.samples, kFusedThreads, fused, u, x, op, saved,
+    launch("steam_backward", steam_backward<T, kChannelsLast>, u.p.samples, kSampleThreads<A>, fused, u, x, op, saved,
            b.sums);
   } else {
     if (tokens && u.cells_are_pixels()) {
-      launch("steam_graph_backward", steam_graph_backward<Maps<T>, A, kChannelsLast>, u.p.samples, kGraphThreads,
+      launch("steam_graph_backward", steam_graph_backward<Maps<T>, A, kChannelsLast>, u.p.samples, kSampleThreads<A>,
              graph_bytes<A>(), u, Maps<T>{x, dy, y}, saved, b.gates, b.grads, b.sums);
     } else if (tokens) {
       const PoolPlan pool = pool_plan<T>(u, aligned({x, dy, y}) && u.p.channels % kPack<T> == 0);
       launch("steam_pool", steam_pool<T, kChannelsLast, true>, u.p.samples * pool.slices, kPoolThreads,
              pool_bytes<T, true>(u, pool), u, pool, Maps<T>{x, dy, y}, b.values, b.products);
-      launch("steam_graph_backward", steam_graph_backward<StoredSums<A>, A, kChannelsLast>, u.p.samples, kGraphThreads,
-             graph_bytes<A>(), u, StoredSums<A>{b.values, b.products}, saved, b.gates, b.grads, b.sums);
+      launch("steam_graph_backward", steam_graph_backward<StoredSums<A>, A, kChannelsLast>, u.p.samples,
+             kSampleThreads<A>, graph_bytes<A>(), u, StoredSums<A>{b.values, b.products}, saved, b.gates, b.grads,
+             b.sums);
     }
     if (args.dx || args.dresidual) {
       const GatePlan gate = gate_plan<T>(u, true);

@@ -4,11 +4,9 @@
 namespace steam {
 namespace {
 
-constexpr int kFusedThreads = 512;
-
 // A block keeps one sample in shared memory, so that x is read once. saved may be null.
 template <class T, bool kChannelsLast>
-__global__ void __launch_bounds__(kFusedThreads, 1)
+__global__ void __launch_bounds__(kSampleThreads<Accumulate<T>>, 1)
     steam_forward(Unit unit, GateForward<T> batch, Accumulate<T>* saved) {
   using A = Accumulate<T>;
   const int64_t n = blockIdx.x, channels = unit.p.channels, pixels = unit.pixels(), sample = unit.sample();
@@ -19,7 +17,7 @@ __global__ void __launch_bounds__(kFusedThreads, 1)
   A* row = shared.take<A>(2 * nodes_count);
   A* gates = shared.take<A>(nodes_count);
   A* map = shared.take<A>(pixels);
-  A* room = shared.take<A>(kFusedThreads);
+  A* room = shared.take<A>(kSampleThreads<A>);
   const HeadTable<A> heads = take_heads<A>(shared);
   const GateMaps<A, kChannelsLast, false> maps(shared, rows, columns);
 
@@ -45,7 +43,7 @@ int64_t fused_bytes(const Unit& u) {
   const int64_t nodes = u.p.channels + u.cells(), pixels = u.pixels();
   const int64_t rows = u.p.channels_last ? pixels : u.p.channels, columns = u.p.channels_last ? u.p.channels : pixels;
   return shared_bytes<T>(stage_room<T>(u.sample())) + shared_bytes<A>(2 * nodes) + shared_bytes<A>(nodes) +
-         shared_bytes<A>(pixels) + shared_bytes<A>(kFusedThreads) + shared_bytes<A>(2 * kHeads) +
+         shared_bytes<A>(pixels) + shared_bytes<A>(kSampleThreads<A>) + shared_bytes<A>(2 * kHeads) +
          gate_maps_bytes<A>(rows, columns, u.p.channels_last, false);
 }
 
@@ -70,7 +68,7 @@ void run(const Unit& u, const cuda::ForwardArgs& args, Launcher& launch) {
   const GateForward<T> op{x, static_cast<const T*>(args.residual), static_cast<T*>(args.y), u.p.relu};
   const int64_t fused = fused_bytes<T>(u);
   if (fused <= shared_memory_limit()) {
-    launch("steam_forward", steam_forward<T, kChannelsLast>, u.p.samples, kFusedThreads, fused, u, op,
+    launch("steam_forward", steam_forward<T, kChannelsLast>, u.p.samples, kSampleThreads<A>, fused, u, op,
            static_cast<A*>(args.saved));
     return;
   }
@@ -78,15 +76,15 @@ void run(const Unit& u, const cuda::ForwardArgs& args, Launcher& launch) {
   const Buffers<A> buffers = take_buffers<A>(u, workspace);
   A* rows = args.saved ? static_cast<A*>(args.saved) : buffers.rows;
   if (u.cells_are_pixels()) {
-    launch("steam_graph_forward", steam_graph_forward<T, kChannelsLast>, u.p.samples, kGraphThreads, graph_bytes<A>(),
-           u, x, rows, buffers.gates);
+    launch("steam_graph_forward", steam_graph_forward<T, kChannelsLast>, u.p.samples, kSampleThreads<A>,
+           graph_bytes<A>(), u, x, rows, buffers.gates);
   } else {
     const PoolPlan pool = pool_plan<T>(u, aligned({x}) && u.p.channels % kPack<T> == 0);
     launch("steam_pool", steam_pool<T, kChannelsLast, false>, u.p.samples * pool.slices, kPoolThreads,
            pool_bytes<T, false>(u, pool), u, pool, Maps<T>{x, nullptr, nullptr}, buffers.sums,
            static_cast<A*>(nullptr));
-    launch("steam_graph_forward", steam_graph_forward<A, kChannelsLast>, u.p.samples, kGraphThreads, graph_bytes<A>(),
-           u, static_cast<const A*>(buffers.sums), rows, buffers.gates);
+    launch("steam_graph_forward", steam_graph_forward<A, kChannelsLast>, u.p.samples, kSampleThreads<A>,
+           graph_bytes<A>(), u, static_cast<const A*>(buffers.sums), rows, buffers.gates);
   }
   const GatePlan gate = gate_plan<T>(u, false);
   launch("steam_gate_forward", steam_gate_forward<T, kChannelsLast>, u.p.samples * gate.row_blocks * gate.column_blocks,

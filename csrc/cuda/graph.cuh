@@ -367,20 +367,22 @@ __device__ void graph_backward(const Unit& unit, const Source& source, const Lay
 
 // ---------------------------------------------------------------- the kernels: one block a sample
 
-constexpr int kGraphThreads = 512;
+// Threads of the blocks that take a sample each; a float64 fills two registers.
+template <class A>
+constexpr int kSampleThreads = sizeof(A) == 8 ? 256 : 512;
 
 template <class A>
 int64_t graph_bytes() {
-  return shared_bytes<A>(kGraphThreads) + shared_bytes<A>(2 * kHeads);
+  return shared_bytes<A>(kSampleThreads<A>) + shared_bytes<A>(2 * kHeads);
 }
 
 // values: a cell's sums, or x itself where cells are pixels. rows: (N, 2 (C + cells)); gates: (N, C + cells).
 template <class T, bool kChannelsLast>
-__global__ void __launch_bounds__(kGraphThreads, 1)
+__global__ void __launch_bounds__(kSampleThreads<Accumulate<T>>, 1)
     steam_graph_forward(Unit unit, const T* values, Accumulate<T>* rows, Accumulate<T>* gates) {
   using A = Accumulate<T>;
   SharedMemory shared;
-  A* room = shared.take<A>(kGraphThreads);
+  A* room = shared.take<A>(kSampleThreads<A>);
   const HeadTable<A> heads = take_heads<A>(shared);
   const int64_t n = blockIdx.x, nodes = unit.p.channels + unit.cells();
   const Maps<T> source{values + n * unit.p.channels * unit.cells(), nullptr, nullptr};
@@ -390,10 +392,10 @@ __global__ void __launch_bounds__(kGraphThreads, 1)
 
 // source: StoredSums of cells, or Maps where cells are pixels. grads: (N, grads_count); sums: (N, 4 * heads).
 template <class Source, class A, bool kChannelsLast>
-__global__ void __launch_bounds__(kGraphThreads, 1)
+__global__ void __launch_bounds__(kSampleThreads<A>, 1)
     steam_graph_backward(Unit unit, Source source, const A* saved, A* gates, A* grads, double* sums) {
   SharedMemory shared;
-  A* room = shared.take<A>(kGraphThreads);
+  A* room = shared.take<A>(kSampleThreads<A>);
   const HeadTable<A> heads = take_heads<A>(shared);
   const int64_t n = blockIdx.x, nodes = unit.p.channels + unit.cells();
   graph_backward<A>(unit, source.at(n * unit.p.channels * unit.cells()),
