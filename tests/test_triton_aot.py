@@ -132,4 +132,4 @@ def test_occupancy() -> None:
 
 def test_share_of_wide_accesses_is_by_bytes() -> None:
     assert code.wide_share([]) is None
-    assert code.wide_share([Access(0, False, 16), Access(0, False, 4), Access(0, True, 4), Access(0, True, 8)]) == 0.5
+    assert code.wide_share([Access(frozenset({0}), False, size) for size in (16, 4, 4, 8)]) == 0.5

@@ -16,9 +16,12 @@ WIDE = 16  # bytes of a 128-bit access
 
 
 class Access(NamedTuple):
-    """One load or store of one thread: the number of the parameter that it goes to (None: unknown), and its bytes."""
+    """One load or store of one thread: the numbers of the parameters that it may go to, and its bytes.
 
-    parameter: int | None
+    More than one where the compiler has merged accesses of several branches; none in machine code, which does not say.
+    """
+
+    parameters: frozenset[int]
     store: bool
     bytes: int
 
@@ -48,10 +51,6 @@ class _Trace:
                 seen.add(n)
                 todo += self.sources[n]
         return seen
-
-    def one(self, name: str, pointers: set[int]) -> int | None:
-        found = self.origins(name) & pointers
-        return found.pop() if len(found) == 1 else None
 
 
 # ---- PTX -------------------------------------------------------------------------------------------------------------
@@ -88,7 +87,7 @@ def ptx_accesses(ptx: str) -> list[Access]:
         if head:
             for name in _PTX_REGISTER.findall(head[1]):
                 trace.sources[name].update(_PTX_REGISTER.findall(head[2]))
-    return [Access(trace.one(address, pointers), store, size) for address, store, size in pending]
+    return [Access(frozenset(trace.origins(address) & pointers), store, size) for address, store, size in pending]
 
 
 # ---- LLVM IR, as AMD's backend is given it ---------------------------------------------------------------------------
@@ -103,7 +102,7 @@ def _llvm_bytes(kind: str) -> int:
     return (_LLVM_BITS.get(kind) or int(kind.removeprefix("i"))) // 8
 
 
-_TYPE, _NAME = r"(<\d+ x \w+>|\w+)", r"(%[\w.]+)"
+_TYPE, _NAME = r"(<\d+ x \w+>|\w+)", r"(%[-\w.$]+)"
 _LLVM_LOAD = re.compile(
     rf"(?:tail )?(?:load (?:volatile )?{_TYPE}, ptr addrspace\(1\) {_NAME}"
     rf"|call {_TYPE} @llvm\.(?:masked\.load|amdgcn\.raw\.ptr\.buffer\.load)\S*\(ptr addrspace\([18]\)[^%]*{_NAME})"
@@ -136,8 +135,8 @@ def llvm_accesses(llir: str) -> list[Access]:
             kind, address = (found[1], found[2]) if found[1] else (found[3], found[4])
             pending.append((address, store is not None, _llvm_bytes(kind)))
         elif name.startswith("%"):
-            trace.sources[name].update(re.findall(r"%[\w.]+", right))
-    return [Access(trace.one(address, pointers), store, size) for address, store, size in pending]
+            trace.sources[name].update(re.findall(r"%[-\w.$]+", right))
+    return [Access(frozenset(trace.origins(address) & pointers), store, size) for address, store, size in pending]
 
 
 # ---- machine code ----------------------------------------------------------------------------------------------------
@@ -150,7 +149,7 @@ def sass_accesses(sass: str) -> list[Access]:
         size = 4
         for part in suffix.split("."):
             size = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32}.get(part, size)
-        out.append(Access(None, kind == "STG", size))
+        out.append(Access(frozenset(), kind == "STG", size))
     return out
 
 
@@ -173,7 +172,7 @@ _AMD_BYTES = {
 def amd_accesses(assembly: str) -> list[Access]:
     """The global loads and stores in AMD's assembly."""
     found = re.findall(r"^\s*(?:global|buffer|flat)_(load|store)_(dwordx\d|[a-z]+)", assembly, re.M)
-    return [Access(None, kind == "store", _AMD_BYTES[width]) for kind, width in found]
+    return [Access(frozenset(), kind == "store", _AMD_BYTES[width]) for kind, width in found]
 
 
 # ---- resources -------------------------------------------------------------------------------------------------------
