@@ -45,7 +45,7 @@ demo: venv
 	$(PY) examples/quickstart.py
 
 test: venv
-	$(PY) -m pytest tests -n 2 $(PYTEST_FLAGS)
+	$(PY) -m pytest tests -n 2 --dist loadgroup $(PYTEST_FLAGS)
 
 lint: venv
 	$(PY) -m ruff check .

@@ -16,9 +16,12 @@ import triton_record
 from triton_aot import TARGETS
 from triton_code import Access, Resources
 
-pytestmark = pytest.mark.skipif(
-    not triton_aot.tools(), reason="this Triton's wheel has no cuobjdump and nvdisasm that can be run"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        not triton_aot.tools(), reason="this Triton's wheel has no cuobjdump and nvdisasm that can be run"
+    ),
+    pytest.mark.xdist_group("aot"),  # one process compiles, for all of these tests
+]
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,8 @@ pytest.importorskip("triton")
 import triton_interpreted
 from triton_interpreted import GUARDED
 
+pytestmark = pytest.mark.xdist_group("guarded")  # one process interprets, for all of these tests
+
 
 @pytest.fixture(scope="module")
 def rows() -> dict[str, dict[str, Any]]:

@@ -308,11 +308,11 @@ def graph_of(
 
     a, b = collapse(spatial_weight, spatial_row, spatial_column, heads, head_width, HEADS, WIDTH, ACC)
     for first in range(0, cells, NODES):
-        ij = first + block
-        node = tl.where(ij < cells, ij, 0)
+        i = first + block  # not ij, which may be of another length
+        node = tl.where(i < cells, i, 0)
         o = transform(u, node, a, b, heads, 9 if DIAGONAL else 5, cells, grid_w, 0, False, LATTICE_LOOPS, DIAGONAL)
-        tl.store(o_s + ij, o, mask=ij < cells)
-        tl.store(g_s + ij, sigmoid(o)[0], mask=ij < cells)
+        tl.store(o_s + i, o, mask=i < cells)
+        tl.store(g_s + i, sigmoid(o)[0], mask=i < cells)
 
 
 @triton.jit(do_not_specialize=DO_NOT_SPECIALIZE)

@@ -190,7 +190,7 @@ def pool_tiles(p: Problem, cell_width: int, cell_height: int, uniform: bool) -> 
         "COLUMNS": columns,
     }
     programs = p.samples * p.grid_h * ceil_div(p.grid_w, cells) * ceil_div(p.channels, channels)
-    return Launch("pool_tiles", programs, constants)
+    return Launch("pool_tiles", programs, constants, maxnreg=FAMILIES[p.family].registers)
 
 
 def graph_tile(p: Problem) -> int:
@@ -230,7 +230,8 @@ def graph(p: Problem, heads: int, head_width: int, reach: int) -> Launch:
 def gate(p: Problem) -> Launch:
     """Rows of whole wide accesses: a channel's pixels, those of a group of channels, or a pixel's channels."""
     # 32 elements a thread, four to eight wide loads in flight; half of it where that would spill
-    tile = 4096 >> (p.itemsize == 8 or (p.backward and not p.channels_last))
+    narrow = not p.channels_last or unit(p.channels, p.vector) < p.vector
+    tile = 4096 >> (p.itemsize == 8 or (p.backward and narrow))
     if p.channels_last:
         group = 1
         rows = fitting(p.channels, 512, 64)
