@@ -16,6 +16,7 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -165,7 +166,7 @@ def traffic(wanted: list[str]) -> Iterator[dict[str, Any]]:
     from steam_kernels.backends.triton import launch
 
     generic = launch.FAMILIES["generic"]
-    launch.FAMILIES["sixteenth"] = launch.Family(processors=generic.processors // 16, warp=generic.warp)
+    launch.FAMILIES["sixteenth"] = replace(generic, processors=generic.processors // 16)
     for stage, (channels, size) in STAGES.items():
         for layout in ("nchw", "nhwc"):
             row: dict[str, Any] = {"id": f"{stage} {layout}"}
