@@ -3,7 +3,6 @@
 
 #include "../common/c_api.h"
 #include "kernels.h"
-#include "scratch.h"
 
 namespace {
 
@@ -18,14 +17,12 @@ steam_status parallel_of(const steam_parallel* given, const steam::Report& repor
   return STEAM_OK;
 }
 
-// No exception leaves a C function. The kernels are compiled without unwinding: what they took is given back here.
+// No exception leaves a C function.
 template <class F>
 steam_status guarded(const steam::Report& report, const F& f) {
-  const steam::cpu::ScratchMark mark = steam::cpu::scratch_mark();
   try {
     f();
   } catch (const std::bad_alloc&) {
-    steam::cpu::scratch_release(mark);
     return report.fail(STEAM_OUT_OF_MEMORY, "there is no memory for the kernels' working space");
   }
   return STEAM_OK;

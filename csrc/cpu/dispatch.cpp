@@ -7,6 +7,7 @@
 #include <string>
 
 #include "kernels.h"
+#include "scratch.h"
 
 namespace steam {
 namespace cpu {
@@ -90,8 +91,15 @@ int64_t last_level_cache() {
   return bytes;
 }
 
-void forward(const ForwardArgs& args) { variant().forward(args); }
-void backward(const BackwardArgs& args) { variant().backward(args); }
+// The variants are compiled without unwinding: what they took when there was no more memory is given back here.
+void forward(const ForwardArgs& args) {
+  const Arena arena;
+  variant().forward(args);
+}
+void backward(const BackwardArgs& args) {
+  const Arena arena;
+  variant().backward(args);
+}
 
 }  // namespace cpu
 }  // namespace steam
