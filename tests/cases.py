@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import oracle
+import tolerances
 import torch
 from torch import Tensor
 
@@ -203,17 +204,28 @@ def result_dtypes(inputs: dict[str, Tensor]) -> dict[str, torch.dtype]:
     return {"y": inputs["x"].dtype, **{"d" + k: v.dtype for k, v in inputs.items()}}
 
 
+def bounds_of(case: Case, inputs: dict[str, Tensor], dy: Tensor, **how: Any) -> tolerances.Judge:
+    """What the rule allows for one case; ``how`` is the rule's own (truth, perturbations)."""
+    return tolerances.judge(
+        reference_run(case), judged_inputs(case, inputs, dy), result_dtypes(inputs), case.resolved_grid, **how
+    )
+
+
+def bounds_by_oracle(case: Case, inputs: dict[str, Tensor], dy: Tensor) -> tolerances.Judge:
+    """The same with the loop oracle's results as the truth."""
+    if case.tail == "x_relu":
+        leaves = {k: inputs[k].detach().double().requires_grad_() for k in ("x", "channel_weight", "spatial_weight")}
+        y = oracle.unit(**leaves, residual=leaves["x"], **case.options)
+        gradients = dict(zip(leaves, torch.autograd.grad(y, list(leaves.values()), dy.double()), strict=True))
+    else:
+        y, gradients = oracle.gradients(dy, **inputs, **case.options)
+    truth = {"y": y.detach(), **{"d" + k: v for k, v in gradients.items()}}
+    return bounds_of(case, inputs, dy, truth=truth)
+
+
 def check(case: Case, backend: str, inputs: dict[str, Tensor], dy: Tensor, *, perturbations: int = 2) -> None:
     """One case through ``steam_kernels.steam`` against the rule: output, every gradient, inputs untouched."""
-    from tolerances import judge
-
-    bounds = judge(
-        reference_run(case),
-        judged_inputs(case, inputs, dy),
-        result_dtypes(inputs),
-        case.resolved_grid,
-        perturbations=perturbations,
-    )
+    bounds = bounds_of(case, inputs, dy, perturbations=perturbations)
     before = {k: v.clone() for k, v in inputs.items()} | {"dy": dy.clone()}
     got = forward_backward(steam_kernels.steam, inputs, dy, backend=backend, **case.options)
     for name, value in (inputs | {"dy": dy}).items():

@@ -18,8 +18,6 @@ import pytest
 import test_nonfinite
 import torch
 from cases import Case
-from test_random_units import truth_of
-from tolerances import judge
 
 import steam_kernels
 from steam_kernels import backends, ops
@@ -109,13 +107,7 @@ def test_random_unit(limit: int, case: Case, host: on_host.Host) -> None:
     """Against the loop oracle, which shares no code with the package."""
     host.shared_memory_limit = limit
     inputs, dy = cases.make(case)
-    bounds = judge(
-        cases.reference_run(case),
-        cases.judged_inputs(case, inputs, dy),
-        cases.result_dtypes(inputs),
-        case.resolved_grid,
-        truth=truth_of(case, inputs, dy),
-    )
+    bounds = cases.bounds_by_oracle(case, inputs, dy)
     bounds.check(cases.forward_backward(steam_kernels.steam, inputs, dy, backend="cuda", **case.options), case.id)
 
 

@@ -14,7 +14,6 @@ import pytest
 import torch
 from cases import Case
 from test_gradients import SMALL
-from tolerances import judge
 from torch import Tensor
 
 import steam_kernels
@@ -72,12 +71,7 @@ def run(case: Case, backend: str | None, inputs: dict[str, Tensor], dy: Tensor) 
 def check(case: Case, backend: str | None, got: dict[str, Tensor]) -> None:
     """Results against the rule of tolerance, judged on the CPU."""
     inputs, dy = cases.make(case)
-    bounds = judge(
-        cases.reference_run(case),
-        cases.judged_inputs(case, inputs, dy),
-        cases.result_dtypes(inputs),
-        case.resolved_grid,
-    )
+    bounds = cases.bounds_of(case, inputs, dy)
     bounds.check({k: v.cpu() for k, v in got.items()}, f"{backend} {case.id}")
 
 
