@@ -5,13 +5,14 @@ Bounds, races, traffic and the compiled code have tests of their own; here it is
 
 from __future__ import annotations
 
+import ast
+from pathlib import Path
 from typing import Any
 
 import cases
 import pytest
 import torch
 from cases import Case
-from tolerances import judge
 
 import steam_kernels
 from steam_kernels import FusedSTEAM, backends, ops
@@ -132,16 +133,8 @@ def test_maps_reach_every_kernel_and_loop() -> None:
 
 @pytest.mark.parametrize("case", [c for c in cases.random_cases(40, seed=77) if c.radius < 3][:14], ids=lambda c: c.id)
 def test_random_unit_against_the_oracle(case: Case) -> None:
-    from test_random_units import truth_of
-
     inputs, dy = cases.make(case)
-    bounds = judge(
-        cases.reference_run(case),
-        cases.judged_inputs(case, inputs, dy),
-        cases.result_dtypes(inputs),
-        case.resolved_grid,
-        truth=truth_of(case, inputs, dy),
-    )
+    bounds = cases.bounds_by_oracle(case, inputs, dy)
     bounds.check(run(case), case.id)
 
 
@@ -588,3 +581,42 @@ def test_barriers_order_global_memory() -> None:
     for target, kernel, full, kept in found:
         # forwards: in the walk, after it, before the lattice; backwards: around both transforms
         assert full == 3 and min(kept) >= full, (target, kernel, full, kept)
+
+
+#: What the kernels and their callers do without: a device is the operators' business, and these are not portable.
+FORBIDDEN = (
+    "torch.cuda",
+    "is_cuda",
+    "device.type",
+    "synchronize",
+    "libdevice",
+    "inline_asm",
+    "tl.dot",
+    "atomic_",
+    "autotune(",
+)
+
+
+def forbidden(source: str) -> set[str]:
+    """What of it a module's code names, docstrings and comments aside."""
+    code = ast.unparse(ast.fix_missing_locations(_WithoutDocstrings().visit(ast.parse(source))))
+    return {name for name in FORBIDDEN if name in code}
+
+
+class _WithoutDocstrings(ast.NodeTransformer):
+    def visit_Expr(self, node: ast.Expr) -> ast.AST:
+        return ast.Expr(ast.Constant(None)) if isinstance(node.value, ast.Constant) else node
+
+
+@pytest.mark.parametrize("name", ["__init__", "gate", "graph", "launch", "pool", "sizes", "whole"])
+def test_knows_no_device_and_uses_nothing_special(name: str) -> None:
+    package = Path(steam_kernels.__file__).parent / "backends" / "triton"
+    assert forbidden((package / f"{name}.py").read_text()) == set()
+
+
+def test_what_is_forbidden_is_found() -> None:
+    assert forbidden("def f(x):\n    'no tl.dot'\n    return tl.dot(x, x) if x.is_cuda else tl.atomic_add(x, 1)\n") == {
+        "tl.dot",
+        "is_cuda",
+        "atomic_",
+    }

@@ -6,7 +6,7 @@ no device: they allocate beside x and launch. Importing this module imports Trit
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -41,6 +41,19 @@ class _Call(NamedTuple):
     def table(self) -> tuple[launch.Problem, int, int, int]:
         """What the launch table wants to know for the graph stage."""
         return self.problem, self.heads, self.head_width, self.ring[1]
+
+    def graphs(self, how: launch.Launch, channel_weight: Tensor, spatial_weight: Tensor) -> tuple[Any, ...]:
+        """The arguments that the graph kernels, and those of a whole sample, end with."""
+        return (
+            channel_weight,
+            spatial_weight,
+            *channel_weight.stride(),
+            *spatial_weight.stride(),
+            *self.units(how),
+            self.heads,
+            self.head_width,
+            *self.ring,
+        )
 
     def units(self, how: launch.Launch) -> tuple[int, int, int, int, int]:
         """Channels, area and width, in the units that a launch's constants tell, and the grid."""
@@ -133,14 +146,7 @@ def _forward(
             None if p.pixel_cells else _rows(x, p.channels * p.cells),
             saved,
             gates,
-            channel_weight,
-            spatial_weight,
-            *channel_weight.stride(),
-            *spatial_weight.stride(),
-            *call.units(how),
-            call.heads,
-            call.head_width,
-            *call.ring,
+            *call.graphs(how, channel_weight, spatial_weight),
             SCALE=scale,
             RELU=relu,
             ACC=call.acc,
@@ -157,14 +163,7 @@ def _forward(
         sums,
         saved,
         gates,
-        channel_weight,
-        spatial_weight,
-        *channel_weight.stride(),
-        *spatial_weight.stride(),
-        *call.units(how),
-        call.heads,
-        call.head_width,
-        *call.ring,
+        *call.graphs(how, channel_weight, spatial_weight),
         ACC=call.acc,
         **call.options,
         **how.options,
@@ -285,14 +284,7 @@ def backward(
             flows,
             shifts,
             partials,
-            channel_weight,
-            spatial_weight,
-            *channel_weight.stride(),
-            *spatial_weight.stride(),
-            *call.units(how),
-            call.heads,
-            call.head_width,
-            *call.ring,
+            *call.graphs(how, channel_weight, spatial_weight),
             SCALE=scale,
             RING=ring,
             ACC=call.acc,
@@ -372,14 +364,7 @@ def _graph_backward(
         flows,
         shifts,
         partials,
-        channel_weight,
-        spatial_weight,
-        *channel_weight.stride(),
-        *spatial_weight.stride(),
-        *call.units(how),
-        call.heads,
-        call.head_width,
-        *call.ring,
+        *call.graphs(how, channel_weight, spatial_weight),
         SCALE=scale,
         RING=ring,
         ACC=call.acc,
