@@ -121,6 +121,12 @@ struct BackwardWalk {
       const int64_t begin = b * u.block, end = smaller(begin + u.block, u.p.channels);
       A* contracted = partial + b * u.sums();
       memset(contracted, 0, sizeof(A) * static_cast<size_t>(u.sums()));
+      if (by_pixel && u.row_vectors() <= kHeldOfTwo) {
+        with_unroll<kHeldOfTwo>(u.row_vectors(), [&]<int U>() {
+          short_products<U>(maps, begin, end, channel, spread, contracted, gate_grad);
+        });
+        return;
+      }
       if (by_pixel) {
         sum_channel_groups<L, 2>(begin, end, gate_grad, [&]<int n>(int64_t c, V* each) {
           pixel_products<n>(maps, c, channel, spread, contracted, each);
@@ -139,11 +145,7 @@ struct BackwardWalk {
         return total * scale;
       });
     });
-    for (int64_t b = 1; b < u.blocks; ++b) {
-      for (int64_t k = 0; k < u.sums(); k += lanes) {
-        store(partial + k, load(partial + k) + load(partial + b * u.sums() + k));
-      }
-    }
+    join_blocks(u, partial);
     join_cells(u, partial, d.spatial_gate, [&](int64_t, int64_t) { return u.p.scale; });
     spatial_backward(g, d, n, parallel);
     if (u.p.sequential) {
@@ -151,6 +153,12 @@ struct BackwardWalk {
       A* through_tokens = arena.take<A>(u.channel_pitch);
       for_tasks(parallel, u.blocks, [&](int64_t b) {
         const int64_t begin = b * u.block, end = smaller(begin + u.block, u.p.channels);
+        if (by_pixel && u.row_vectors() <= kHeld) {
+          with_unroll<kHeld>(u.row_vectors(),
+                             [&]<int U>() { short_shares<U>(maps, begin, end, spread, through_tokens); });
+          for (int64_t c = begin; c < end; ++c) gate_grad[c] += through_tokens[c];
+          return;
+        }
         sum_channels<L>(begin, end, through_tokens, [&](int64_t c) {
           if (by_pixel) {
             const int64_t e = c * u.pixels;
@@ -166,6 +174,65 @@ struct BackwardWalk {
       });
     }
     channel_backward(g, d, n, parallel);
+  }
+
+  // Channels begin ... end - 1 of short maps: the sum of channel * dy * x over them, and into gate_grad each one's sum
+  // of scale * spread * dy * x.
+  template <int U>
+  void short_products(const Source& source, int64_t begin, int64_t end, const A* channel, const A* spread,
+                      A* contracted, A* gate_grad) const {
+    const Source maps = source;
+    const int64_t pixels = u.pixels;
+    const auto tail = L::first(pixels - (U - 1) * lanes);
+    const V scale = L::set(static_cast<A>(u.p.scale));
+    V by[U], sum[U];
+#pragma GCC unroll 16
+    for (int k = 0; k < U; ++k) {
+      by[k] = load(spread + k * lanes);
+      sum[k] = L::zero();
+    }
+    sum_channels<L>(begin, end, gate_grad, [&](int64_t c) STEAM_LAMBDA_INLINE {
+      const int64_t e = c * pixels;
+      const bool inside = __builtin_expect(e + U * lanes <= maps.size, 1);
+      const V weight = L::set(channel[c]);
+      V total = L::zero();
+#pragma GCC unroll 16
+      for (int k = 0; k < U; ++k) {
+        const int64_t at = e + k * lanes;
+        if (k * lanes * static_cast<int64_t>(sizeof(T)) % kLine == 0) maps.prefetch(at);
+        V product;
+        if (k + 1 < U) {
+          product = maps.value(at) * maps.upstream(at);
+        } else {
+          product = inside ? maps.value(at) * maps.upstream(at) : maps.value_until(at) * maps.upstream_until(at);
+          product = L::select(tail, product, L::zero());
+        }
+        sum[k] += weight * product;
+        total += by[k] * product;
+      }
+      return total * scale;
+    });
+#pragma GCC unroll 16
+    for (int k = 0; k < U; ++k) store(contracted + k * lanes, sum[k]);
+  }
+
+  // And each one's sum of spread * x.
+  template <int U>
+  void short_shares(const Source& source, int64_t begin, int64_t end, const A* spread, A* out) const {
+    const Source maps = source;
+    const int64_t pixels = u.pixels;
+    const auto tail = L::first(pixels - (U - 1) * lanes);
+    V by[U];
+#pragma GCC unroll 16
+    for (int k = 0; k < U; ++k) by[k] = load(spread + k * lanes);
+    sum_channels<L>(begin, end, out, [&](int64_t c) STEAM_LAMBDA_INLINE {
+      const int64_t e = c * pixels, last = e + (U - 1) * lanes;
+      V total = last + lanes <= maps.size ? maps.value(last) : maps.value_until(last);
+      total = L::select(tail, total, L::zero()) * by[U - 1];
+#pragma GCC unroll 16
+      for (int k = 0; k + 1 < U; ++k) total += maps.value(e + k * lanes) * by[k];
+      return total;
+    });
   }
 
   // n channels where x itself stands for column sums: adds channel * dy * x to `contracted`, and gives each channel's

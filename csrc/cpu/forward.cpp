@@ -45,10 +45,19 @@ struct ForwardWalk {
     const bool by_pixel = u.walk == Walk::kPixels;
     A* z = g.channel.token + u.ring.first;
     A* columns = by_pixel ? nullptr : arena.take<A>(u.p.channels * u.sums());
-    A* contracted = arena.take<A>(u.sums());
+    A* partial = arena.take<A>(u.blocks * u.sums());
     const V mean = L::set(static_cast<A>(1.0 / static_cast<double>(u.pixels)));
     for_tasks(parallel, u.blocks, [&](int64_t b) {
       const int64_t begin = b * u.block, end = smaller(begin + u.block, u.p.channels);
+      if (by_pixel && u.row_vectors() <= kHeld) {
+        const auto tail = L::first(u.pixels - (u.row_vectors() - 1) * lanes);
+        with_unroll<kHeld>(u.row_vectors(), [&, x = source]<int U>() {
+          sum_channels<L>(begin, end, z, [&](int64_t c) STEAM_LAMBDA_INLINE {
+            return sum_short_row<U>(x, c * u.pixels, tail) * mean;
+          });
+        });
+        return;
+      }
       sum_channels<L>(begin, end, z, [&, x = source](int64_t c) {
         V total = L::zero();
         if (by_pixel) {
@@ -66,17 +75,19 @@ struct ForwardWalk {
       });
     });
     graph_forward<L>(u.ring, u.channel, g.channel.token, g.channel.o, g.channel.gate, parallel);
-    const int64_t vectors = u.sums() / lanes, share = 24;
-    for_tasks(parallel, (vectors + share - 1) / share, [&](int64_t t) {
-      const int64_t first = t * share, count = smaller(share, vectors - first);
+    for_tasks(parallel, u.blocks, [&](int64_t b) {
+      const int64_t begin = b * u.block, count = smaller(u.block, u.p.channels - begin);
+      const A* weight = token_weights(g) + begin;
+      A* out = partial + b * u.sums();
       if (by_pixel) {
-        contract_channels(source.x, u.sample, u.p.channels, u.pixels, token_weights(g), first, count, contracted);
+        contract_channels(source.x + begin * u.pixels, u.sample - begin * u.pixels, count, u.pixels, weight, u.sums(),
+                          out);
       } else {
-        contract_channels(columns, u.p.channels * u.sums(), u.p.channels, u.sums(), token_weights(g), first, count,
-                          contracted);
+        contract_channels(columns + begin * u.sums(), count * u.sums(), count, u.sums(), weight, u.sums(), out);
       }
     });
-    join_cells(u, contracted, g.spatial.token, [&](int64_t i, int64_t j) { return token_scale(i, j); });
+    join_blocks(u, partial);
+    join_cells(u, partial, g.spatial.token, [&](int64_t i, int64_t j) { return token_scale(i, j); });
     graph_forward<L>(u.lattice, u.spatial, g.spatial.token, g.spatial.o, g.spatial.gate, parallel);
   }
 

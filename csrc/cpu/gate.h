@@ -281,5 +281,51 @@ STEAM_INLINE void gate_runs(const G& operation, int64_t e, int64_t runs, int64_t
   }
 }
 
+// The same for short runs that all go by one pattern of U vectors, which stays in registers.
+template <bool kBackward, int U, class G, class F, class S1, class S2>
+STEAM_INLINE void gate_short_runs(const G& operation, int64_t e, int64_t runs, int64_t length, const F& along, S1& sink,
+                                  S2& second) {
+  using L = typename G::L;
+  using V = typename L::V;
+  constexpr int64_t lanes = L::kLanes;
+  const G op = operation;
+  const auto pattern = along(0);
+  V gates[U], shares[U];
+#pragma GCC unroll 16
+  for (int u = 0; u < U; ++u) {
+    gates[u] = load(pattern.gate + u * lanes);
+    shares[u] = kBackward ? load(pattern.share + u * lanes) : gates[u];
+  }
+  const int64_t group = kChunk / length;
+  for (int64_t done = 0; done < runs; done += group) {
+    const int64_t n = smaller(group, runs - done);
+    auto* out = sink.begin(n * length);
+    auto* second_out = second.begin(n * length);
+    int64_t i = 0, at = e + done * length;
+    for (; i < n && at + U * lanes <= op.size; ++i, at += length) {
+      const auto run = along(done + i);
+      const V gate = L::set(run.gate_factor), share = L::set(run.share_factor), add = L::set(run.add);
+      const auto made = [&](int u) STEAM_LAMBDA_INLINE {
+        const V by = gate * gates[u];
+        return op.template make<true>(at + u * lanes, by, kBackward ? share * shares[u] : by, add);
+      };
+      auto *to = ahead(out, i * length), *second_to = ahead(second_out, i * length);
+#pragma GCC unroll 16
+      for (int u = 0; u + 2 <= U; u += 2) {
+        const auto a = made(u), b = made(u + 1);
+        if (G::kFirst) store_two(to + u * lanes, a.first, b.first);
+        if (G::kSecond) store_two(second_to + u * lanes, a.second, b.second);
+      }
+      if (U % 2) put<G>(ahead(to, (U - 1) * lanes), ahead(second_to, (U - 1) * lanes), made(U - 1));
+    }
+    for (; i < n; ++i, at += length) {
+      gate_chunk<kBackward, false>(op, at, length, along(done + i), 0, ahead(out, i * length),
+                                   ahead(second_out, i * length));
+    }
+    sink.commit(n * length);
+    second.commit(n * length);
+  }
+}
+
 }  // namespace
 }  // namespace steam

@@ -179,16 +179,16 @@ STEAM_INLINE void strip_sums(const S& s, int64_t e, const int64_t* begin, int64_
   }
 }
 
-// out[k] = sum over channels of weight[c] * source[c * stride + k] for the vectors first ... first + count of a row.
+// out[k] = sum over channels of weight[c] * source[c * stride + k] for k < length, a whole number of vectors.
 // `source` may be x itself or column sums; nothing is read past its `size` elements.
 template <class S>
 void contract_channels(const S* source, int64_t size, int64_t channels, int64_t stride,
-                       const typename Lanes<S>::A* weight, int64_t first, int64_t count, typename Lanes<S>::A* out) {
+                       const typename Lanes<S>::A* weight, int64_t length, typename Lanes<S>::A* out) {
   using L = Lanes<S>;
   using V = typename L::V;
   constexpr int64_t lanes = L::kLanes;
-  for_tiles<L, 12>(count, [&]<int U>(int64_t v) {
-    const int64_t k = (first + v) * lanes;
+  for_tiles<L, 12>(length / lanes, [&]<int U>(int64_t v) {
+    const int64_t k = v * lanes;
     V total[U];
     for (int u = 0; u < U; ++u) total[u] = L::zero();
     for (int64_t done = 0; done < channels; done += kRun) {
@@ -265,6 +265,32 @@ STEAM_INLINE typename S::V sum_run(const S& source, int64_t e, int64_t length) {
   }
   if (k < length) b += L::select(L::first(length - k), s.value_until(e + k), L::zero());
   return (a + b) + (c + d);
+}
+
+// Vectors of a short row that are kept in registers: of one map, and of two.
+constexpr int kHeld = kVectorBytes >= 32 ? 8 : 4;
+constexpr int kHeldOfTwo = kVectorBytes >= 64 ? 8 : 4;
+
+// The same for rows of U vectors, `tail` of the last one's lanes being part of it.
+template <int U, class S>
+STEAM_INLINE typename S::V sum_short_row(const S& s, int64_t e, typename S::L::M tail) {
+  using L = typename S::L;
+  using V = typename L::V;
+  constexpr int64_t lanes = L::kLanes;
+  const bool inside = __builtin_expect(e + U * lanes <= s.size, 1);
+  V v[U];
+#pragma GCC unroll 16
+  for (int u = 0; u < U; ++u) {
+    if (u * lanes * static_cast<int64_t>(sizeof(*s.x)) % kLine == 0) s.prefetch(e + u * lanes);
+    v[u] = u + 1 < U || inside ? s.value(e + u * lanes) : s.value_until(e + u * lanes);
+  }
+  v[U - 1] = L::select(tail, v[U - 1], L::zero());
+#pragma GCC unroll 4
+  for (int step = 1; step < U; step *= 2) {
+#pragma GCC unroll 16
+    for (int u = 0; u + step < U; u += 2 * step) v[u] += v[u + step];
+  }
+  return v[0];
 }
 
 // Adds up a function of each channel, kGroup channels at a time: f<n>(c, each) gives vectors for c ... c + n - 1, whose

@@ -8,6 +8,7 @@
 #include "gate.h"
 #include "graph.h"
 #include "kernels.h"
+#include "pool.h"
 #include "scratch.h"
 #include "threads.h"
 #include "vec.h"
@@ -56,6 +57,7 @@ struct Unit {
   int64_t channel_pitch;  // C padded to whole vectors
 
   int64_t sums() const { return rows * pitch; }
+  int64_t row_vectors() const { return (pixels + lanes - 1) / lanes; }
   int64_t cell_size(int64_t i, int64_t j) const {
     return (row_begin[i + 1] - row_begin[i]) * (col_begin[j + 1] - col_begin[j]);
   }
@@ -193,6 +195,15 @@ void join_cells(const Unit<T>& u, const typename Unit<T>::A* map, typename Unit<
   }
 }
 
+// partial[0] += partial[1] + ...: the blocks' sums in their order, whoever formed them.
+template <class T>
+void join_blocks(const Unit<T>& u, typename Unit<T>::A* partial) {
+  for (int64_t b = 1; b < u.blocks; ++b) {
+    const auto* more = partial + b * u.sums();
+    for (int64_t k = 0; k < u.sums(); k += Unit<T>::lanes) store(partial + k, load(partial + k) + load(more + k));
+  }
+}
+
 // A cell's number at each of its columns: out[q * repeat + c] = f(i, j, c), for one row of cells.
 template <class T, class F>
 STEAM_INLINE void spread_row(const Unit<T>& u, int64_t i, int64_t repeat, typename Unit<T>::A* out, const F& f) {
@@ -319,8 +330,15 @@ void gate_walk(const Unit<T>& u, const G& op, T* out, T* second, Route route, co
       const int64_t begin = b * u.block, count = smaller(u.block, u.p.channels - begin);
       sinks(begin * u.pixels, count * u.pixels, [&](S1& sink, S2& other) STEAM_LAMBDA_INLINE {
         if (u.by_pixel) {
-          gate_runs<kBackward, false>(
-              op, begin * u.pixels, count, u.pixels, [&](int64_t c) { return by_channel(begin + c, 0); }, sink, other);
+          const auto along = [&](int64_t c) STEAM_LAMBDA_INLINE { return by_channel(begin + c, 0); };
+          constexpr int held = kBackward ? kHeldOfTwo : kHeld;
+          if (sizeof(typename Unit<T>::A) == 4 && u.row_vectors() <= held) {
+            with_unroll<held>(u.row_vectors(), [&]<int U>() {
+              gate_short_runs<kBackward, U>(op, begin * u.pixels, count, u.pixels, along, sink, other);
+            });
+          } else {
+            gate_runs<kBackward, false>(op, begin * u.pixels, count, u.pixels, along, sink, other);
+          }
           return;
         }
         for (int64_t c = begin; c < begin + count; ++c) {
