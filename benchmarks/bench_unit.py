@@ -47,7 +47,7 @@ class Row:
     problem: core.Problem
     measured: core.Measured = field(default_factory=core.Measured)
     wrong: dict[str, str] = field(default_factory=dict)
-    #: By contender, as :func:`benchmarks.core.memory_of`, and ``parameters``.
+    #: By contender, as :func:`benchmarks.core.memory_of`.
     memory: dict[str, dict[str, int]] = field(default_factory=dict)
 
     def median(self, contender: str, direction: str) -> float | None:
@@ -132,9 +132,7 @@ def measure(problem: core.Problem, names: list[str], effort: core.Effort, backen
                 block(1)
             if isinstance(unit, core.Compiled):
                 unit.warmed()
-            row.memory[name] = core.memory_of(unit, problem, tensors) | {
-                "parameters": sum(v.numel() for k, v in core.bind(unit, problem, tensors, True).leaves.items() if k != "x")
-            }
+            row.memory[name] = core.memory_of(unit, problem, tensors)
         except Exception as error:  # the contender's own tests fail with it; the others go on
             row.wrong[name] = f"{type(error).__name__}: {error}"
             continue

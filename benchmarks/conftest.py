@@ -24,11 +24,11 @@ COMPILED_AT = (
 
 
 def default_grid() -> list[core.Problem]:
-    """What ``make bench`` measures, chosen to fit into half an hour on two cores: all stages in both dtypes and layouts at
-    batch 8; batch 1 and 32, the detection shape and MobileNetV2's in float32."""
-    P = core.Problem
-    grid = [P(8, *s, dtype=d, layout=o) for s in core.STAGES.values() for d in ("float32", "bfloat16") for o in core.LAYOUTS]
-    grid += [P(1, *s) for s in core.STAGES.values()]
+    """What ``make bench`` measures, chosen to fit into half an hour on two cores: all stages in both dtypes and layouts
+    at batch 8; batch 1 and 32, the detection shape and MobileNetV2's in float32."""
+    P, stages = core.Problem, core.STAGES.values()
+    grid = [P(8, *s, dtype=d, layout=o) for s in stages for d in ("float32", "bfloat16") for o in core.LAYOUTS]
+    grid += [P(1, *s) for s in stages]
     grid += [P(32, *core.STAGES[s]) for s in ("56", "14", "7")]
     grid += [P(2, *core.DETECTION["det"], layout=o) for o in core.LAYOUTS]
     grid += [P(8, *s, layout=o) for s in core.MOBILE.values() for o in core.LAYOUTS]
@@ -44,7 +44,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--quick", action="store_true", help="two shapes at batch 1, few rounds: that it runs, not what it takes"
     )
-    group.addoption("--full", action="store_true", help="every shape, batch, dtype and layout, and every contender: hours")
+    group.addoption("--full", action="store_true", help="every shape, batch, dtype, layout and contender: hours")
     group.addoption("--device", default="cpu", help="cpu or cuda (cpu)")
     group.addoption("--size", default="", help=f"comma list of shapes: {', '.join(core.SHAPES)}")
     group.addoption("--batch", default="", help="comma list of batch sizes")
@@ -188,8 +188,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
                 core.table(f"== {title}: medians of interleaved rounds ==", ("unit", *head), body)
             )
     terminalreporter.write_line(
-        "\nSpread: distance of the quartiles over the median. GFLOP/s and GB/s: least operations (STEAM's) and bytes over "
-        "the time.\n"
+        "\nSpread: distance of the quartiles over the median. GFLOP/s and GB/s: least operations (STEAM's) and bytes over the "
+        "time.\n"
         "Floor: torch.mul(x, 0.5, out=y) forward, torch.add(x, dy, out=dx) backward.\n"
         "x eager, x compiled: speed-up over the reference, eager and by torch.compile; x plain-compiled: over "
         "torch.compile of benchmarks/plain.py.\n"

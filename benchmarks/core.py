@@ -397,13 +397,13 @@ def judge(problem: Problem, tensors: Mapping[str, Tensor], perturbations: int = 
 
     tensors = {k: v.cpu() for k, v in tensors.items()}
     dtypes = {f"d{k}": v.dtype for k, v in tensors.items() if k != "dy"}
-    dtypes |= {k: problem.torch_dtype for k in ("y", "inference")}
+    dtypes |= dict.fromkeys(("y", "inference"), problem.torch_dtype)
     return tolerances().judge(run, dict(tensors), dtypes, problem.grid, perturbations=perturbations)
 
 
 def judge_gate(name: str, problem: Problem, tensors: Mapping[str, Tensor]) -> Any:
-    """A gate judged by itself in float64: four times what its results change by where every input and parameter is moved
-    by 4 eps of the problem's dtype (in which it computes throughout) with random signs, and one rounding."""
+    """A gate judged by itself in float64: four times what its results change by where every input and parameter is
+    moved by 4 eps of the problem's dtype (in which it computes throughout) with random signs, and one rounding."""
     rule = tolerances()
     gate = Gate(name, replace(problem, device="cpu"))
     inputs = {k: tensors[k].cpu() for k in ("x", "dy")}
@@ -495,7 +495,7 @@ def training_block(unit: Unit, problem: Problem, tensors: Mapping[str, Tensor]) 
 
 def memory_of(unit: Unit, problem: Problem, tensors: Mapping[str, Tensor]) -> dict[str, int]:
     """Bytes beyond x, y and the gradients: ``kept_bytes`` from forward for backward, and the most at once in training
-    (``both``) and without gradients (``forward``)."""
+    (``both``) and without gradients (``forward``); and the number of parameters."""
     named, args, options = bind(unit, problem, tensors, True)
     leaves = list(named.values())
 
@@ -512,7 +512,8 @@ def memory_of(unit: Unit, problem: Problem, tensors: Mapping[str, Tensor]) -> di
     with torch.no_grad():
         unit(*args, **options)
         forward = memory.traced(lambda: unit(*args, **options))[1].peak - problem.map_bytes
-    return {"kept_bytes": kept, "both": both, "forward": forward}
+    parameters = sum(v.numel() for k, v in named.items() if k not in ("x", "residual"))
+    return {"kept_bytes": kept, "both": both, "forward": forward, "parameters": parameters}
 
 
 def floor_blocks(problem: Problem, tensors: Mapping[str, Tensor]) -> dict[str, Block]:

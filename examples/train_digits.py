@@ -74,9 +74,7 @@ class Plan:
 
     @staticmethod
     def quick() -> Plan:
-        return Plan(
-            epochs=2, seeds=1, train=192, test=64, scenes_per_test_digit=1, compared_steps=8, timed_rounds=2
-        )
+        return Plan(epochs=2, seeds=1, train=192, test=64, scenes_per_test_digit=1, compared_steps=8, timed_rounds=2)
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------
@@ -292,9 +290,7 @@ def compare(plan: Plan) -> dict[str, Any]:
     difference = np.abs(np.subtract(fused, reference))
     steps = [0, *(i for i in range(9, plan.compared_steps, 10)), plan.compared_steps - 1]
     for i in sorted(set(steps)):
-        core.say(
-            f"step {i + 1:3}: loss {reference[i]:.4f}, fused differs by {difference[i]:.1e}, bound {bound[i]:.1e}"
-        )
+        core.say(f"step {i + 1:3}: loss {reference[i]:.4f}, fused differs by {difference[i]:.1e}, bound {bound[i]:.1e}")
     broken = [i for i in range(plan.compared_steps) if not difference[i] <= bound[i]]
     if broken:
         i = broken[0]
@@ -359,7 +355,7 @@ def summary(plan: Plan, out: Path) -> list[dict[str, Any]]:
 def markdown(rows: list[dict[str, Any]]) -> str:
     """The table of docs/training.md."""
     lines = [
-        "| attention | test accuracy, mean ± std | parameters | of them attention | step time | over none | peak memory |",
+        "| attention | test accuracy, mean ± std | parameters | of them in it | step time | over none | peak memory |",
         "|---|---|---|---|---|---|---|",
     ]
     base = rows[0]["parameters"]
