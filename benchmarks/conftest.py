@@ -188,8 +188,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
                 core.table(f"== {title}: medians of interleaved rounds ==", ("unit", *head), body)
             )
     terminalreporter.write_line(
-        "\nSpread: distance of the quartiles over the median. GFLOP/s and GB/s: least operations (STEAM's) and bytes over the "
-        "time.\n"
+        "\nSpread: distance of the quartiles over the median.\n"
+        "GFLOP/s and GB/s: least operations (STEAM's) and bytes over the time.\n"
         "Floor: torch.mul(x, 0.5, out=y) forward, torch.add(x, dy, out=dx) backward.\n"
         "x eager, x compiled: speed-up over the reference, eager and by torch.compile; x plain-compiled: over "
         "torch.compile of benchmarks/plain.py.\n"
@@ -200,4 +200,4 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         facts |= core.cuda.facts()
         terminalreporter.write_line("of copy: GB/s over this GPU's own copy of a large buffer, measured in this run.")
     if config.getoption("--json"):
-        core.write_json(Path(config.getoption("--json")), "unit", rows, facts)
+        core.write_json(Path(config.getoption("--json")), "unit", rows, facts, config.getoption("--quick"))

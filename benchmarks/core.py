@@ -727,9 +727,14 @@ def describe(facts: Mapping[str, Any]) -> str:
 
 
 def write_json(
-    path: Path, name: str, rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Any] | None = None
+    path: Path,
+    name: str,
+    rows: Sequence[Mapping[str, Any]],
+    facts: Mapping[str, Any] | None = None,
+    quick: bool = False,
 ) -> None:
-    """One file: what was measured, on what, the rows."""
+    """One file: what was measured, on what, whether in a quick run, the rows."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"benchmark": name, "machine": facts or machine(), "rows": list(rows)}, indent=1) + "\n")
+    content = {"benchmark": name, "quick": quick, "machine": facts or machine(), "rows": list(rows)}
+    path.write_text(json.dumps(content, indent=1) + "\n")
     say(f"wrote {path}")

@@ -281,7 +281,7 @@ def main() -> None:
                 rows += measure(judge, task, mode, right, images, seconds)
     say("\n" + core.table("== the price of attention: over the plain network ==", HEAD, map(line, rows)))
     if args.json:
-        core.write_json(args.json, "end_to_end", rows, facts)
+        core.write_json(args.json, "end_to_end", rows, facts, args.quick)
     if wrong:
         sys.exit(f"{len(wrong)} networks are out of bounds")
 

@@ -153,7 +153,7 @@ def main() -> None:
     effort = core.Effort.quick() if args.quick else core.Effort(seconds=0.3)
     rows = layers(effort) + small(effort, SMALL[:3] if args.quick else SMALL)
     if args.json:
-        core.write_json(args.json, "host", rows, facts)
+        core.write_json(args.json, "host", rows, facts, args.quick)
 
 
 if __name__ == "__main__":

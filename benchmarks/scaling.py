@@ -72,7 +72,7 @@ def main() -> None:
     rows = run(axes, threads, effort, args.quick)
     say("\n" + core.table("== scaling ==", HEAD, map(line, rows)))
     if args.json:
-        core.write_json(args.json, "scaling", rows, facts)
+        core.write_json(args.json, "scaling", rows, facts, args.quick)
 
 
 if __name__ == "__main__":

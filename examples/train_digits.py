@@ -74,7 +74,7 @@ class Plan:
 
     @staticmethod
     def quick() -> Plan:
-        return Plan(epochs=2, seeds=1, train=192, test=64, scenes_per_test_digit=1, compared_steps=8, timed_rounds=2)
+        return Plan(epochs=2, seeds=1, train=192, test=64, scenes_per_test_digit=1, compared_steps=6, timed_rounds=2)
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------
