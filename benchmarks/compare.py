@@ -1,10 +1,10 @@
-"""Two runs of the benchmarks compared by their ratios: ends with 1 where the newer one is worse, with 2 where they share
+"""Two runs of the benchmarks compared by their ratios: ends with 1 where the newer is worse, with 2 where they share
 nothing.
 
     python -m benchmarks.compare OLD NEW [--row 1.35] [--mean 1.10] [--memory 1.10]
 
-OLD and NEW are folders as ``make bench`` writes them. No time is compared: each figure is a ratio within its own run, so
-that another machine, or another day, moves both sides of it. They are:
+OLD and NEW are folders as ``make bench`` writes them. No time is compared: each figure is a ratio within its own run,
+so that another machine, or another day, moves both sides of it. They are:
 
 * the fused unit's time over the floor, by shape and direction;
 * the network with fused units over the plain network, by network, task and mode;
