@@ -2,8 +2,8 @@
 
     python -m benchmarks.report [--run benchmarks/results/latest] [--page docs/benchmarks.md] [--images docs/images]
 
-A run is a folder with unit.json, end_to_end.json, host.json and scaling.json, as ``make bench`` writes them; unit.csv is
-added, with the rows of unit.json. Sections whose file is missing are left out. The same files give the same bytes.
+A run is a folder with unit.json, end_to_end.json, host.json and scaling.json, as ``make bench`` writes them; unit.csv
+is added, with the rows of unit.json. Sections whose file is missing are left out. The same files give the same bytes.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ Run = dict[str, dict[str, Any]]
 
 #: What the page says of the machine, in this order.
 FACTS = (
-    "processor", "cpu_capability", "cores", "threads", "cpu_variant", "torch", "python", "steam_kernels", "commit", "malloc",
-    "date",
+    "processor", "cpu_capability", "cores", "threads", "cpu_variant", "torch", "python", "steam_kernels", "commit",
+    "malloc", "date",
 )  # fmt: skip
 COLOURS = {
     "fused": "#d62728",
@@ -284,9 +284,8 @@ def _header(run: Run) -> list[str]:
     out = [
         "# What a unit costs",
         "",
-        "Made by `make bench` (`benchmarks/report.py`) from one run on the machine below. How it is measured, and what the",
-        "contenders and the floor are: [benchmarking.md](benchmarking.md). Ratios carry over to other machines better than",
-        "times do; both are of this one.",
+        "Made by `make bench` (`benchmarks/report.py`) from one run on the machine below. How it is measured, and what",
+        "the contenders and the floor are: [benchmarking.md](benchmarking.md).",
         "",
     ]
     if any(content.get("quick") for content in run.values()):
@@ -299,10 +298,10 @@ def _price_section(rows: list[Row], images: str) -> list[str]:
     out = ["## The price of attention", "", f"![price of attention]({images}/price_of_attention.svg)", ""]
     first = rows[0]
     out += [
-        f"Whole networks, batch {first['batch']} at {first['size']}×{first['size']}, float32: extra time and extra peak memory "
-        "over the same network without",
-        "attention. STEAM at the sites of `insert_steam()`; SE and ECA (timm's) in every residual block before the addition.",
-        "In brackets the quartiles over the rounds; each contender is compared with the plain network of its own round.",
+        f"Whole networks, batch {first['batch']} at {first['size']}×{first['size']}, float32: extra time and extra",
+        "peak memory over the same network without attention. STEAM at the sites of `insert_steam()`; SE and ECA",
+        "(timm's) in every residual block before the addition. In brackets the quartiles over the rounds; each",
+        "contender is compared with the plain network of its own round.",
         "",
     ]
     body = []
@@ -338,8 +337,8 @@ def _unit_section(unit: Unit, images: str) -> list[str]:
             )
         body.append((*cells, len(unit.speedups(name, "both"))))
     out += [
-        "Time of each contender over that of the fused unit: geometric mean, and range, over all shapes at which both ran. Below",
-        "1 the other one is quicker; SE, ECA, CBAM and GCT compute other functions.",
+        "Time of each contender over that of the fused unit: geometric mean, and range, over all shapes at which both",
+        "ran. Below 1 the other one is quicker; SE, ECA, CBAM and GCT compute other functions.",
         "",
     ]
     head = ("contender", "forward", "forward + backward", "shapes")
@@ -358,8 +357,8 @@ def _unit_section(unit: Unit, images: str) -> list[str]:
         out += _table(("map", *unit.contenders, "fused takes"), body)
     out += ["## Memory", "", f"![memory]({images}/memory.svg)", ""]
     out += [
-        "Bytes over those of x, batch 8, float32, NCHW: *kept* from forward for backward besides x and y; *peak* the most that",
-        "is allocated at once in forward + backward, besides x, y and the gradients. By `torch.profiler`; what oneDNN and the CPU",
+        "Bytes over those of x: *kept* from forward for backward besides x and y; *peak* the most that is allocated",
+        "at once in forward + backward, besides x, y and the gradients. By `torch.profiler`; what oneDNN and the CPU",
         "kernels keep in scratch of their own is not in it.",
         "",
     ]
