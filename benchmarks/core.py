@@ -403,7 +403,9 @@ def judge(problem: Problem, tensors: Mapping[str, Tensor], perturbations: int = 
 
 def judge_gate(name: str, problem: Problem, tensors: Mapping[str, Tensor]) -> Any:
     """A gate judged by itself in float64: four times what its results change by where every input and parameter is
-    moved by 4 eps of the problem's dtype (in which it computes throughout) with random signs, and one rounding."""
+    moved by 4 eps of the problem's dtype (in which it computes throughout) with random signs, and one rounding. The
+    gradient of a parameter is a running sum of up to m = N max(C, H W) numbers in float32, in whichever order: it may
+    be off by sqrt(m) roundings of its size more."""
     rule = tolerances()
     gate = Gate(name, replace(problem, device="cpu"))
     inputs = {k: tensors[k].cpu() for k in ("x", "dy")}
@@ -422,6 +424,9 @@ def judge_gate(name: str, problem: Problem, tensors: Mapping[str, Tensor]) -> An
     changes = [run(rule.perturbed(inputs | parameters, problem.grid, eps, seed)) for seed in range(2)]
     for k in truth:
         floor[k] += 4 * max(rule.largest_error(c[k], truth[k]) for c in changes)
+    terms = problem.n * max(problem.c, problem.h * problem.w)
+    for k in parameters:
+        floor[f"d{k}"] += math.sqrt(terms) * torch.finfo(torch.float32).eps * truth[f"d{k}"].abs().max().item()
     return rule.Judge(truth, dict.fromkeys(truth, 0.0), floor)
 
 
