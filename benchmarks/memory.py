@@ -25,7 +25,6 @@ class Memory(NamedTuple):
 
 def traced(call: Callable[[], T]) -> tuple[T, Memory]:
     """The result of ``call()`` and the memory that it took; what was allocated before it is not counted."""
-    gc.collect()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -34,8 +33,14 @@ def traced(call: Callable[[], T]) -> tuple[T, Memory]:
         if peak:  # else the call was the CPU's
             return result, Memory(kept, peak)
         del result
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        result = call()
+    enabled = gc.isenabled()
+    gc.disable()  # or it could free what was allocated before, and the sum would be too low
+    try:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+            result = call()
+    finally:
+        if enabled:
+            gc.enable()
     events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
     now = peak = 0
     for event in sorted(events, key=lambda e: e.start_ns()):

@@ -330,6 +330,30 @@ def test_a_wrong_network_has_no_price(monkeypatch: pytest.MonkeyPatch) -> None:
         judge.check("steam")
 
 
+def test_compiled_contenders_are_not_each_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TorchDynamo may take the graph of one network for another that differs by a hook only: what is measured must be
+    what it is called, and the check sees it where it is not."""
+    from torchvision.models.resnet import BasicBlock, ResNet
+
+    def make(network: str, contender: str, seed: int = 0) -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = ResNet(BasicBlock, [1, 1, 1, 1], num_classes=4)
+            return model if contender == "plain" else end_to_end.insert_steam(model)
+
+    compile_ = torch.compile
+    monkeypatch.setattr(end_to_end, "make", make)
+    monkeypatch.setattr(torch, "compile", lambda model, **options: compile_(model, backend="eager", **options))
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    judge = end_to_end.Judge.__new__(end_to_end.Judge)
+    judge.network, judge.bounds = "resnet", {"inference": 1e-5}
+    rows = end_to_end.measure(judge, "inference", "compiled", ["plain", "steam"], images, 0.0)
+    assert [r["layers"] for r in rows] == [0, 4]
+    torch._dynamo.reset()
+    with pytest.raises(AssertionError, match="steam, compiled: inference is off by"):
+        judge.check_compiled("steam", "inference", make("", "plain"), images)
+
+
 def test_page_has_mobile_and_detection_names() -> None:
     """Each shape of the table has its name on the page, and a picture takes rows of one dtype and layout only."""
     assert set(report.SHAPE_NAMES) == set(core.SHAPES)
