@@ -13,8 +13,9 @@ Extra memory is the same of the most that is allocated at once in a step.
 
 No time without a check: output and gradient of the images, as norms of the difference from the network's own float64
 copy, may be off by four times what the plain eager network is off from its own, in training and in inference mode, on
-four images of at most 112x112. A compiled network may be off by twice that from the eager one. The compiled networks are measured in inference only,
-and ``steam-reference`` is not, unless ``--full`` is given: compiling takes longer than all else here.
+four images of at most 112x112. A compiled network may be off by twice that from the eager one. The compiled networks
+are measured in inference only, and ``steam-reference`` is not, unless ``--full`` is given: compiling takes longer than
+all else here.
 """
 
 from __future__ import annotations
@@ -254,7 +255,7 @@ def main() -> None:
     parser.add_argument("--mode", default="", help=f"comma list: {', '.join(MODES)}")
     parser.add_argument("--batch", type=int, default=0, help="images (8)")
     parser.add_argument("--size", type=int, default=0, help="their side in pixels (224)")
-    parser.add_argument("--seconds", type=float, default=40, help="to measure each table for (40)")
+    parser.add_argument("--seconds", type=float, default=25, help="to measure each table for (25)")
     parser.add_argument("--quick", action="store_true", help="ResNet-18, eager, small: that it runs, not what it takes")
     parser.add_argument("--full", action="store_true", help="compiled training steps too")
     parser.add_argument("--json", type=Path, help="write the rows there")
