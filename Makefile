@@ -2,7 +2,8 @@
 # make demo    a ResNet-50 with five units on a photo, fused beside reference
 # make test    the tests                      (PYTEST_FLAGS="-k layouts" for some of them)
 # make lint    ruff, clang-format, mypy, and the check that no CPU variant's code leaks into another
-# make bench   the benchmark table            (BENCH_FLAGS)
+# make bench   all benchmarks, and docs/benchmarks.md with its pictures from them (BENCH_FLAGS, RUN, PAGE, IMAGES)
+# make train   a small ResNet with and without attention on handwritten digits
 # make gpu-report   the GPU suite and the benchmarks on this machine's GPU, as one file in benchmarks/results/ (REPORT_FLAGS)
 # make clean   removes what was built, .venv too
 #
@@ -23,8 +24,11 @@ NATIVE_SOURCES := $(shell find csrc include cmake -type f 2>/dev/null) CMakeList
 PYTEST_FLAGS ?=
 BENCH_FLAGS ?=
 REPORT_FLAGS ?=
+RUN ?= benchmarks/results/latest
+PAGE ?= docs/benchmarks.md
+IMAGES ?= docs/images
 
-.PHONY: venv demo test lint bench gpu-report clean
+.PHONY: venv demo test lint bench train gpu-report clean
 .DELETE_ON_ERROR:
 
 venv: $(INSTALLED) $(LIBRARY)
@@ -54,8 +58,20 @@ lint: venv
 	$(PY) -m mypy
 	$(PY) .ci/check_symbols.py build/cmake
 
+# A wrong or failed row stops neither the others nor the page, but it fails make at the end.
 bench: venv
-	$(PY) -m pytest benchmarks --benchmark-only $(BENCH_FLAGS)
+	@mkdir -p $(RUN)
+	rm -f $(RUN)/*.json $(RUN)/*.csv
+	@failed=; \
+	$(PY) -m pytest benchmarks --benchmark-only -q --json $(RUN)/unit.json $(BENCH_FLAGS) || failed="$$failed unit"; \
+	for part in end_to_end host scaling; do \
+		$(PY) -m benchmarks.$$part --json $(RUN)/$$part.json $(filter --quick,$(BENCH_FLAGS)) || failed="$$failed $$part"; \
+	done; \
+	$(PY) -m benchmarks.report --run $(RUN) --page $(PAGE) --images $(IMAGES) || failed="$$failed report"; \
+	if test -n "$$failed"; then echo "failed:$$failed"; exit 1; fi
+
+train: venv
+	$(PY) examples/train_digits.py --images $(IMAGES) --results benchmarks/results/train_digits.json
 
 gpu-report: venv
 	$(PY) -m benchmarks.gpu_report $(REPORT_FLAGS)

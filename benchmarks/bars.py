@@ -91,7 +91,7 @@ def measure(bar: Bar, compiled: bool, check: bool, runs: int, effort: core.Effor
     tensors = problem.tensors()
     fused = core.fused()
     core.forget_compiled()
-    units = {"fused": fused} | ({"plain": core.CONTENDERS["plain-compiled"]()} if compiled else {})
+    units = {"fused": fused} | ({"plain": core.CONTENDERS["plain-compiled"](problem)} if compiled else {})
     if check:
         judge = core.judge(problem, tensors)
         for name, unit in units.items():

@@ -1,5 +1,5 @@
-"""The unit at ResNet-50's stage shapes: forward (no grad), backward and forward + backward (autograd), all contenders,
-both layouts.
+"""The unit and the gates that people use today, at shapes of ResNet-50, MobileNetV2 and a detector: forward (no grad),
+backward and forward + backward (autograd).
 
 All contenders and floors of a problem are measured together, in interleaved rounds, when its first test asks;
 pytest-benchmark gets each one's own rounds. A contender whose output or gradients are out of bounds has a failing
@@ -47,6 +47,8 @@ class Row:
     problem: core.Problem
     measured: core.Measured = field(default_factory=core.Measured)
     wrong: dict[str, str] = field(default_factory=dict)
+    #: By contender, as :func:`benchmarks.core.memory_of`.
+    memory: dict[str, dict[str, int]] = field(default_factory=dict)
 
     def median(self, contender: str, direction: str) -> float | None:
         block = contender if contender.startswith("floor") else _block(contender, direction)
@@ -68,14 +70,26 @@ class Row:
                     continue
                 floor = sum(self.measured.median(f"floor-{d}", d) for d in parts)
                 others = {name: self.median(name, direction) for name in ("eager", "compiled", "plain-compiled")}
+                memory = self.memory.get(contender, {})
+                steam = contender.removesuffix("-compiled") not in core.GATES
                 out.append(
                     {
                         "problem": self.problem.label,
                         "contender": contender,
                         "direction": direction,
+                        "shape": self.problem.name,
+                        "batch": self.problem.n,
+                        "dtype": self.problem.dtype,
+                        "layout": self.problem.layout,
+                        "map_bytes": self.problem.map_bytes,
+                        "parameters": memory.get("parameters"),
+                        "extra_bytes": memory.get(direction),
+                        "kept_bytes": memory.get("kept_bytes"),
                         "seconds": seconds,
+                        "spread": self.measured.spread(_block(contender, direction), direction),
                         "floor_seconds": floor,
-                        "gflops": self.problem.flops(direction) / seconds * 1e-9,
+                        # The operations of a gate are not counted, those of STEAM are, whoever computes it.
+                        "gflops": self.problem.flops(direction) / seconds * 1e-9 if steam else None,
                         "gbytes": self.problem.ideal_bytes(direction) / seconds * 1e-9,
                         "over_floor": seconds / floor,
                         "of_copy": self.share_of_copy(direction, seconds),
@@ -89,19 +103,27 @@ def _block(contender: str, direction: str) -> str:
     return f"{contender} {'forward' if direction == 'forward' else 'training'}"
 
 
-def measure(problem: core.Problem, names: list[str], effort: core.Effort) -> Row:
-    """Judge and measure the contenders of one problem."""
+def measure(problem: core.Problem, names: list[str], effort: core.Effort, backend: str | None = None) -> Row:
+    """Judge and measure the contenders of one problem; ``backend`` is the one that "fused" runs on."""
     row = Row(problem)
     tensors = problem.tensors()
     judge = core.judge(problem, tensors)
     # The rule is our promise; a peer need only compute the same unit, and its order of sums may cost more than 2x.
     peers = dataclasses.replace(judge, floor={name: 4 * judge.bound(name) for name in judge.floor})
+    gates: dict[str, Any] = {}
     blocks = core.floor_blocks(problem, tensors)
     core.forget_compiled()
     for name in names:
-        unit = core.CONTENDERS[name]()
+        unit = core.fused(backend) if name == "fused" else core.CONTENDERS[name](problem)
+        gate = name.removesuffix("-compiled")
         try:
-            (judge if name in core.OURS else peers).check(core.outputs(unit, problem, tensors), label=name)
+            if gate in core.GATES:
+                if gate not in gates:
+                    gates[gate] = core.judge_gate(gate, problem, tensors)
+                found = gates[gate]
+            else:
+                found = judge if name in core.OURS else peers
+            found.check(core.outputs(unit, problem, tensors), label=name)
             pair = {
                 f"{name} forward": core.forward_block(unit, problem, tensors),
                 f"{name} training": core.training_block(unit, problem, tensors),
@@ -110,11 +132,12 @@ def measure(problem: core.Problem, names: list[str], effort: core.Effort) -> Row
                 block(1)
             if isinstance(unit, core.Compiled):
                 unit.warmed()
+            row.memory[name] = core.memory_of(unit, problem, tensors)
         except Exception as error:  # the contender's own tests fail with it; the others go on
             row.wrong[name] = f"{type(error).__name__}: {error}"
             continue
         blocks |= pair
-    del judge, peers
+    del judge, peers, gates
     steady = core.Steady()
     row.measured = core.interleaved(blocks, effort)
     steady.check()
@@ -131,12 +154,13 @@ def test_unit(
     request: pytest.FixtureRequest,
 ) -> None:
     if problem not in rows:
-        from benchmarks.conftest import contenders
+        from benchmarks.conftest import contenders_at
 
-        effort = core.Effort.quick() if request.config.getoption("--quick") else core.Effort()
+        config = request.config
+        effort = core.Effort.quick() if config.getoption("--quick") else core.Effort(seconds=0.25)
         with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
             core.say(f"\n  measuring {problem.label}")
-        rows[problem] = measure(problem, contenders(request.config), effort)
+        rows[problem] = measure(problem, contenders_at(config, problem), effort, config.getoption("--backend") or None)
     row = rows[problem]
     assert contender not in row.wrong, row.wrong[contender]
     samples = row.measured.rounds(_block(contender, direction), direction)

@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import gc
 import importlib.util
 import json
@@ -23,9 +24,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -59,15 +60,21 @@ def restart_with_malloc() -> None:
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], malloc_environment())
 
 
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler tells of each start and stop
+
 import torch  # noqa: E402  (after the environment helpers, which a parent process uses without torch's start-up cost)
 from torch import Tensor  # noqa: E402
 
-from benchmarks import cuda  # noqa: E402
+from benchmarks import cuda, memory  # noqa: E402
+from benchmarks.gates import GATES  # noqa: E402
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
-RESULTS = ("y", "dx", "dchannel_weight", "dspatial_weight")
+#: Outputs of ResNet-50's stages; of a detector's first stage; of blocks of a MobileNetV2.
 STAGES = {"56": (256, 56, 56), "28": (512, 28, 28), "14": (1024, 14, 14), "7": (2048, 7, 7)}
+DETECTION = {"det": (256, 200, 334)}
+MOBILE = {"m56": (24, 56, 56), "m28": (32, 28, 28), "m14": (96, 14, 14), "m7": (320, 7, 7)}
+SHAPES = STAGES | DETECTION | MOBILE
 
 
 def say(text: str = "") -> None:
@@ -151,6 +158,12 @@ class Problem:
         return f"{self.n}x{self.c}x{self.h}x{self.w}"
 
     @property
+    def name(self) -> str:
+        """Its shape by the name in :data:`SHAPES`, else C x H x W."""
+        shape = (self.c, self.h, self.w)
+        return next((name for name, chw in SHAPES.items() if chw == shape), "x".join(map(str, shape)))
+
+    @property
     def label(self) -> str:
         grid = "" if self.grid_size == (7, 7) else f"-grid{self.grid[0]}x{self.grid[1]}"
         device = "" if self.device == "cpu" else f"-{self.device}"
@@ -232,11 +245,28 @@ def plain() -> Unit:
     return steam
 
 
+class Gate:
+    """A gate of :mod:`benchmarks.gates` for a problem: ``y = gate(x)``, with parameters of its own."""
+
+    def __init__(self, name: str, problem: Problem) -> None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            module = GATES[name](problem.c)
+        for layer in module.modules():
+            if isinstance(layer, torch.nn.BatchNorm2d):
+                layer.momentum = 0.0  # its running statistics stay, so that every call computes the same
+        self.module = module.to(problem.device, problem.torch_dtype).to(memory_format=LAYOUTS[problem.layout])
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.module(x)
+
+
 class Compiled:
-    """``torch.compile`` of a unit, which raises if what ran was not a compiled graph."""
+    """``torch.compile`` of a contender, which raises if what ran was not a compiled graph."""
 
     def __init__(self, unit: Unit) -> None:
-        self.function = torch.compile(unit, fullgraph=True, dynamic=False)
+        self.module = module_of(unit)
+        self.function = torch.compile(self.module or unit, fullgraph=True, dynamic=False)
         self.before: tuple[int, int] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -250,6 +280,18 @@ class Compiled:
             raise RuntimeError("torch.compile made no graph: the baseline would be eager PyTorch")
         if _compiled_so_far()[1] <= self.before[1]:
             raise RuntimeError("torch.compile made a graph without a single generated kernel")
+
+
+def module_of(unit: Unit) -> torch.nn.Module | None:
+    """A gate's module, compiled or not; None for what takes STEAM's weights."""
+    return getattr(unit, "module", None)
+
+
+def set_training(unit: Unit, mode: bool) -> None:
+    """Training or evaluation mode, for gates with a batch norm."""
+    module = module_of(unit)
+    if module is not None:
+        module.train(mode)
 
 
 class Steady:
@@ -287,15 +329,18 @@ def forget_compiled() -> None:
     gc.collect()
 
 
-CONTENDERS: dict[str, Callable[[], Unit]] = {
-    "fused": fused,
-    "triton": lambda: fused("triton"),
-    "cuda": lambda: fused("cuda"),
-    "eager": eager,
-    "compiled": lambda: Compiled(eager()),
-    "plain": plain,
-    "plain-compiled": lambda: Compiled(plain()),
+#: By name: a problem -> the contender.
+CONTENDERS: dict[str, Callable[[Problem], Unit]] = {
+    "fused": lambda problem: fused(),
+    "triton": lambda problem: fused("triton"),
+    "cuda": lambda problem: fused("cuda"),
+    "eager": lambda problem: eager(),
+    "compiled": lambda problem: Compiled(eager()),
+    "plain": lambda problem: plain(),
+    "plain-compiled": lambda problem: Compiled(plain()),
 }
+CONTENDERS |= {name: functools.partial(Gate, name) for name in GATES}
+CONTENDERS |= {f"{name}-compiled": lambda problem, name=name: Compiled(Gate(name, problem)) for name in GATES}  # type: ignore[misc]
 #: Ours, which keep the tests' rule of tolerance.
 OURS = ("fused", "triton", "cuda")
 
@@ -303,16 +348,40 @@ OURS = ("fused", "triton", "cuda")
 # --- correctness ------------------------------------------------------------------------------------------------------
 
 
-def outputs(unit: Unit, problem: Problem, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """y and every gradient, by autograd through ``unit``; on the CPU, to be judged."""
-    names = [k for k in ("x", "channel_weight", "spatial_weight", "residual") if k in tensors]
-    leaves = {k: tensors[k].detach().requires_grad_() for k in names}
-    y = unit(*leaves.values(), **problem.unit)
-    strides = zip(y.shape, y.stride(), torch.empty_like(leaves["x"]).stride(), strict=True)
+class Bound(NamedTuple):
+    """A contender and a problem's tensors: ``call(*args, **options)`` gives y."""
+
+    leaves: dict[str, Tensor]  # what gradients are for, by name; requires grad where it is recorded
+    args: list[Tensor]
+    options: dict[str, Any]
+
+
+def bind(unit: Unit, problem: Problem, tensors: Mapping[str, Tensor], record: bool) -> Bound:
+    """The arguments of a contender, as leaves of a graph (``record``) or plain."""
+    module = module_of(unit)
+    names = ["x"] if module else ["x", "channel_weight", "spatial_weight", "residual"]
+    inputs = {k: tensors[k] for k in names if k in tensors}
+    if record:
+        inputs = {k: v.detach().requires_grad_() for k, v in inputs.items()}
+    leaves = inputs | (dict(module.named_parameters()) if module else {})
+    return Bound(leaves, list(inputs.values()), {} if module else problem.unit)
+
+
+def outputs(unit: Unit, problem: Problem, tensors: Mapping[str, Tensor], inference: bool = True) -> dict[str, Tensor]:
+    """y and every gradient, by autograd through ``unit``, and y without gradients; on the CPU, to be judged."""
+    leaves, args, options = bind(unit, problem, tensors, True)
+    set_training(unit, True)
+    y = unit(*args, **options)
+    strides = zip(y.shape, y.stride(), torch.empty_like(args[0]).stride(), strict=True)
     if any(size > 1 and a != b for size, a, b in strides):  # where there is one element, a stride says nothing
-        raise AssertionError(f"y has strides {y.stride()}, x {leaves['x'].stride()}")
+        raise AssertionError(f"y has strides {y.stride()}, x {args[0].stride()}")
     grads = torch.autograd.grad(y, list(leaves.values()), tensors["dy"])
-    return {"y": y.detach().cpu(), **{f"d{k}": g.cpu() for k, g in zip(names, grads, strict=True)}}
+    out = {"y": y.detach().cpu(), **{f"d{k}": g.cpu() for k, g in zip(leaves, grads, strict=True)}}
+    if inference:
+        set_training(unit, False)
+        with torch.no_grad():
+            out["inference"] = unit(*args, **options).cpu()
+    return out
 
 
 def judge(problem: Problem, tensors: Mapping[str, Tensor], perturbations: int = 0) -> Any:
@@ -322,11 +391,43 @@ def judge(problem: Problem, tensors: Mapping[str, Tensor], perturbations: int = 
     reference = eager()
 
     def run(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        return outputs(reference, problem, {k: v.to(problem.device) for k, v in inputs.items()})
+        moved = {k: v.to(problem.device) for k, v in inputs.items()}
+        out = outputs(reference, problem, moved, inference=False)
+        return out | {"inference": out["y"]}
 
     tensors = {k: v.cpu() for k, v in tensors.items()}
-    dtypes = {f"d{k}": v.dtype for k, v in tensors.items() if k != "dy"} | {"y": problem.torch_dtype}
+    dtypes = {f"d{k}": v.dtype for k, v in tensors.items() if k != "dy"}
+    dtypes |= dict.fromkeys(("y", "inference"), problem.torch_dtype)
     return tolerances().judge(run, dict(tensors), dtypes, problem.grid, perturbations=perturbations)
+
+
+def judge_gate(name: str, problem: Problem, tensors: Mapping[str, Tensor]) -> Any:
+    """A gate judged by itself in float64: four times what its results change by where every input and parameter is
+    moved by 4 eps of the problem's dtype (in which it computes throughout) with random signs, and one rounding. The
+    gradient of a parameter is a running sum of up to m = N max(C, H W) numbers in float32, in whichever order: it may
+    be off by sqrt(m) roundings of its size more."""
+    rule = tolerances()
+    gate = Gate(name, replace(problem, device="cpu"))
+    inputs = {k: tensors[k].cpu() for k in ("x", "dy")}
+    parameters = {k: v.detach() for k, v in gate.module.named_parameters()}
+
+    def run(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        exact = Gate(name, replace(problem, device="cpu", dtype="float64"))
+        with torch.no_grad():
+            for k, parameter in exact.module.named_parameters():
+                parameter.copy_(values[k])
+        return outputs(exact, problem, {k: values[k] for k in ("x", "dy")})
+
+    truth = run(rule.to_float64(inputs | parameters))
+    floor = {k: rule.rounding(v, problem.torch_dtype) for k, v in truth.items()}
+    eps = torch.finfo(problem.torch_dtype).eps
+    changes = [run(rule.perturbed(inputs | parameters, problem.grid, eps, seed)) for seed in range(2)]
+    for k in truth:
+        floor[k] += 4 * max(rule.largest_error(c[k], truth[k]) for c in changes)
+    terms = problem.n * max(problem.c, problem.h * problem.w)
+    for k in parameters:
+        floor[f"d{k}"] += math.sqrt(terms) * torch.finfo(torch.float32).eps * truth[f"d{k}"].abs().max().item()
+    return rule.Judge(truth, dict.fromkeys(truth, 0.0), floor)
 
 
 # --- measurement ------------------------------------------------------------------------------------------------------
@@ -352,12 +453,14 @@ def timed(direction: str, call: Callable[[], object], warm: bool = True) -> Bloc
 
 def forward_block(unit: Unit, problem: Problem, tensors: Mapping[str, Tensor]) -> Block:
     """Forward without gradients."""
-    args = [tensors[k] for k in ("x", "channel_weight", "spatial_weight", "residual") if k in tensors]
-    options = problem.unit
+    _, args, options = bind(unit, problem, tensors, False)
     if problem.device == "cuda":
-        return cuda.timed("forward", torch.no_grad()(lambda: unit(*args, **options)))
+        on_gpu = cuda.timed("forward", torch.no_grad()(lambda: unit(*args, **options)))
 
     def block(calls: int) -> Sample:
+        set_training(unit, False)
+        if problem.device == "cuda":
+            return on_gpu(calls)
         with torch.no_grad():
             unit(*args, **options)
             start = time.perf_counter()
@@ -370,21 +473,20 @@ def forward_block(unit: Unit, problem: Problem, tensors: Mapping[str, Tensor]) -
 
 def training_block(unit: Unit, problem: Problem, tensors: Mapping[str, Tensor]) -> Block:
     """Forward with a graph and the backward through it, ``autograd.grad`` to all inputs; also the two parts."""
-    leaves = [
-        tensors[k].detach().requires_grad_()
-        for k in ("x", "channel_weight", "spatial_weight", "residual")
-        if k in tensors
-    ]
-    options, dy, clock, grad = problem.unit, tensors["dy"], time.perf_counter, torch.autograd.grad
+    named, args, options = bind(unit, problem, tensors, True)
+    leaves, dy, clock, grad = list(named.values()), tensors["dy"], time.perf_counter, torch.autograd.grad
     if problem.device == "cuda":
-        return cuda.timed_pair(lambda: unit(*leaves, **options), lambda y: grad(y, leaves, dy))
+        on_gpu = cuda.timed_pair(lambda: unit(*args, **options), lambda y: grad(y, leaves, dy))
 
     def block(calls: int) -> Sample:
-        grad(unit(*leaves, **options), leaves, dy)
+        set_training(unit, True)
+        if problem.device == "cuda":
+            return on_gpu(calls)
+        grad(unit(*args, **options), leaves, dy)
         forward = backward = 0.0
         for _ in range(calls):
             start = clock()
-            y = unit(*leaves, **options)
+            y = unit(*args, **options)
             middle = clock()
             grads = grad(y, leaves, dy)
             end = clock()
@@ -394,6 +496,29 @@ def training_block(unit: Unit, problem: Problem, tensors: Mapping[str, Tensor]) 
         return {"both": (forward + backward) / calls, "backward": backward / calls}
 
     return block
+
+
+def memory_of(unit: Unit, problem: Problem, tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """Bytes beyond x, y and the gradients: ``kept_bytes`` from forward for backward, and the most at once in training
+    (``both``) and without gradients (``forward``); and the number of parameters."""
+    named, args, options = bind(unit, problem, tensors, True)
+    leaves = list(named.values())
+
+    def step() -> object:
+        y = unit(*args, **options)
+        return y, torch.autograd.grad(y, leaves, tensors["dy"])
+
+    set_training(unit, True)
+    step()  # what is allocated once is not a call's
+    returned = sum(v.numel() * v.element_size() for v in leaves)
+    kept = memory.traced(lambda: unit(*args, **options))[1].kept - problem.map_bytes
+    both = memory.traced(step)[1].peak - problem.map_bytes - returned
+    set_training(unit, False)
+    with torch.no_grad():
+        unit(*args, **options)
+        forward = memory.traced(lambda: unit(*args, **options))[1].peak - problem.map_bytes
+    parameters = sum(v.numel() for k, v in named.items() if k not in ("x", "residual"))
+    return {"kept_bytes": kept, "both": both, "forward": forward, "parameters": parameters}
 
 
 def floor_blocks(problem: Problem, tensors: Mapping[str, Tensor]) -> dict[str, Block]:
@@ -487,8 +612,13 @@ class Measured:
     def rounds(self, block: str, direction: str) -> list[float]:
         return [s[direction] for s in self.samples[block]]
 
-    def directions(self, block: str) -> list[str]:
-        return list(self.samples[block][0])
+    def spread(self, block: str, direction: str) -> float:
+        """The distance of the quartiles over the median."""
+        values = self.rounds(block, direction)
+        if len(values) < 2:
+            return 0.0
+        low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+        return (high - low) / middle
 
 
 def interleaved(blocks: Mapping[str, Block], effort: Effort) -> Measured:
@@ -602,13 +732,14 @@ def describe(facts: Mapping[str, Any]) -> str:
 
 
 def write_json(
-    path: Path, name: str, rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Any] | None = None
+    path: Path,
+    name: str,
+    rows: Sequence[Mapping[str, Any]],
+    facts: Mapping[str, Any] | None = None,
+    quick: bool = False,
 ) -> None:
-    """One file: what was measured, on what, the rows."""
+    """One file: what was measured, on what, whether in a quick run, the rows."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"benchmark": name, "machine": facts or machine(), "rows": list(rows)}, indent=1) + "\n")
+    content = {"benchmark": name, "quick": quick, "machine": facts or machine(), "rows": list(rows)}
+    path.write_text(json.dumps(content, indent=1) + "\n")
     say(f"wrote {path}")
-
-
-def as_json(problem: Problem) -> dict[str, Any]:
-    return asdict(problem)

@@ -1,6 +1,6 @@
-"""What lies off the default path: options, CPU variants, the block's tail, in place, and the host's overhead.
+"""What lies off the default path: options, CPU variants, the block's tail, and in place.
 
-    python -m benchmarks.options [--only options,variants,tail,inplace,host] [--json PATH]
+    python -m benchmarks.options [--only options,variants,tail,inplace] [--json PATH]
 
 * *options*: radius 2 and 3, 8 neighbours, parallel order, 8 heads, relative to the default unit, at batch 32.
 * *variants*: each variant of the CPU kernels that this processor runs, forced in a process of its own, over its own
@@ -9,8 +9,6 @@
   ``torch.add(x, dy, out=dx)`` and ``torch.mul(y, 0.5, out=dresidual)``: three reads, two writes) beside the plain form
   over its own.
 * *inplace*: in place against out of place, with the stock malloc and with the benchmarks'.
-* *host*: microseconds of each layer at (1, 64, 7, 7). The kernel's time is the operator's less the same call at batch
-  0.
 """
 
 from __future__ import annotations
@@ -20,7 +18,6 @@ import json
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -39,7 +36,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
 VARIANTS = ("avx512", "avx2", "generic")
 PASSES = ("forward", "backward")
 OPTIONS_BAR, VARIANTS_BAR, TAIL_BAR = 1.3, 1.3, 1.15
-HOST_BARS = {"no grad": 25.0, "forward + backward": 60.0}
 Rows = list[dict[str, Any]]
 
 
@@ -241,89 +237,7 @@ def inplace_worker(settings: Settings, path: Path) -> None:
     path.write_text(json.dumps(rows))
 
 
-def host(settings: Settings) -> Rows:
-    """Each layer's microseconds a call at (1, 64, 7, 7), from the operators up to the module."""
-    from steam_kernels import FusedSTEAM, ops, steam
-    from steam_kernels.config import make_unit
-
-    problem = Problem(1, 64, 7, 7)
-    tensors = problem.tensors()
-    settings.judged(problem, tensors)
-    x, dy, cw, sw = (tensors[k] for k in ("x", "dy", "channel_weight", "spatial_weight"))
-    unit = make_unit(4, None, None, 1, 4, True, "sequential", 1.0, None, False, None)
-    module = FusedSTEAM(64)
-    with torch.no_grad():
-        module.channel_weight.copy_(cw)
-        module.spatial_weight.copy_(sw)
-    forward, backward = torch.ops.steam_kernels.forward.default, torch.ops.steam_kernels.backward.default
-    options_ = problem.op_arguments
-    needs = (True, True, True, False)
-
-    def operator(batch: Any, upstream: Any) -> dict[str, Callable[[], object]]:
-        def pair() -> object:
-            saved = forward(batch, cw, sw, None, *options_, False, True)[1]
-            return backward(upstream, batch, None, cw, sw, saved, *options_, *needs)
-
-        return {
-            "no grad": lambda: forward(batch, cw, sw, None, *options_, False, False),
-            "forward with grad": lambda: forward(batch, cw, sw, None, *options_, False, True),
-            "forward + backward": pair,
-        }
-
-    def layer(call: Callable[..., Any], leaves: list[Any], *rest: Any) -> dict[str, Callable[[], object]]:
-        live = [v.detach().requires_grad_() if not isinstance(v, torch.nn.Parameter) else v for v in leaves]
-        inputs = live if len(live) > 1 or call is not module else [*live, *module.parameters()]
-        return {
-            "no grad": lambda: call(*leaves, *rest),
-            "forward with grad": lambda: call(*live, *rest),
-            "forward + backward": lambda: torch.autograd.grad(call(*live, *rest), inputs, dy),
-        }
-
-    layers = {
-        "x * 0.5 (built in)": layer(lambda v: v * 0.5, [x]),
-        "operator, batch 0": operator(x[:0], dy[:0]),
-        "operator": operator(x, dy),
-        "autograd (ops.call)": layer(ops.call, [x, cw, sw], None, unit, problem.grid, "cpu"),
-        "steam()": layer(steam, [x, cw, sw]),
-        "FusedSTEAM": layer(module, [x]),
-    }
-    columns = ("no grad", "forward with grad", "forward + backward")
-
-    def block(column: str, call: Callable[[], object]) -> core.Block:
-        def run(calls: int) -> core.Sample:
-            with torch.set_grad_enabled(column != "no grad"):
-                call()
-                start = time.perf_counter()
-                for _ in range(calls):
-                    call()
-                return {"forward": (time.perf_counter() - start) / calls}
-
-        return run
-
-    blocks = {f"{name}|{c}": block(c, calls[c]) for name, calls in layers.items() for c in columns}
-    m = core.interleaved(blocks, settings.effort)
-    rows: Rows = [{"layer": name} | {c: m.median(f"{name}|{c}", "forward") * 1e6 for c in columns} for name in layers]
-    by_name = {r["layer"]: r for r in rows}
-    kernel = {"layer": "kernels alone: operator less batch 0"}
-    kernel |= {c: by_name["operator"][c] - by_name["operator, batch 0"][c] for c in columns}
-    over = {"layer": "FusedSTEAM over the kernels"} | {c: by_name["FusedSTEAM"][c] - kernel[c] for c in columns}
-    rows += [kernel, over]
-    say(
-        "\n"
-        + core.table(
-            "== host overhead at (1, 64, 7, 7), float32, microseconds a call ==",
-            ("layer", *columns),
-            [[r["layer"], *(r[c] for c in columns)] for r in rows],
-        )
-    )
-    say(
-        f"bars over the kernels: {HOST_BARS['no grad']:g} without gradients, "
-        f"{HOST_BARS['forward + backward']:g} forward + backward\n"
-    )
-    return rows
-
-
-SECTIONS = ("options", "variants", "tail", "inplace", "host")
+SECTIONS = ("options", "variants", "tail", "inplace")
 
 
 def main() -> None:
@@ -359,7 +273,6 @@ def main() -> None:
         "variants": lambda: variants(settings, passed),
         "tail": lambda: tail(settings),
         "inplace": lambda: inplace(settings, passed),
-        "host": lambda: host(settings),
     }
     rows = [{"section": name} | row for name in wanted for row in runs[name]()]
     if args.json:

@@ -1,6 +1,6 @@
-"""No falls: time over the floor at random shapes, and scaling over batch and threads.
+"""No falls: time over the floor at random shapes.
 
-    python -m benchmarks.sweep [--cases 200] [--seed 0] [--worst 15] [--scaling] [--json PATH]
+    python -m benchmarks.sweep [--cases 200] [--seed 0] [--worst 15] [--json PATH]
 
 The shapes are odd as often as even, with C below 8, C that is no multiple of a vector, maps from 1x1 up and grids that
 do not divide them, both memory formats and dtypes, x from 10 KB to 60 MB. Forward is ``steam()`` without gradients,
@@ -104,50 +104,12 @@ def sweep(cases: int, seed: int, worst: int, check: bool, effort: core.Effort) -
     return rows, len(wrong)
 
 
-def scaling(effort: core.Effort, batches: tuple[int, ...], threads: tuple[int, ...]) -> list[dict[str, Any]]:
-    """Batch 1 to 64 at two stages, one and two threads: microseconds a sample, and what the second thread gives."""
-    rows = []
-    for size in ("28", "7"):
-        for layout in core.LAYOUTS:
-            for n in batches:
-                problem = Problem(n, *core.STAGES[size], layout=layout)
-                each = {}
-                for count in threads:
-                    core.torch.set_num_threads(count)
-                    each[count] = measure(problem, count == threads[0], effort)
-                row: dict[str, Any] = {"problem": problem.label, "batch": n}
-                for count, m in each.items():
-                    row |= {f"{d}_{count}": m[d] / n for d in ("forward", "backward")}
-                    row |= {f"{d}_over_floor_{count}": m[f"{d}_over_floor"] for d in ("forward", "backward")}
-                rows.append(row)
-                say(f"  {problem.label}")
-    first, last = threads[0], threads[-1]
-    head = ["shape"] + [f"{d} us/sample, {t} thr." for d in ("fwd", "bwd") for t in threads] + ["fwd gain", "bwd gain"]
-    head += [f"{d}/floor, {last} thr." for d in ("fwd", "bwd")]
-    body = [
-        (
-            r["problem"],
-            *(r[f"{d}_{t}"] * 1e6 for d in ("forward", "backward") for t in threads),
-            *(r[f"{d}_{first}"] / r[f"{d}_{last}"] for d in ("forward", "backward")),
-            *(r[f"{d}_over_floor_{last}"] for d in ("forward", "backward")),
-        )
-        for r in rows
-    ]
-    say("\n" + core.table("== scaling over batch and threads ==", head, body))
-    return rows
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.sweep", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--cases", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--worst", type=int, default=15, help="how many of the worst to print")
     parser.add_argument("--no-check", action="store_true", help="leave out the correctness gate (the table says so)")
-    parser.add_argument(
-        "--scaling", action="store_true", help="scaling over batch and threads instead of the random shapes"
-    )
-    parser.add_argument("--batches", default="1,2,4,8,16,32,64", help="for --scaling")
-    parser.add_argument("--threads", default="1,2", help="for --scaling")
     parser.add_argument("--quick", action="store_true", help="few rounds: that it runs, not what it takes")
     parser.add_argument("--json", type=Path, help="write the rows there")
     args = parser.parse_args()
@@ -155,13 +117,9 @@ def main() -> None:
     facts = core.machine()
     say(core.describe(facts))
     effort = core.Effort.quick() if args.quick else core.Effort(seconds=0.1, least=5, most=30)
-    if args.scaling:
-        batches, threads = (tuple(int(v) for v in text.split(",")) for text in (args.batches, args.threads))
-        rows, wrong = scaling(effort, batches, threads), 0
-    else:
-        rows, wrong = sweep(args.cases, args.seed, args.worst, not args.no_check, effort)
+    rows, wrong = sweep(args.cases, args.seed, args.worst, not args.no_check, effort)
     if args.json:
-        core.write_json(args.json, "scaling" if args.scaling else "sweep", rows, facts)
+        core.write_json(args.json, "sweep", rows, facts)
     if wrong:
         raise SystemExit(f"{wrong} of {args.cases} shapes are out of bounds")
 

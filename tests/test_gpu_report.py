@@ -147,6 +147,7 @@ def test_contenders_on_a_gpu_are_its_backends(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(core, "machine", lambda: {"backends": {"triton": "", "cuda": "not built", "cpu": ""}})
     peers = ["eager", "compiled", "plain", "plain-compiled"]
+    peers += [*core.GATES, *(f"{name}-compiled" for name in core.GATES)]
     assert conftest.contenders(Config("cpu")) == ["fused", *peers]  # type: ignore[arg-type]
     assert conftest.contenders(Config("cuda")) == ["triton", *peers]  # type: ignore[arg-type]
     assert {p.device for p in conftest.problems(Config("cuda"))} == {"cuda"}  # type: ignore[arg-type]

@@ -1,0 +1,111 @@
+"""Two runs of the benchmarks compared by their ratios: ends with 1 where the newer is worse, with 2 where they share
+nothing.
+
+    python -m benchmarks.compare OLD NEW [--row 1.35] [--mean 1.10] [--memory 1.10]
+
+OLD and NEW are folders as ``make bench`` writes them. No time is compared: each figure is a ratio within its own run,
+so that another machine, or another day, moves both sides of it. They are:
+
+* the fused unit's time over the floor, by shape and direction;
+* the network with fused units over the plain network, by network, task and mode;
+* microseconds of ``FusedSTEAM`` over those of PyTorch's own ``x * 0.5``;
+* the fused unit's extra memory over x, in training.
+
+Worse is: one ratio more than ``--row`` times the old, the geometric mean of a group more than ``--mean`` times, or a
+memory more than ``--memory`` times the old plus a hundredth of x.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from benchmarks.report import Run, geometric_mean, read
+
+Ratios = dict[str, dict[str, float]]  # group -> name -> ratio
+
+
+def ratios(run: Run) -> Ratios:
+    """Every ratio of a run, in groups; smaller is better."""
+    out: Ratios = {}
+
+    def add(group: str, name: str, value: float) -> None:
+        out.setdefault(group, {})[name] = value
+
+    for row in run.get("unit", {}).get("rows", []):
+        if row["contender"] == "fused":
+            add(f"over the floor, {row['direction']}", row["problem"], row["over_floor"])
+    for row in run.get("end_to_end", {}).get("rows", []):
+        if row["contender"] == "steam":
+            name = f"{row['network']}, {row['mode']}, batch {row['batch']} at {row['size']}"
+            add(f"over the plain network, {row['task']}", name, row["time_over_plain"])
+    host = {r["layer"]: r for r in run.get("host", {}).get("rows", []) if r["section"] == "layers"}
+    if host:
+        for column in ("no grad", "forward + backward"):
+            value = host["FusedSTEAM"][column] / host["x * 0.5 (built in)"][column]
+            add("host, module over x * 0.5", column, value)
+    return out
+
+
+def memories(run: Run) -> dict[str, float]:
+    """Extra memory of the fused unit in training, over x, by problem."""
+    rows = run.get("unit", {}).get("rows", [])
+    own = (r for r in rows if r["contender"] == "fused" and r["direction"] == "both" and r["extra_bytes"] is not None)
+    return {r["problem"]: r["extra_bytes"] / r["map_bytes"] for r in own}
+
+
+def compare(old: Run, new: Run, row: float, mean: float, memory: float) -> tuple[list[str], list[str]]:
+    """Lines to print, and those of them that say what is worse; no lines where the runs share nothing."""
+    lines, worse = [], []
+    before, after = ratios(old), ratios(new)
+    for group in before:
+        shared = [name for name in before[group] if name in after.get(group, {})]
+        if not shared:
+            continue
+        changes = {name: after[group][name] / before[group][name] for name in shared}
+        overall = geometric_mean(changes.values())
+        lines.append(f"{group}: {overall:.3f} times the old in the geometric mean of {len(shared)}")
+        if overall > mean:
+            worse.append(f"{group}: the geometric mean is {overall:.3f} times the old, allowed are {mean:g}")
+        for name, change in changes.items():
+            if change > row:
+                figures = f"{before[group][name]:.3f} -> {after[group][name]:.3f}"
+                worse.append(f"{group}, {name}: {figures}, {change:.2f} times the old, allowed are {row:g}")
+    was, now = memories(old), memories(new)
+    shared = [name for name in was if name in now]
+    if shared:
+        lines.append(f"extra memory over x: {len(shared)} shapes, at most {max(now[n] for n in shared):.4f}")
+    for name in shared:
+        allowed = memory * was[name] + 0.01
+        if now[name] > allowed:
+            worse.append(f"extra memory over x, {name}: {was[name]:.4f} -> {now[name]:.4f}, allowed are {allowed:.4f}")
+    return lines, worse
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.compare", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("old", type=Path)
+    parser.add_argument("new", type=Path)
+    parser.add_argument("--row", type=float, default=1.35, help="the most that one ratio may grow by (1.35)")
+    parser.add_argument("--mean", type=float, default=1.10, help="the most that a group's mean may grow by (1.10)")
+    parser.add_argument("--memory", type=float, default=1.10, help="the most that a memory may grow by (1.10)")
+    args = parser.parse_args()
+    runs = []
+    for folder in (args.old, args.new):
+        try:
+            runs.append(read(folder))
+        except FileNotFoundError as error:
+            print(error, file=sys.stderr)
+            sys.exit(2)
+    lines, worse = compare(runs[0], runs[1], args.row, args.mean, args.memory)
+    if not lines:
+        print(f"{args.old} and {args.new} share no figure", file=sys.stderr)
+        sys.exit(2)
+    print("\n".join(lines))
+    print("\n".join(f"WORSE {line}" for line in worse) if worse else "nothing is worse")
+    sys.exit(1 if worse else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,307 @@
+"""The price of attention: what a whole network takes with attention beside the same network without it.
+
+    python -m benchmarks.end_to_end [--network resnet50,mobilenet_v2] [--contender plain,steam,...]
+                                    [--mode eager,compiled] [--batch 8] [--size 224] [--quick | --full] [--json PATH]
+
+Contenders: the plain network; ``steam``, STEAM units at the sites of ``insert_steam()`` (5 in ResNet-50), fused;
+``steam-reference``, the same units in plain PyTorch; ``se`` and ``eca``, timm's layers in every residual block before
+the addition (16 in ResNet-50). All have the same convolutions, random ones, in float32 and NCHW.
+
+A price is extra time over the plain network in per cent: the median, over interleaved rounds, of the ratio of times in
+the same round. *Training* is a step: forward, cross-entropy, backward, SGD; *inference* a forward without gradients.
+Extra memory is the same of the most that is allocated at once in a step.
+
+No time without a check: output and gradient of the images, as norms of the difference from the network's own float64
+copy, may be off by four times what the plain eager network is off from its own, in training and in inference mode, on
+four images of at most 112x112. A compiled network may be off by twice that from the eager one. The compiled networks
+are measured in inference only, and ``steam-reference`` is not, unless ``--full`` is given: compiling takes longer than
+all else here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks import core
+
+if __name__ == "__main__":
+    core.restart_with_malloc()
+
+import torch
+import torch._dynamo
+from torch import Tensor, nn
+
+from benchmarks import memory
+from benchmarks.core import say
+from benchmarks.gates import insert_gate
+from steam_kernels import FusedSTEAM, insert_steam
+
+NETWORKS = ("resnet50", "mobilenet_v2", "resnet18")
+DEFAULT = ("resnet50", "mobilenet_v2")
+CONTENDERS = ("plain", "steam", "steam-reference", "se", "eca")
+MODES = ("eager", "compiled")
+TASKS = ("training", "inference")
+
+
+def make(network: str, contender: str, seed: int = 0) -> nn.Module:
+    """A network with random weights, the same convolutions for every contender."""
+    import torchvision.models
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = getattr(torchvision.models, network)(weights=None)
+        for layer in model.modules():
+            if isinstance(layer, nn.Dropout):
+                layer.p = 0.0  # a mask drawn in each pass would set the networks apart
+        if contender.startswith("steam"):
+            insert_steam(model, backend="reference" if contender == "steam-reference" else None)
+        elif contender != "plain":
+            insert_gate(model, contender)
+    return model
+
+
+def attention_layers(model: nn.Module) -> int:
+    return sum(isinstance(m, FusedSTEAM) or name.endswith(".attention") for name, m in model.named_modules())
+
+
+# ---- correctness -----------------------------------------------------------------------------------------------------
+
+
+def results(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
+    """Logits in training and in inference mode, and the gradient of the images in training."""
+    images = images.detach().requires_grad_()
+    model.train()
+    logits = model(images)
+    loss = nn.functional.cross_entropy(logits, torch.arange(len(images)))
+    out = {"logits": logits.detach(), "gradient": torch.autograd.grad(loss, images)[0]}
+    model.eval()
+    with torch.no_grad():
+        out["inference"] = model(images)
+    return out
+
+
+def distance(value: Tensor, truth: Tensor) -> float:
+    """Norm of the difference over the norm."""
+    return ((value.double() - truth.double()).norm() / truth.double().norm()).item()
+
+
+def errors(network: str, contender: str, images: Tensor) -> dict[str, float]:
+    """Norm of the difference from the network's float64 copy, over the copy's norm."""
+    # The reference computes the float64 copy of our units, whichever backend is judged.
+    exact = make(network, "steam-reference" if contender == "steam" else contender).double()
+    truth = results(exact, images.double())
+    del exact
+    found = results(make(network, contender), images)
+    return {k: distance(found[k], v) for k, v in truth.items()}
+
+
+class Judge:
+    """Judges the contenders of one network by the plain one."""
+
+    def __init__(self, network: str, images: Tensor) -> None:
+        self.network, self.images = network, images
+        self.bounds = {k: 4 * v for k, v in errors(network, "plain", images).items()}
+
+    def check(self, contender: str) -> None:
+        for name, error in errors(self.network, contender, self.images).items():
+            self._within(contender, name, error, self.bounds[name])
+
+    def check_compiled(self, contender: str, task: str, compiled: Any, images: Tensor) -> None:
+        """Both may be off by the bound, so that they may differ by two."""
+        eager = make(self.network, contender)
+        if task == "inference":
+            pair = [inference(m, images)() for m in (compiled, eager)]
+        else:
+            pair = [parameter_gradient(m, images) for m in (compiled, eager)]
+        name = "inference" if task == "inference" else "gradient"
+        self._within(f"{contender}, compiled", name, distance(*pair), 2 * self.bounds[name])
+
+    def _within(self, contender: str, name: str, error: float, bound: float) -> None:
+        if not error <= bound:
+            raise AssertionError(f"{self.network} {contender}: {name} is off by {error:.2e}, allowed are {bound:.2e}")
+
+
+def parameter_gradient(model: Any, images: Tensor) -> Tensor:
+    """The gradient of a training step by all parameters, in one vector."""
+    model.train()
+    loss = nn.functional.cross_entropy(model(images), torch.arange(len(images)))
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
+
+
+# ---- measurement -----------------------------------------------------------------------------------------------------
+
+
+def training_step(model: Any, images: Tensor) -> Callable[[], object]:
+    labels = torch.arange(len(images))
+    optimizer = torch.optim.SGD(model.parameters(), 1e-4, momentum=0.9)
+
+    def step() -> None:
+        model.train()
+        nn.functional.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def inference(model: Any, images: Tensor) -> Callable[[], Tensor]:
+    def run() -> Tensor:
+        model.eval()
+        with torch.no_grad():
+            return model(images)
+
+    return run
+
+
+CALLS = {"training": training_step, "inference": inference}
+
+
+def measure(
+    judge: Judge, task: str, mode: str, contenders: list[str], images: Tensor, seconds: float
+) -> list[dict[str, Any]]:
+    """Rows of one network, task and mode."""
+    # By default TorchDynamo does not look at hooks, and would run the plain network's graph for every contender.
+    with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):
+        return _measure(judge, task, mode, contenders, images, seconds)
+
+
+def _measure(
+    judge: Judge, task: str, mode: str, contenders: list[str], images: Tensor, seconds: float
+) -> list[dict[str, Any]]:
+    network = judge.network
+    core.forget_compiled()
+    calls: dict[str, Callable[[], object]] = {}
+    models = {}
+    for contender in contenders:
+        models[contender] = make(network, contender)
+        runner = models[contender]
+        if mode == "compiled":
+            runner = torch.compile(runner, dynamic=False)  # type: ignore[assignment]
+            judge.check_compiled(contender, task, runner, images)
+        calls[contender] = CALLS[task](runner, images)
+        for _ in range(2):
+            calls[contender]()
+    steady = core.Steady()
+    peaks = {name: memory.traced(call)[1].peak for name, call in calls.items()}
+    blocks = {name: core.timed(task, call, warm=False) for name, call in calls.items()}
+    times: dict[str, list[float]] = {name: [] for name in blocks}
+    once = {name: block(1)[task] for name, block in blocks.items()}
+    for _ in range(max(3, min(60, int(seconds / sum(once.values()))))):
+        for name, block in blocks.items():
+            times[name].append(block(1)[task])
+    if mode == "compiled":
+        steady.check()
+    rows = []
+    for name in contenders:
+        ratios = sorted(a / b for a, b in zip(times[name], times["plain"], strict=True))
+        low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")
+        rows.append(
+            {
+                "network": network,
+                "contender": name,
+                "task": task,
+                "mode": mode,
+                "batch": images.shape[0],
+                "size": images.shape[2],
+                "layers": attention_layers(models[name]),
+                "parameters": sum(p.numel() for p in models[name].parameters()),
+                "rounds": len(ratios),
+                "seconds": statistics.median(times[name]),
+                "time_over_plain": statistics.median(ratios),
+                "time_over_plain_quartiles": [low, high],
+                "peak_bytes": peaks[name],
+                "memory_over_plain": peaks[name] / peaks["plain"],
+            }
+        )
+    return rows
+
+
+def line(row: dict[str, Any]) -> tuple[object, ...]:
+    low, high = row["time_over_plain_quartiles"]
+    return (
+        f"{row['network']} {row['task']} {row['mode']}  {row['contender']}",
+        core.micro(row["seconds"]),
+        f"{100 * (row['time_over_plain'] - 1):+.1f}%",
+        f"{100 * (low - 1):+.1f} to {100 * (high - 1):+.1f}",
+        f"{row['peak_bytes'] / 2**20:.0f} MiB",
+        f"{100 * (row['memory_over_plain'] - 1):+.1f}%",
+        row["layers"],
+        row["parameters"],
+    )
+
+
+HEAD = ("network", "time", "price", "quartiles", "peak", "price", "layers", "parameters")
+
+
+def _list(parser: argparse.ArgumentParser, option: str, text: str, allowed: tuple[str, ...]) -> list[str]:
+    given = [v for v in text.split(",") if v]
+    for value in given:
+        if value not in allowed:
+            parser.error(f"{option} {value!r}: allowed are {', '.join(allowed)}")
+    return given
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.end_to_end", description=(__doc__ or "").splitlines()[0]
+    )
+    parser.add_argument("--network", default="", help=f"comma list: {', '.join(NETWORKS)} ({','.join(DEFAULT)})")
+    parser.add_argument("--contender", default="", help=f"comma list: {', '.join(CONTENDERS)}; plain is always there")
+    parser.add_argument("--mode", default="", help=f"comma list: {', '.join(MODES)}")
+    parser.add_argument("--batch", type=int, default=0, help="images (8)")
+    parser.add_argument("--size", type=int, default=0, help="their side in pixels (224)")
+    parser.add_argument("--seconds", type=float, default=25, help="to measure each table for (25)")
+    parser.add_argument("--quick", action="store_true", help="ResNet-18, eager, small: that it runs, not what it takes")
+    parser.add_argument("--full", action="store_true", help="compiled training steps too")
+    parser.add_argument("--json", type=Path, help="write the rows there")
+    args = parser.parse_args()
+    networks = _list(parser, "--network", args.network, NETWORKS) or (["resnet18"] if args.quick else list(DEFAULT))
+    modes = _list(parser, "--mode", args.mode, MODES) or (["eager"] if args.quick else list(MODES))
+    contenders = _list(parser, "--contender", args.contender, CONTENDERS) or list(CONTENDERS)
+    contenders = ["plain", *(c for c in contenders if c != "plain")]
+    batch, size = args.batch or (2 if args.quick else 8), args.size or (64 if args.quick else 224)
+    seconds = 0.0 if args.quick else args.seconds
+    facts = core.machine()
+    say(core.describe(facts))
+    images = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0))
+    rows: list[dict[str, Any]] = []
+    wrong: list[str] = []
+    for network in networks:
+        judge = Judge(network, images[:4, :, :112, :112])  # float64 convolutions are slow
+        right = []
+        for contender in contenders:
+            try:
+                judge.check(contender)
+                right.append(contender)
+            except AssertionError as error:
+                wrong.append(str(error))
+                say(f"  WRONG {error}")
+        if "plain" not in right:
+            continue
+        for mode in modes:
+            for task in TASKS:
+                if mode == "compiled" and task == "training" and not args.full:
+                    continue
+                say(f"  measuring {network}, {task}, {mode}")
+                chosen = right
+                if mode == "compiled" and not (args.full or args.contender):
+                    chosen = [c for c in right if c != "steam-reference"]
+                try:
+                    rows += measure(judge, task, mode, chosen, images, seconds)
+                except AssertionError as error:
+                    wrong.append(str(error))
+                    say(f"  WRONG {error}")
+        if args.json and rows:  # what was measured stays, should the next network fail
+            core.write_json(args.json, "end_to_end", rows, facts, args.quick)
+    say("\n" + core.table("== the price of attention: over the plain network ==", HEAD, map(line, rows)))
+    if wrong:
+        sys.exit(f"{len(wrong)} networks are out of bounds")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,160 @@
+"""The host's overhead: microseconds a call of each layer, and who wins at small maps.
+
+    python -m benchmarks.host [--quick] [--json PATH]
+
+* *layers*, at (1, 64, 7, 7): operators, autograd function, ``steam()``, module. The kernels' own time is the
+  operator's less the same call at batch 0, which has the dispatch and the allocation only.
+* *small*: ``FusedSTEAM`` beside ``reference.STEAM`` from (1, 1, 1, 1) up, to see whether there is a size under which
+  plain PyTorch is quicker.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks import core
+
+if __name__ == "__main__":
+    core.restart_with_malloc()
+
+from benchmarks.core import Problem, say, torch
+from steam_kernels import FusedSTEAM, ops, reference, steam
+from steam_kernels.config import make_unit
+
+COLUMNS = ("no grad", "forward with grad", "forward + backward")
+#: Microseconds over the kernels that were aimed at.
+HOST_BARS = {"no grad": 25.0, "forward + backward": 60.0}
+SMALL = ((1, 1, 1, 1), (1, 8, 2, 2), (1, 16, 7, 7), (1, 64, 7, 7), (1, 64, 14, 14), (1, 256, 14, 14), (1, 256, 28, 28))
+Rows = list[dict[str, Any]]
+
+
+def block(column: str, call: Callable[[], object]) -> core.Block:
+    def run(calls: int) -> core.Sample:
+        with torch.set_grad_enabled(column != "no grad"):
+            call()
+            start = time.perf_counter()
+            for _ in range(calls):
+                call()
+            return {"forward": (time.perf_counter() - start) / calls}
+
+    return run
+
+
+def layers(effort: core.Effort) -> Rows:
+    """Each layer's microseconds a call at (1, 64, 7, 7), from the operators up to the module."""
+    problem = Problem(1, 64, 7, 7)
+    tensors = problem.tensors()
+    core.judge(problem, tensors).check(core.outputs(core.fused(), problem, tensors), problem.label)
+    x, dy, cw, sw = (tensors[k] for k in ("x", "dy", "channel_weight", "spatial_weight"))
+    unit = make_unit(4, None, None, 1, 4, True, "sequential", 1.0, None, False, None)
+    module = FusedSTEAM(64)
+    with torch.no_grad():
+        module.channel_weight.copy_(cw)
+        module.spatial_weight.copy_(sw)
+    forward, backward = torch.ops.steam_kernels.forward.default, torch.ops.steam_kernels.backward.default
+    options_ = problem.op_arguments
+    needs = (True, True, True, False)
+
+    def operator(batch: Any, upstream: Any) -> dict[str, Callable[[], object]]:
+        def pair() -> object:
+            saved = forward(batch, cw, sw, None, *options_, False, True)[1]
+            return backward(upstream, batch, None, cw, sw, saved, *options_, *needs)
+
+        return {
+            "no grad": lambda: forward(batch, cw, sw, None, *options_, False, False),
+            "forward with grad": lambda: forward(batch, cw, sw, None, *options_, False, True),
+            "forward + backward": pair,
+        }
+
+    def layer(call: Callable[..., Any], leaves: list[Any], *rest: Any) -> dict[str, Callable[[], object]]:
+        live = [v.detach().requires_grad_() if not isinstance(v, torch.nn.Parameter) else v for v in leaves]
+        inputs = live if len(live) > 1 or call is not module else [*live, *module.parameters()]
+        return {
+            "no grad": lambda: call(*leaves, *rest),
+            "forward with grad": lambda: call(*live, *rest),
+            "forward + backward": lambda: torch.autograd.grad(call(*live, *rest), inputs, dy),
+        }
+
+    stack = {
+        "x * 0.5 (built in)": layer(lambda v: v * 0.5, [x]),
+        "operator, batch 0": operator(x[:0], dy[:0]),
+        "operator": operator(x, dy),
+        "autograd (ops.call)": layer(ops.call, [x, cw, sw], None, unit, problem.grid, "cpu"),
+        "steam()": layer(steam, [x, cw, sw]),
+        "FusedSTEAM": layer(module, [x]),
+    }
+    blocks = {f"{name}|{c}": block(c, calls[c]) for name, calls in stack.items() for c in COLUMNS}
+    m = core.interleaved(blocks, effort)
+    us = {name: {c: m.median(f"{name}|{c}", "forward") * 1e6 for c in COLUMNS} for name in stack}
+    kernels = {c: us["operator"][c] - us["operator, batch 0"][c] for c in COLUMNS}
+    us["kernels alone: operator less batch 0"] = kernels
+    us["FusedSTEAM over the kernels"] = {c: us["FusedSTEAM"][c] - kernels[c] for c in COLUMNS}
+    rows: Rows = [{"section": "layers", "layer": name} | columns for name, columns in us.items()]
+    say(
+        "\n"
+        + core.table(
+            "== host overhead at (1, 64, 7, 7), float32, microseconds a call ==",
+            ("layer", *COLUMNS),
+            [[r["layer"], *(r[c] for c in COLUMNS)] for r in rows],
+        )
+    )
+    say(
+        f"bars over the kernels: {HOST_BARS['no grad']:g} without gradients, "
+        f"{HOST_BARS['forward + backward']:g} forward + backward\n"
+    )
+    return rows
+
+
+def small(effort: core.Effort, shapes: tuple[tuple[int, int, int, int], ...] = SMALL) -> Rows:
+    """Microseconds of both modules at small maps."""
+    rows: Rows = []
+    for shape in shapes:
+        problem = Problem(*shape)
+        tensors = problem.tensors()
+        core.judge(problem, tensors).check(core.outputs(core.fused(), problem, tensors), problem.label)
+        modules = {"fused": FusedSTEAM(shape[1]), "eager": reference.STEAM(shape[1])}
+        modules["eager"].load_state_dict(modules["fused"].state_dict())
+        x, leaf, dy = tensors["x"], tensors["x"].detach().requires_grad_(), tensors["dy"]
+        blocks = {}
+        for name, module in modules.items():
+            inputs = [leaf, *module.parameters()]
+
+            def pair(module: Any = module, inputs: Any = inputs, leaf: Any = leaf, dy: Any = dy) -> object:
+                return torch.autograd.grad(module(leaf), inputs, dy)
+
+            blocks[f"{name}|no grad"] = block("no grad", lambda module=module, x=x: module(x))  # type: ignore[misc]
+            blocks[f"{name}|forward + backward"] = block("forward + backward", pair)
+        m = core.interleaved(blocks, effort)
+        row: dict[str, Any] = {"section": "small", "problem": problem.label, "elements": problem.numel}
+        for column in ("no grad", "forward + backward"):
+            for name in modules:
+                row[f"{name} {column}"] = m.median(f"{name}|{column}", "forward") * 1e6
+            row[f"speedup {column}"] = row[f"eager {column}"] / row[f"fused {column}"]
+        rows.append(row)
+    keys = [f"{k} {c}" for c in ("no grad", "forward + backward") for k in ("fused", "eager", "speedup")]
+    title = "== small maps, float32, microseconds a call of the modules =="
+    say("\n" + core.table(title, ("shape", *keys), [[r["problem"], *(r[k] for k in keys)] for r in rows]))
+    slower = [r["problem"] for r in rows if min(r["speedup no grad"], r["speedup forward + backward"]) < 1]
+    say(f"plain PyTorch is quicker at: {', '.join(slower) or 'none of these'}\n")
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.host", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="few rounds and shapes: that it runs, not what it takes")
+    parser.add_argument("--json", type=Path, help="write the rows there")
+    args = parser.parse_args()
+    facts = core.machine()
+    say(core.describe(facts))
+    effort = core.Effort.quick() if args.quick else core.Effort(seconds=0.3)
+    rows = layers(effort) + small(effort, SMALL[:3] if args.quick else SMALL)
+    if args.json:
+        core.write_json(args.json, "host", rows, facts, args.quick)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,36 @@
+"""Figures that are the same bytes for the same figures: no date, fixed ids, text as text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+from matplotlib import pyplot as plt
+
+STYLE = {
+    "svg.hashsalt": "steam_kernels",
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "savefig.facecolor": "white",
+}
+plt.rcParams.update(STYLE)
+
+
+def new_figure(rows: int, columns: int, size: tuple[float, float], **options: Any) -> tuple[Any, Any]:
+    """A figure of ``size`` inches and its axes."""
+    return plt.subplots(rows, columns, figsize=size, layout="constrained", **options)
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """As SVG or PNG, by the name's end."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nameless = {"Date": None, "Creator": None} if path.suffix == ".svg" else {"Software": None}
+    figure.savefig(path, dpi=110, metadata=nameless)
+    plt.close(figure)

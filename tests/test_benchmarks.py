@@ -1,0 +1,368 @@
+"""The benchmarks run, judge before they time, and become a page; no time is judged here."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import bench_unit, compare, conftest, core, end_to_end, gates, memory, report  # noqa: E402
+
+pytestmark = pytest.mark.xdist_group("benchmarks")
+
+QUICK = {
+    "unit": [
+        *("-m", "pytest", "benchmarks", "--benchmark-only", "--quick", "-q"),
+        *("--contender", "fused,eager,se,eca,cbam,gct"),
+    ],
+    "end_to_end": ["-m", "benchmarks.end_to_end", "--quick", "--contender", "steam,se"],
+    "host": ["-m", "benchmarks.host", "--quick"],
+    "scaling": ["-m", "benchmarks.scaling", "--quick", "--axis", "N,grid", "--threads", "1"],
+}
+
+
+def python(*arguments: str) -> str:
+    alone = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}  # not a worker of pytest-xdist
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, env=alone | {"OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A quick run of every part, as ``make bench`` makes one."""
+    folder = tmp_path_factory.mktemp("run")
+    for name, command in QUICK.items():
+        python(*command, "--json", str(folder / f"{name}.json"))
+    return folder
+
+
+# ---- a quick run -----------------------------------------------------------------------------------------------------
+
+
+def test_every_contender_has_every_figure(run: Path) -> None:
+    content = json.loads((run / "unit.json").read_text())
+    assert content["quick"] is True
+    assert {r["problem"] for r in content["rows"]} == {p.label for p in conftest.quick_grid()}
+    found = {(r["contender"], r["direction"]) for r in content["rows"]}
+    assert found == {(c, d) for c in ("fused", "eager", *gates.GATES) for d in core.DIRECTIONS}
+    for r in content["rows"]:
+        assert all(r[k] > 0 for k in ("seconds", "floor_seconds", "gbytes", "over_floor", "speedup_eager"))
+        assert (r["gflops"] is None) == (r["contender"] in gates.GATES)
+        assert r["spread"] >= 0 and r["kept_bytes"] >= 0
+        assert (r["extra_bytes"] is None) == (r["direction"] == "backward")
+    parameters = {r["contender"]: r["parameters"] for r in content["rows"]}
+    assert parameters["fused"] == parameters["eager"] == 64 and parameters["gct"] == 0
+    kept = {r["contender"]: r["kept_bytes"] for r in content["rows"] if r["shape"] == "14"}
+    assert kept["fused"] == 2 * (1024 + 49) * 4, "two float32 numbers per channel and cell"
+    assert kept["eager"] > 1024 * 14 * 14 * 4
+
+
+def test_prices_are_over_the_plain_network(run: Path) -> None:
+    rows = json.loads((run / "end_to_end.json").read_text())["rows"]
+    assert {(r["task"], r["contender"]) for r in rows} == {
+        (t, c) for t in end_to_end.TASKS for c in ("plain", "steam", "se")
+    }
+    for r in rows:
+        assert r["time_over_plain"] > 0 and r["peak_bytes"] > 0
+        assert r["layers"] == {"plain": 0, "steam": 4, "se": 8}[r["contender"]]
+        if r["contender"] == "plain":
+            assert r["time_over_plain"] == r["memory_over_plain"] == 1
+
+
+def test_host_and_scaling(run: Path) -> None:
+    layers = [r for r in json.loads((run / "host.json").read_text())["rows"] if r["section"] == "layers"]
+    names = [r["layer"] for r in layers]
+    assert names[:2] == ["x * 0.5 (built in)", "operator, batch 0"] and "FusedSTEAM" in names
+    rows = json.loads((run / "scaling.json").read_text())["rows"]
+    assert {(r["axis"], r["value"]) for r in rows} == {("N", 1), ("N", 2), ("grid", 1), ("grid", 4)}
+    assert all(r[f"{d}_floor"] > 0 for r in rows for d in ("forward", "backward"))
+
+
+def test_page_and_pictures(run: Path, tmp_path: Path) -> None:
+    """Every section, every picture that the page names, and the same bytes the second time."""
+    written = []
+    for name in ("first", "second"):
+        docs = tmp_path / name
+        python(
+            *("-m", "benchmarks.report", "--run", str(run), "--page", str(docs / "benchmarks.md")),
+            *("--images", str(docs / "images")),
+        )
+        written.append({p.name: p.read_bytes() for p in docs.rglob("*") if p.is_file()})
+    assert written[0] == written[1]
+    page = written[0]["benchmarks.md"].decode()
+    assert "A quick run: it shows that the benchmarks run" in page
+    named = set(re.findall(r"!\[[^]]*\]\(images/([^)]+)\)", page))
+    assert named == {"price_of_attention.svg", "speedup.svg", "over_floor.svg", "memory.svg", "scaling.svg"}
+    assert set(written[0]) == named | {"benchmarks.md"}
+    for name in named:
+        assert written[0][name].lstrip().startswith(b"<?xml") and len(written[0][name]) < 100_000
+        assert b"<dc:date>" not in written[0][name]
+    titles = [line[3:] for line in page.splitlines() if line.startswith("## ")]
+    assert titles == [
+        *("The price of attention", "Speed-ups of the fused unit", "Time over the floor", "Memory"),
+        *("Host overhead", "Scaling"),
+    ]
+    rows = json.loads((run / "unit.json").read_text())["rows"]
+    with (run / "unit.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == len(rows)
+    unit = report.Unit(rows)
+    assert (
+        f"| STEAM, plain PyTorch | **{report._times(report.geometric_mean(unit.speedups('eager', 'forward')))}**"
+        in page
+    )
+    assert len(unit.speedups("eager", "both")) == 2
+
+
+def test_a_run_is_no_worse_than_itself(run: Path) -> None:
+    assert "nothing is worse" in python("-m", "benchmarks.compare", str(run), str(run))
+
+
+# ---- comparing -------------------------------------------------------------------------------------------------------
+
+
+def made_up(over_floor: float = 2.0, plain: float = 1.05, host: float = 9.0, memory: float = 0.01) -> report.Run:
+    """A run of two shapes, one network and one layer."""
+    unit = []
+    for problem in ("a", "b"):
+        for direction in core.DIRECTIONS:
+            row = {"problem": problem, "contender": "fused", "direction": direction, "over_floor": over_floor}
+            unit.append(row | {"map_bytes": 1000, "extra_bytes": 1000 * memory if direction == "both" else None})
+    unit[-1]["over_floor"] = 2.0  # one of them never changes
+    net = {"network": "n", "mode": "eager", "task": "training", "batch": 1, "size": 8, "contender": "steam"}
+    layers = [
+        {"section": "layers", "layer": name, "no grad": us, "forward + backward": us}
+        for name, us in (("FusedSTEAM", host), ("x * 0.5 (built in)", 1.0))
+    ]
+    rows = {"unit": unit, "end_to_end": [net | {"time_over_plain": plain}], "host": layers}
+    return {name: {"rows": r, "machine": {}} for name, r in rows.items()}
+
+
+def compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old: report.Run, new: report.Run) -> int:
+    for name, made in (("old", old), ("new", new)):
+        (tmp_path / name).mkdir()
+        for part, content in made.items():
+            (tmp_path / name / f"{part}.json").write_text(json.dumps(content))
+    monkeypatch.setattr(sys, "argv", ["compare", str(tmp_path / "old"), str(tmp_path / "new")])
+    with pytest.raises(SystemExit) as end:
+        compare.main()
+    return int(end.value.code or 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"over_floor": 2.4}, "over the floor, forward: the geometric mean is 1.200"),
+        ({"over_floor": 3.0}, "over the floor, both, a: 2.000 -> 3.000, 1.50 times the old"),
+        ({"plain": 1.2}, "over the plain network, training: the geometric mean is 1.143"),
+        ({"host": 12.0}, "host, module over x * 0.5: the geometric mean is 1.333"),
+        ({"memory": 0.1}, "extra memory over x, a: 0.0100 -> 0.1000"),
+    ],
+)
+def test_a_worse_run_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], change: Any, named: str
+) -> None:
+    assert compared(tmp_path, monkeypatch, made_up(), made_up(**change)) == 1
+    assert f"WORSE {named}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("change", [{}, {"over_floor": 1.0}, {"over_floor": 2.1, "plain": 1.06, "memory": 0.019}])
+def test_a_run_that_is_no_worse_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Any) -> None:
+    assert compared(tmp_path, monkeypatch, made_up(), made_up(**change)) == 0
+
+
+def test_runs_that_share_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old, new = made_up(), made_up()
+    assert compared(tmp_path, monkeypatch, {"unit": old["unit"]}, {"host": new["host"]}) == 2
+    monkeypatch.setattr(sys, "argv", ["compare", str(tmp_path / "missing"), str(tmp_path / "new")])
+    with pytest.raises(SystemExit, match="2"):
+        compare.main()
+
+
+# ---- what is measured ------------------------------------------------------------------------------------------------
+
+
+class Config:
+    """Command-line options, as pytest would hold them."""
+
+    def __init__(self, **given: Any) -> None:
+        self.given = given
+
+    def getoption(self, option: str) -> Any:
+        default: dict[str, Any] = {"--device": "cpu", "--quick": False, "--full": False}
+        return self.given.get(option[2:], default.get(option, ""))
+
+
+def test_default_grid() -> None:
+    """Everything that is promised is in it, and the compiled contenders are at few shapes only."""
+    grid = conftest.problems(Config())  # type: ignore[arg-type]
+    assert len(set(grid)) == len(grid)
+    assert {p.name for p in grid} == set(core.SHAPES) and {p.n for p in grid} == {1, 2, 8, 32}
+    assert {(p.dtype, p.layout) for p in grid} == {(d, o) for d in ("float32", "bfloat16") for o in core.LAYOUTS}
+    assert set(conftest.COMPILED_AT) < set(grid)
+    for p in grid:
+        names = set(conftest.contenders_at(Config(), p))  # type: ignore[arg-type]
+        assert {"fused", "eager", *gates.GATES} <= names
+        assert (set(conftest.COMPILED) <= names) == (p in conftest.COMPILED_AT)
+        assert p in conftest.COMPILED_AT or not names & set(conftest.COMPILED)
+    full = conftest.problems(Config(full=True))  # type: ignore[arg-type]
+    assert len(full) == 4 * (3 * 8 + 1)
+    assert set(conftest.COMPILED) <= set(conftest.contenders_at(Config(full=True), full[0]))  # type: ignore[arg-type]
+    chosen = conftest.problems(Config(size="m14", batch="4", dtype="float32", layout="nchw"))  # type: ignore[arg-type]
+    assert chosen == [core.Problem(4, 96, 14, 14)]
+    assert len(conftest.problems(Config(quick=True))) == 2  # type: ignore[arg-type]
+    with pytest.raises(pytest.UsageError, match=r"--size 'm5': allowed are 56, 28"):
+        conftest.problems(Config(size="m5"))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("dtype", "factor"), [("float32", 1.001), ("bfloat16", 1.5)])
+def test_no_time_without_a_check(monkeypatch: pytest.MonkeyPatch, dtype: str, factor: float) -> None:
+    """Gates that are off get a reason and no time, the right one beside them a time; bfloat16's bound is wider."""
+
+    class Off(core.Gate):
+        def __call__(self, x: torch.Tensor) -> torch.Tensor:
+            return super().__call__(x) * factor
+
+    for name in ("se", "eca", "cbam"):
+        monkeypatch.setitem(core.CONTENDERS, name, lambda p, name=name: Off(name, p))
+    row = bench_unit.measure(core.Problem(2, 16, 9, 9, dtype), ["fused", *gates.GATES], core.Effort.quick())
+    assert set(row.wrong) == {"se", "eca", "cbam"}
+    assert all("error" in why and "bound" in why for why in row.wrong.values())
+    timed = {block.split()[0] for block in row.measured.samples}
+    assert timed == {"fused", "gct", "floor-forward", "floor-backward"}
+
+
+def test_backend_of_the_fused_contender() -> None:
+    """``--backend`` reaches the unit: a backend that cannot run is an error, not another's time."""
+    row = bench_unit.measure(core.Problem(1, 8, 7, 7), ["fused"], core.Effort.quick(), "reference")
+    assert not row.wrong
+    assert row.memory["fused"]["kept_bytes"] > 8 * 7 * 7 * 4, "plain PyTorch keeps maps"
+    if not torch.cuda.is_available():
+        row = bench_unit.measure(core.Problem(1, 8, 7, 7), ["fused"], core.Effort.quick(), "cuda")
+        assert "cuda" in row.wrong["fused"] and not row.measured.samples.get("fused forward")
+
+
+def test_gaussian_gct_is_its_formula() -> None:
+    x = torch.randn(2, 6, 5, 4, dtype=torch.float64)
+    pooled = x.numpy().mean((2, 3))
+    normal = (pooled - pooled.mean(1, keepdims=True)) / np.sqrt(pooled.var(1, keepdims=True) + 1e-5)
+    expected = x.numpy() * np.exp(-2 * normal**2)[:, :, None, None]
+    np.testing.assert_allclose(gates.GaussianGCT(6)(x).numpy(), expected, rtol=1e-13)
+
+
+def test_memory_is_counted() -> None:
+    x = torch.zeros(1024)
+
+    def call() -> torch.Tensor:
+        held = x.neg()
+        return held.neg()[:512]
+
+    result, taken = memory.traced(call)
+    assert taken == memory.Memory(kept=4096, peak=8192)
+    assert result.shape == (512,)
+
+
+def test_spread() -> None:
+    measured = core.Measured({"b": [{"forward": float(v)} for v in (1, 2, 3, 4, 5)]})
+    assert measured.spread("b", "forward") == pytest.approx(2 / 3)
+
+
+# ---- whole networks --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("network", "blocks"), [("resnet18", 8), ("resnet50", 16), ("mobilenet_v2", 10)])
+def test_gates_go_into_every_residual_block(network: str, blocks: int) -> None:
+    import torchvision.models
+
+    with torch.device("meta"):
+        model = getattr(torchvision.models, network)(weights=None)
+        assert gates.insert_gate(model, "eca") == blocks == end_to_end.attention_layers(model)
+
+
+def test_gates_come_before_the_addition() -> None:
+    from torchvision.models.resnet import BasicBlock, ResNet
+
+    model = ResNet(BasicBlock, [1, 1, 1, 1], num_classes=3).eval()
+    gates.insert_gate(model, "gct")
+    block = model.layer1[0]
+    block.bn2.attention.forward = torch.zeros_like  # type: ignore[assignment]
+    x = torch.randn(1, 64, 5, 5)
+    assert torch.equal(block(x), x.relu())
+    with pytest.raises(TypeError, match="Linear"):
+        gates.insert_gate(nn.Linear(2, 2), "se")
+
+
+def test_networks_of_all_contenders_have_the_same_convolutions() -> None:
+    plain, gated, steam = (end_to_end.make("resnet18", c).state_dict() for c in ("plain", "se", "steam"))
+    assert all(torch.equal(v, gated[k]) and torch.equal(v, steam[k]) for k, v in plain.items())
+
+
+def test_a_wrong_network_has_no_price(monkeypatch: pytest.MonkeyPatch) -> None:
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    judge = end_to_end.Judge("resnet18", images)
+    judge.check("steam")
+    right = end_to_end.make
+
+    def wrong(network: str, contender: str, seed: int = 0) -> nn.Module:
+        model = right(network, contender, seed)
+        for unit in (m for m in model.modules() if contender == "steam" and isinstance(m, end_to_end.FusedSTEAM)):
+            unit.scale = 1.001
+        return model
+
+    monkeypatch.setattr(end_to_end, "make", wrong)
+    with pytest.raises(AssertionError, match=r"resnet18 steam: .* is off by"):
+        judge.check("steam")
+
+
+def test_compiled_contenders_are_not_each_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TorchDynamo may take the graph of one network for another that differs by a hook only: what is measured must be
+    what it is called, and the check sees it where it is not."""
+    from torchvision.models.resnet import BasicBlock, ResNet
+
+    def make(network: str, contender: str, seed: int = 0) -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = ResNet(BasicBlock, [1, 1, 1, 1], num_classes=4)
+            return model if contender == "plain" else end_to_end.insert_steam(model)
+
+    compile_ = torch.compile
+    monkeypatch.setattr(end_to_end, "make", make)
+    monkeypatch.setattr(torch, "compile", lambda model, **options: compile_(model, backend="eager", **options))
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    judge = end_to_end.Judge.__new__(end_to_end.Judge)
+    judge.network, judge.bounds = "resnet", {"inference": 1e-5}
+    rows = end_to_end.measure(judge, "inference", "compiled", ["plain", "steam"], images, 0.0)
+    assert [r["layers"] for r in rows] == [0, 4]
+    torch._dynamo.reset()
+    with pytest.raises(AssertionError, match="steam, compiled: inference is off by"):
+        judge.check_compiled("steam", "inference", make("", "plain"), images)
+
+
+def test_page_has_mobile_and_detection_names() -> None:
+    """Each shape of the table has its name on the page, and a picture takes rows of one dtype and layout only."""
+    assert set(report.SHAPE_NAMES) == set(core.SHAPES)
+    for name, text in report.SHAPE_NAMES.items():
+        assert text == "×".join(map(str, core.SHAPES[name]))
+    problem = core.Problem(8, *core.SHAPES["m14"])
+    rows = [
+        {"problem": p.label, "contender": "fused", "direction": "both", "shape": p.name}
+        | {"batch": p.n, "dtype": p.dtype, "layout": p.layout}
+        for p in (problem, replace(problem, layout="channels_last"), replace(problem, n=1))
+    ]
+    assert [r["problem"] for r in report.Unit(rows).shown()] == [problem.label]
