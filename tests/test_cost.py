@@ -48,7 +48,7 @@ def test_the_command_names_what_is_wrong() -> None:
     command = [sys.executable, "-m", "steam_kernels.cost", "--size", "0"]
     ran = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert ran.returncode == 2 and "size must be at least 1, got 0" in ran.stderr
-    with pytest.raises(ValueError, match="model must be one of 'resnet18'.*got 'vgg11'"):
+    with pytest.raises(ValueError, match=r"model must be one of 'resnet18'.*got 'vgg11'"):
         networks.table("vgg11", 224)
 
 
@@ -135,7 +135,9 @@ def test_fvcore(backend: str) -> None:
         assert total(model) - total(plain) == expected(2)
         tail = FusedSTEAM(64, activation="relu")
         analysis = counters.FlopCountAnalysis(tail, (torch.randn(3, 64, 9, 9), torch.randn(3, 64, 9, 9)))
-        assert analysis.set_op_handle(**fvcore_handles()).total() == 3 * steam_kernels.cost(64, 9, 9, residual=True).flops
+        assert (
+            analysis.set_op_handle(**fvcore_handles()).total() == 3 * steam_kernels.cost(64, 9, 9, residual=True).flops
+        )
     traced = torch.jit.trace(FusedSTEAM(6), torch.randn(1, 6, 9, 9), check_trace=False)
     assert "steam_kernels::" not in str(traced.inlined_graph)
 
