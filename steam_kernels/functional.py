@@ -16,6 +16,9 @@ __all__ = ["steam"]
 
 _log = logging.getLogger("steam_kernels")
 
+#: Whether traces hold the operators: set by :func:`steam_kernels.cost.counters.as_operators` alone.
+traced_as_operators = False
+
 
 def steam(
     x: Tensor,
@@ -116,7 +119,7 @@ def _looked_into() -> bool:
     """Whether an exporter, a tracer, a function transform or forward-mode differentiation needs plain operators."""
     return (
         torch.compiler.is_exporting()
-        or torch.jit.is_tracing()
+        or (torch.jit.is_tracing() and not traced_as_operators)
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
     )

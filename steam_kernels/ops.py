@@ -38,8 +38,9 @@ _SCHEMAS = {
 }
 #: Backends with operators of their own, by name.
 _NAMED = ("triton", "cuda")
-_PREFIXES = ("", *(f"{_backend}_" for _backend in _NAMED))
-for _prefix in _PREFIXES:
+#: What the names of one backend's operators start with, the automatic ones' first.
+PREFIXES = ("", *(f"{_backend}_" for _backend in _NAMED))
+for _prefix in PREFIXES:
     for _name, _schema in _SCHEMAS.items():
         _LIBRARY.define(_prefix + _name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
 
@@ -123,7 +124,7 @@ def _fake_forward_(*args: Any) -> None:
     return None
 
 
-for _prefix in _PREFIXES:
+for _prefix in PREFIXES:
     for _name, _fake in (("forward", _fake_forward), ("backward", _fake_backward), ("forward_", _fake_forward_)):
         torch.library.register_fake(f"steam_kernels::{_prefix}{_name}", _fake, lib=_LIBRARY)
 
@@ -406,11 +407,11 @@ def _call_inplace(
 
 
 def _packets(*names: str) -> list[Any]:
-    return [getattr(torch.ops.steam_kernels, prefix + name) for prefix in _PREFIXES for name in names]
+    return [getattr(torch.ops.steam_kernels, prefix + name) for prefix in PREFIXES for name in names]
 
 
 @register_flop_formula(_packets("forward", "forward_"))
-def _forward_flop(
+def forward_flop(
     x: Any,
     channel_weight: Any,
     spatial_weight: Any,
@@ -423,6 +424,7 @@ def _forward_flop(
     *args: Any,
     **kwargs: Any,
 ) -> int:
+    """FLOPs of a call of ``forward`` or ``forward_`` from its arguments, tensors or their shapes."""
     unit = _unit(num_heads, channel_radius, spatial_neighbors, self_loops, True, 1.0)
     return x[0] * forward_flops(x[1], x[2], x[3], tuple(grid), unit, residual is not None)
 

@@ -127,10 +127,11 @@ def lattice(grid: tuple[int, int], neighbors: int, self_loops: bool, device: tor
     """The spatial graph: each cell joined to its 4 or 8 bounded neighbours [second-hand: a few; ours: four]."""
     gh, gw = grid
     down, right = torch.tensor(lattice_offsets(grid, neighbors, self_loops), device=device).unbind(1)
-    cell = torch.arange(gh * gw, device=device)[:, None]
-    row, column = cell // gw + down, cell % gw + right
-    inside = (row >= 0) & (row < gh) & (column >= 0) & (column < gw)
-    return torch.where(inside, row * gw + column, cell), inside
+    # By axis: a division of cell numbers by a symbolic gw is nothing that ONNX's exporter can translate.
+    i, j = torch.arange(gh, device=device)[:, None, None], torch.arange(gw, device=device)[:, None]
+    row, column = i + down, j + right
+    inside = ((row >= 0) & (row < gh)) & ((column >= 0) & (column < gw))
+    return torch.where(inside, row * gw + column, i * gw + j).flatten(0, 1), inside.flatten(0, 1)
 
 
 def graph_transform(t: Tensor, weight: Tensor, num_heads: int, graph: Graph) -> Tensor:

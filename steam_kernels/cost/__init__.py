@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .config import Unit, check_embed_dim, check_integer, ring_offsets
+from ..config import Unit, check_embed_dim, check_integer, ring_offsets
 
 
 class Cost(NamedTuple):

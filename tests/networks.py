@@ -1,0 +1,42 @@
+"""Residual networks with units for the tests of tools: random weights, gates that gate, outputs of ordinary size."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from steam_kernels import FusedSTEAM, insert_steam
+
+
+def resnet(name: str = "resnet18", *, units: bool = True, norm: Any = None, **options: Any) -> nn.Module:
+    """A torchvision ResNet with units whose weights are large enough to matter, in training mode."""
+    from torchvision import models
+
+    model = getattr(models, name)(weights=None, norm_layer=norm, num_classes=10)
+    if units:
+        insert_steam(model, **options)
+        strengthen(model)
+    return model
+
+
+def strengthen(model: nn.Module) -> nn.Module:
+    """Draws the units' weights with a deviation of one."""
+    for unit in model.modules():
+        if isinstance(unit, FusedSTEAM):
+            nn.init.normal_(unit.channel_weight)
+            nn.init.normal_(unit.spatial_weight)
+    return model
+
+
+@torch.no_grad()
+def settle(model: nn.Module) -> nn.Module:
+    """Gives the batch normalisations statistics of random images, so that activations keep their size; sets eval()."""
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = 1.0
+    model.train()(torch.randn(4, 3, 64, 64))
+    for norm in norms:
+        norm.momentum = 0.1
+    return model.eval()
