@@ -9,7 +9,7 @@ Two models of the same weights differ in their units' backend alone. What is com
   input by half a rounding changed its own gradients by 1e-3 to 1 of their norm, with SiLU by 1e-5 to 7e-4 (3 seeds);
 - a training step of the whole network: its losses within 1e-3. A detector chooses proposals and samples by scores,
   which is discontinuous: one that moves by a rounding may change places with its neighbour. Both models draw from one
-  seed;
+  seed. Seen over four other seeds, at both sizes: no choice changed, and no loss differed by more than 8e-6 of itself;
 - an inference.
 """
 
