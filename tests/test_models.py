@@ -168,6 +168,7 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
     "mobilenet_v3": lambda: models.mobilenet_v3_small(num_classes=5, width_mult=0.5),
     "shufflenet_v2": lambda: models.shufflenet_v2_x0_5(num_classes=5),
     "efficientnet": lambda: models.efficientnet_b0(num_classes=5),
+    "efficientnet_v2": lambda: models.efficientnet_v2_s(num_classes=5),
     "convnext": small_convnext,
     "regnet": lambda: models.regnet_y_400mf(num_classes=5),
     "lraspp": lambda: models.segmentation.lraspp_mobilenet_v3_large(weights=None, weights_backbone=None),
@@ -177,9 +178,11 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
     "timm mobilenet_v3": lambda: timm_model("mobilenetv3_small_050", num_classes=5),
     "timm mobilenet_v4": lambda: timm_model("mobilenetv4_conv_small_035", num_classes=5),
     "timm efficientnet": lambda: timm_model("efficientnet_lite0", num_classes=5),
+    "timm efficientnet_v2": lambda: timm_model("efficientnetv2_rw_t", num_classes=5),
     "timm features": lambda: timm_model("resnet18", features_only=True, zero_init_last=False),
     "timm convnext": lambda: timm_model("convnext_atto", num_classes=5, ls_init_value=0.5, drop_path_rate=0.1),
     "timm regnet": lambda: timm_model("regnetx_002", num_classes=5, zero_init_last=False),
+    "timm regnetv": lambda: timm_model("regnetv_040", num_classes=5, zero_init_last=False),
 }
 
 
@@ -238,6 +241,7 @@ BY_HAND: dict[str, Callable[[Any, nn.Module, torch.Tensor], torch.Tensor]] = {
         2,
     ),
     "efficientnet": lambda b, unit, x: unit(b.block(x)) + (x if b.use_res_connect else 0),
+    "efficientnet_v2": lambda b, unit, x: unit(b.block(x)) + (x if b.use_res_connect else 0),
     "convnext": lambda b, unit, x: b.layer_scale * unit(b.block(x)) + x,
     "regnet": lambda b, unit, x: b.activation(unit(b.f(x)) + (b.proj(x) if b.proj else x)),
 }
@@ -280,7 +284,7 @@ def build(library: str, name: str) -> nn.Module:
     return getattr(getattr(models, module) if module else models, function)(weights=None, **options)
 
 
-@pytest.mark.parametrize("library,rows", [("torchvision", 28), ("timm", 11)])
+@pytest.mark.parametrize("library,rows", [("torchvision", 28), ("timm", 12)])
 def test_documented_counts(library: str, rows: int) -> None:
     """The table of docs/models.md is what insert_steam does."""
     documented = [row[1:] for row in DOCUMENTED if row[0] == library]
@@ -306,7 +310,8 @@ def test_a_timm_model_of_few_known_blocks_is_not_known() -> None:
 
 
 def test_timm_stages_by_feature_info() -> None:
-    model = timm_model("vgg11", num_classes=3)
+    with torch.device("meta"):
+        model = timm_model("vgg11", num_classes=3)
     insert_steam(model, "stages", window=8)
     info = [(i["module"], i["num_chs"]) for i in model.feature_info]
     assert [(name, unit.channels) for name, unit in steam_sites(model).items()] == info
@@ -434,6 +439,18 @@ def test_modules_that_cannot_have_a_unit() -> None:
             function(3)
     with pytest.raises(ValueError, match="Net"):
         remove_steam(Net())
+
+
+def test_compiled_models_are_refused() -> None:
+    """Compiled code would go on without the units: nothing in it looks at hooks that come later."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 1))
+    with pytest.raises(ValueError, match="model must not be compiled"):
+        insert_steam(torch.compile(model, backend="eager"), ["_orig_mod.0"])
+    insert_steam(model, ["0"])
+    model.compile(backend="eager")
+    with pytest.raises(ValueError, match="model must not be compiled"):
+        remove_steam(model)
+    assert list(steam_sites(model)) == ["0"]
 
 
 def test_hooks_that_were_there_stay_and_see_what_they_saw(caplog: pytest.LogCaptureFixture) -> None:

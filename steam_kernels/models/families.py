@@ -60,7 +60,6 @@ BLOCKS: dict[str, Kind] = {
     "timm.models.regnet.PreBottleneck": Kind(("conv3",)),
     "detectron2.modeling.backbone.resnet.BasicBlock": Kind(("conv2",)),
     "detectron2.modeling.backbone.resnet.BottleneckBlock": Kind(("conv3",)),
-    "detectron2.modeling.backbone.resnet.DeformBottleneckBlock": Kind(("conv3",)),
 }
 
 

@@ -65,19 +65,19 @@ def insert_steam(
         TypeError: ``model`` is no module, or has no known block where ``sites`` is a placement by name; ``sites`` is
             none of the above; an option is not one of FusedSTEAM's.
         ValueError: ``sites`` names no placement, a module that is not there, none at all, one place twice, or a module
-            that cannot have a unit; or ``model`` has units already. Nothing is changed then.
+            that cannot have a unit; or ``model`` has units already, or is compiled. Nothing is changed then.
 
     Note:
-        What replaces modules, as ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` does, leaves the hooks of the old
-        ones behind: call it before, or the units on norms ("blocks") do nothing.
+        Insert units before ``torch.compile``, whose code does not see hooks that come later, and before the optimiser
+        is made. What replaces modules, as ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` does, leaves the hooks of
+        the old ones behind: call it before, or the units on norms ("blocks") do nothing.
 
     Example:
         >>> model = insert_steam(torchvision.models.resnet50(), identity_init=True)
         >>> list(steam_sites(model))
         ['layer1.2', 'layer2.2', 'layer3.2', 'layer3.5', 'layer4.2']
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    _check_uncompiled(model)
     if "channels" in unit:
         raise TypeError(f"channels is set by each site, got channels={unit['channels']!r}")
     present = next((name for name, module in model.named_modules() if isinstance(module, STEAM)), None)
@@ -124,8 +124,9 @@ def remove_steam(model: nn.Module) -> nn.Module:
 
     Raises:
         TypeError: ``model`` is no module.
-        ValueError: it has no units from :func:`insert_steam`.
+        ValueError: it has no units from :func:`insert_steam`, or is compiled.
     """
+    _check_uncompiled(model)
     sites = steam_sites(model)
     if not sites:
         raise ValueError(f"model must have units that insert_steam put there, got a {type(model).__qualname__} without")
@@ -135,6 +136,18 @@ def remove_steam(model: nn.Module) -> nn.Module:
             del module._forward_hooks[key]
         del module._modules[NAME]
     return model
+
+
+def _check_uncompiled(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    # Compiled code is not guarded by hooks: it would go on without the units, or with those removed.
+    for name, module in model.named_modules():
+        if "_orig_mod" in module._modules or module._compiled_call_impl is not None:
+            raise ValueError(
+                f"model must not be compiled yet, got a compiled {type(module).__qualname__} at {name!r}: compile it "
+                "when its units are as they shall be"
+            )
 
 
 def _hooks(module: nn.Module) -> list[int]:
