@@ -159,7 +159,11 @@ def test_errors_change_nothing() -> None:
 
 def small_convnext() -> nn.Module:
     setting = [models.convnext.CNBlockConfig(8, 16, 3), models.convnext.CNBlockConfig(16, None, 2)]
-    return models.ConvNeXt(setting, layer_scale=0.5, num_classes=5)
+    model = models.ConvNeXt(setting, layer_scale=0.5, num_classes=5)
+    for p in model.parameters():
+        if p.dim() > 1:  # its own start is so small that gates do not depend on the map
+            nn.init.normal_(p, std=p[0].numel() ** -0.5)
+    return model
 
 
 FAMILIES: dict[str, Callable[[], nn.Module]] = {
@@ -223,7 +227,13 @@ def test_every_family_in_every_placement(name: str) -> None:
             assert list(model.state_dict()) == list(state) and not any(m._forward_hooks for m in model.modules())
 
 
-#: From the parts of a torchvision block and its unit to the block's output, by hand, for "blocks".
+def before_skip(block: Any, unit: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """For a block of timm that ends with its addition: the branch is what the block adds."""
+    skip = block.shortcut(x) if hasattr(block, "shortcut") else x if block.has_skip else torch.zeros(())
+    return unit(block(x) - skip) + skip
+
+
+#: From the parts of a block and its unit to the block's output, by hand, for "blocks".
 BY_HAND: dict[str, Callable[[Any, nn.Module, torch.Tensor], torch.Tensor]] = {
     "resnet": lambda b, unit, x: b.relu(
         unit(b.bn3(b.conv3(b.relu(b.bn2(b.conv2(b.relu(b.bn1(b.conv1(x)))))))))
@@ -244,6 +254,24 @@ BY_HAND: dict[str, Callable[[Any, nn.Module, torch.Tensor], torch.Tensor]] = {
     "efficientnet_v2": lambda b, unit, x: unit(b.block(x)) + (x if b.use_res_connect else 0),
     "convnext": lambda b, unit, x: b.layer_scale * unit(b.block(x)) + x,
     "regnet": lambda b, unit, x: b.activation(unit(b.f(x)) + (b.proj(x) if b.proj else x)),
+    "timm resnet": lambda b, unit, x: b.act2(
+        unit(b.bn2(b.conv2(b.act1(b.bn1(b.conv1(x)))))) + (b.downsample(x) if b.downsample else x)
+    ),
+    "timm seresnet": lambda b, unit, x: b.act2(
+        unit(b.se(b.bn2(b.conv2(b.act1(b.bn1(b.conv1(x))))))) + (b.downsample(x) if b.downsample else x)
+    ),
+    "timm regnet": lambda b, unit, x: b.act3(
+        unit(b.conv3(b.se(b.conv2(b.conv1(x))))) + (b.downsample(x) if b.downsample else x)
+    ),
+    "timm regnetv": lambda b, unit, x: (
+        unit(b.conv3(b.norm3(b.se(b.conv2(b.norm2(b.conv1(b.norm1(x))))))))
+        + (b.downsample(b.norm1(x)) if b.downsample else 0)
+    ),
+    "timm mobilenet_v3": before_skip,
+    "timm mobilenet_v4": before_skip,
+    "timm efficientnet": before_skip,
+    "timm efficientnet_v2": before_skip,
+    "timm convnext": before_skip,
 }
 
 
@@ -266,7 +294,7 @@ def test_blocks_act_before_the_addition(name: str) -> None:
             got = model.get_submodule(block.name)(given.clone())
             expected = BY_HAND[name](block.module, unit, given.clone())
             changed = (expected - block.module(given.clone())).norm()
-            assert changed > 0 and (got - expected).norm() < 1e-4 * changed, block.name
+            assert changed > 0 and (got - expected).norm() < 1e-3 * changed, block.name
 
 
 DOCUMENTED = re.findall(
