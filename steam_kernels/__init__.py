@@ -4,8 +4,17 @@ from . import reference
 from .backends import available_backends
 from .cost import cost
 from .functional import steam
-from .models import insert_steam
+from .models import insert_steam, remove_steam, steam_sites
 from .module import FusedSTEAM
 
-__all__ = ["FusedSTEAM", "available_backends", "cost", "insert_steam", "reference", "steam"]
+__all__ = [
+    "FusedSTEAM",
+    "available_backends",
+    "cost",
+    "insert_steam",
+    "reference",
+    "remove_steam",
+    "steam",
+    "steam_sites",
+]
 __version__ = "0.1.0"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import glob
 import os
+import tempfile
 from collections.abc import Generator, Iterator
 
 # Before torch, which may import Triton: where there is no GPU, its kernels run in the interpreter, for who names them.
@@ -15,6 +16,11 @@ import pytest
 import torch
 
 import steam_kernels
+
+# Ultralytics asks the network and writes into the home directory from its import on, unless told not to.
+_ULTRALYTICS = tempfile.TemporaryDirectory(prefix="steam_kernels_ultralytics_")
+os.environ.setdefault("YOLO_CONFIG_DIR", _ULTRALYTICS.name)
+os.environ.setdefault("YOLO_OFFLINE", "true")
 
 M_PERTURB = -6
 
@@ -91,3 +97,12 @@ def _fresh(request: pytest.FixtureRequest) -> Iterator[None]:
         torch._dynamo.reset()
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def environment() -> Iterator[None]:
+    """Environment variables as they were, after a toolkit that sets some."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)

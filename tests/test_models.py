@@ -1,16 +1,33 @@
-"""insert_steam: where the units go, and that nothing else changes."""
+"""insert_steam: where the units go, and that nothing else changes; remove_steam; the ready models."""
 
 from __future__ import annotations
 
 import copy
+import functools
+import io
+import logging
+import pathlib
+import pickle
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
-from steam_kernels import FusedSTEAM, insert_steam
+import steam_kernels.models
+from steam_kernels import FusedSTEAM, insert_steam, remove_steam, steam_sites
+from steam_kernels.models import families
 
 torchvision = pytest.importorskip("torchvision")
 models = torchvision.models
+
+
+def timm_model(name: str, **options: Any) -> nn.Module:
+    return pytest.importorskip("timm").create_model(name, pretrained=False, **options)
 
 
 def units(model: torch.nn.Module) -> dict[str, FusedSTEAM]:
@@ -135,3 +152,469 @@ def test_errors_change_nothing() -> None:
     insert_steam(model)
     with pytest.raises(ValueError, match="layer1"):
         insert_steam(model)
+
+
+# ---- families --------------------------------------------------------------------------------------------------------
+
+
+def small_convnext() -> nn.Module:
+    setting = [models.convnext.CNBlockConfig(8, 16, 3), models.convnext.CNBlockConfig(16, None, 2)]
+    model = models.ConvNeXt(setting, layer_scale=0.5, num_classes=5)
+    for p in model.parameters():
+        if p.dim() > 1:  # its own start is so small that gates do not depend on the map
+            nn.init.normal_(p, std=p[0].numel() ** -0.5)
+    return model
+
+
+FAMILIES: dict[str, Callable[[], nn.Module]] = {
+    "resnet": lambda: models.ResNet(models.resnet.Bottleneck, [1, 3, 1, 1], num_classes=5),
+    "mobilenet_v2": lambda: models.mobilenet_v2(num_classes=5, width_mult=0.25),
+    "mobilenet_v3": lambda: models.mobilenet_v3_small(num_classes=5, width_mult=0.5),
+    "shufflenet_v2": lambda: models.shufflenet_v2_x0_5(num_classes=5),
+    "efficientnet": lambda: models.efficientnet_b0(num_classes=5),
+    "efficientnet_v2": lambda: models.efficientnet_v2_s(num_classes=5),
+    "convnext": small_convnext,
+    "regnet": lambda: models.regnet_y_400mf(num_classes=5),
+    "lraspp": lambda: models.segmentation.lraspp_mobilenet_v3_large(weights=None, weights_backbone=None),
+    "timm resnet": lambda: timm_model("resnet18", num_classes=5, zero_init_last=False),
+    "timm seresnet": lambda: timm_model("seresnet18", num_classes=5, zero_init_last=False),
+    "timm mobilenet_v2": lambda: timm_model("mobilenetv2_035", num_classes=5),
+    "timm mobilenet_v3": lambda: timm_model("mobilenetv3_small_050", num_classes=5),
+    "timm mobilenet_v4": lambda: timm_model("mobilenetv4_conv_small_035", num_classes=5),
+    "timm efficientnet": lambda: timm_model("efficientnet_lite0", num_classes=5),
+    "timm efficientnet_v2": lambda: timm_model("efficientnetv2_rw_t", num_classes=5),
+    "timm features": lambda: timm_model("resnet18", features_only=True, zero_init_last=False),
+    "timm convnext": lambda: timm_model("convnext_atto", num_classes=5, ls_init_value=0.5, drop_path_rate=0.1),
+    "timm regnet": lambda: timm_model("regnetx_002", num_classes=5, zero_init_last=False),
+    "timm regnetv": lambda: timm_model("regnetv_040", num_classes=5, zero_init_last=False),
+}
+
+
+def outputs(y: Any) -> list[torch.Tensor]:
+    return [y] if isinstance(y, torch.Tensor) else list(y.values() if isinstance(y, dict) else y)
+
+
+@pytest.mark.parametrize("name", list(FAMILIES))
+def test_every_family_in_every_placement(name: str) -> None:
+    """Each unit acts once on its channels, nothing is renamed, the identity is exact, and all of it can be undone."""
+    model = FAMILIES[name]().eval()
+    x = torch.randn(2, 3, 65, 97)
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    modules = [name for name, _ in model.named_modules()]
+    calls: list[nn.Module] = []
+    with torch.no_grad():
+        expected = outputs(model(x))
+        for sites in ("adaptive", "stages", "blocks"):
+            assert insert_steam(model, sites, identity_init=True) is model
+            placed = steam_sites(model)
+            assert list(placed.values()) == list(units(model).values()) and all(u.channels for u in placed.values())
+            assert [k for k in model.state_dict() if k in state] == list(state)
+            assert [name for name, _ in model.named_modules() if not name.endswith(".steam")] == modules
+            missing, unexpected = model.load_state_dict(state, strict=False)
+            keys = ("channel_weight", "spatial_weight")
+            assert not unexpected and sorted(missing) == sorted(f"{u}.steam.{k}" for u in placed for k in keys)
+            calls.clear()
+            handles = [u.register_forward_hook(lambda u, args, y: calls.append(u)) for u in placed.values()]
+            assert all(map(torch.equal, outputs(model(x)), expected))
+            assert len(calls) == len(placed) and set(calls) == set(placed.values())
+            for handle in handles:
+                handle.remove()
+            for u in placed.values():
+                u.spatial_weight[3] = 3.0
+            assert not any(map(torch.equal, outputs(model(x))[-1:], expected[-1:]))
+            assert remove_steam(model) is model and not units(model)
+            assert all(map(torch.equal, outputs(model(x)), expected))
+            assert list(model.state_dict()) == list(state) and not any(m._forward_hooks for m in model.modules())
+
+
+def before_skip(block: Any, unit: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """For a block of timm that ends with its addition: the branch is what the block adds."""
+    skip = block.shortcut(x) if hasattr(block, "shortcut") else x if block.has_skip else torch.zeros(())
+    return unit(block(x) - skip) + skip
+
+
+#: From the parts of a block and its unit to the block's output, by hand, for "blocks".
+BY_HAND: dict[str, Callable[[Any, nn.Module, torch.Tensor], torch.Tensor]] = {
+    "resnet": lambda b, unit, x: b.relu(
+        unit(b.bn3(b.conv3(b.relu(b.bn2(b.conv2(b.relu(b.bn1(b.conv1(x)))))))))
+        + (b.downsample(x) if b.downsample else x)
+    ),
+    "mobilenet_v2": lambda b, unit, x: unit(b.conv(x)) + (x if b.use_res_connect else 0),
+    "mobilenet_v3": lambda b, unit, x: unit(b.block(x)) + (x if b.use_res_connect else 0),
+    "shufflenet_v2": lambda b, unit, x: models.shufflenetv2.channel_shuffle(
+        torch.cat(
+            (x.chunk(2, 1)[0], unit(b.branch2(x.chunk(2, 1)[1])))
+            if b.stride == 1
+            else (b.branch1(x), unit(b.branch2(x))),
+            1,
+        ),
+        2,
+    ),
+    "efficientnet": lambda b, unit, x: unit(b.block(x)) + (x if b.use_res_connect else 0),
+    "efficientnet_v2": lambda b, unit, x: unit(b.block(x)) + (x if b.use_res_connect else 0),
+    "convnext": lambda b, unit, x: b.layer_scale * unit(b.block(x)) + x,
+    "regnet": lambda b, unit, x: b.activation(unit(b.f(x)) + (b.proj(x) if b.proj else x)),
+    "timm resnet": lambda b, unit, x: b.act2(
+        unit(b.bn2(b.conv2(b.act1(b.bn1(b.conv1(x)))))) + (b.downsample(x) if b.downsample else x)
+    ),
+    "timm seresnet": lambda b, unit, x: b.act2(
+        unit(b.se(b.bn2(b.conv2(b.act1(b.bn1(b.conv1(x))))))) + (b.downsample(x) if b.downsample else x)
+    ),
+    "timm regnet": lambda b, unit, x: b.act3(
+        unit(b.conv3(b.se(b.conv2(b.conv1(x))))) + (b.downsample(x) if b.downsample else x)
+    ),
+    "timm regnetv": lambda b, unit, x: (
+        unit(b.conv3(b.norm3(b.se(b.conv2(b.norm2(b.conv1(b.norm1(x))))))))
+        + (b.downsample(b.norm1(x)) if b.downsample else 0)
+    ),
+    "timm mobilenet_v3": before_skip,
+    "timm mobilenet_v4": before_skip,
+    "timm efficientnet": before_skip,
+    "timm efficientnet_v2": before_skip,
+    "timm convnext": before_skip,
+}
+
+
+@pytest.mark.parametrize("name", list(BY_HAND))
+def test_blocks_act_before_the_addition(name: str) -> None:
+    plain = FAMILIES[name]().eval()
+    model = insert_steam(copy.deepcopy(plain), "blocks")
+    found = families.find_blocks(plain)
+    assert len(found) == len(units(model)) > 1
+    x = torch.randn(2, 3, 65, 97)
+    inputs: dict[str, torch.Tensor] = {}
+    for block in found:
+        block.module.register_forward_pre_hook(
+            functools.partial(lambda n, m, args: inputs.update({n: args[0]}), block.name)
+        )
+    with torch.no_grad():
+        plain(x)
+        for block, unit in zip(found, units(model).values(), strict=True):
+            given = torch.randn_like(inputs[block.name])
+            got = model.get_submodule(block.name)(given.clone())
+            expected = BY_HAND[name](block.module, unit, given.clone())
+            changed = (expected - block.module(given.clone())).norm()
+            assert changed > 0 and (got - expected).norm() < 1e-3 * changed, block.name
+
+
+DOCUMENTED = re.findall(
+    r"^\| `(\w+)\.([\w.]+)` \| (\S+) \| (\S+) \| (\S+) \| (\S+) \|$",
+    (pathlib.Path(__file__).parents[1] / "docs" / "models.md").read_text(),
+    re.MULTILINE,
+)
+
+
+def build(library: str, name: str) -> nn.Module:
+    if library == "timm":
+        return timm_model(name)
+    module, _, function = name.rpartition(".")
+    options = {"weights_backbone": None} if module else {}
+    return getattr(getattr(models, module) if module else models, function)(weights=None, **options)
+
+
+@pytest.mark.parametrize("library,rows", [("torchvision", 28), ("timm", 12)])
+def test_documented_counts(library: str, rows: int) -> None:
+    """The table of docs/models.md is what insert_steam does."""
+    documented = [row[1:] for row in DOCUMENTED if row[0] == library]
+    assert len(documented) == rows
+    for name, stages, *counts in documented:
+        # RegNet works out its widths with tensors, which it cannot do on the meta device
+        with torch.device("cpu" if "regnet" in name else "meta"):
+            model = build(library, name)
+        assert "+".join(str(len(stage)) for stage in families.stages(model)) == stages.strip("–"), name
+        for sites, count in zip(("adaptive", "stages", "blocks"), counts, strict=True):
+            if count == "–":
+                with pytest.raises(TypeError, match="model must have blocks"):
+                    insert_steam(model, sites)
+            else:
+                assert len(steam_sites(insert_steam(model, sites))) == int(count), (name, sites)
+                remove_steam(model)
+
+
+def test_a_timm_model_of_few_known_blocks_is_not_known() -> None:
+    """A GhostNet has one block that other timm models have too: a unit in it alone would pass for a placement."""
+    with torch.device("meta"), pytest.raises(TypeError, match=r"timm\.models\.ghostnet\.GhostNet"):
+        insert_steam(timm_model("ghostnet_050"))
+
+
+def test_timm_stages_by_feature_info() -> None:
+    with torch.device("meta"):
+        model = timm_model("vgg11", num_classes=3)
+    insert_steam(model, "stages", window=8)
+    info = [(i["module"], i["num_chs"]) for i in model.feature_info]
+    assert [(name, unit.channels) for name, unit in steam_sites(model).items()] == info
+    with torch.device("meta"):
+        nhwc = insert_steam(timm_model("swin_tiny_patch4_window7_224"), "stages").to_empty(device="cpu")
+    with pytest.raises(ValueError, match="96 channels"), torch.no_grad():
+        nhwc(torch.randn(1, 3, 224, 224))
+
+
+def test_as_a_layer_of_timm() -> None:
+    model = timm_model("resnet50", block_args={"attn_layer": FusedSTEAM}, num_classes=3)
+    assert list(units(model))[:2] == ["layer1.0.se", "layer1.1.se"] and len(units(model)) == 16
+    assert [u.channels for u in units(model).values()] == [256] * 3 + [512] * 4 + [1024] * 6 + [2048] * 3
+    assert model(torch.randn(2, 3, 65, 97)).shape == (2, 3)
+    layer = functools.partial(FusedSTEAM, identity_init=True)
+    torch.manual_seed(0)
+    plain = timm_model("resnet18", num_classes=3, zero_init_last=False).eval()
+    other = timm_model("resnet18", block_args={"attn_layer": layer}, num_classes=3, dtype=torch.float32).eval()
+    missing, _ = other.load_state_dict(plain.state_dict(), strict=False)
+    assert missing and all(".se." in name for name in missing)
+    x = torch.randn(1, 3, 65, 97)
+    assert torch.equal(other(x), plain(x))
+    with pytest.raises(ValueError, match="already"):
+        insert_steam(other)
+    with pytest.raises(ValueError, match="insert_steam put there"):
+        remove_steam(other)
+
+
+# ---- any module ------------------------------------------------------------------------------------------------------
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Sequential(nn.BatchNorm2d(8), nn.ReLU()))
+        self.layers = nn.ModuleList(nn.Conv2d(8, 8, 1) for _ in range(3))
+        self.both = Both()
+        self.walker = Walker()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        for layer in self.layers:
+            x = layer(x)
+        a, b = self.both(x)
+        return self.walker(a + b)
+
+
+class Both(nn.Module):
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return x, x
+
+
+class Walker(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Identity(), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for child in self.children():
+            x = child(x)
+        return x
+
+
+def test_names_and_predicates(any_backend: str) -> None:
+    plain = Net().eval().double()
+    names = ["layers.1", "stem", "walker.second", "walker.first"]
+    model = insert_steam(copy.deepcopy(plain), names, backend=any_backend)
+    placed = steam_sites(model)
+    assert {name: unit.channels for name, unit in placed.items()} == {
+        "stem.1.1": None,
+        "layers.1": 8,
+        "walker.first": None,
+        "walker.second": 4,
+    }
+    assert all(unit.channel_weight.dtype == torch.float64 for unit in placed.values())
+    x = torch.randn(2, 3, 9, 11, dtype=torch.float64)
+    with torch.no_grad():
+        h = placed["layers.1"](plain.layers[1](plain.layers[0](placed["stem.1.1"](plain.stem(x)))))
+        h = placed["walker.second"](plain.walker.second(placed["walker.first"](2 * plain.layers[2](h))))
+        assert torch.allclose(model(x), h, rtol=1e-9)
+    model = insert_steam(copy.deepcopy(plain), lambda name, module: isinstance(module, nn.Conv2d) and "layers" in name)
+    assert list(steam_sites(model)) == ["layers.0", "layers.1", "layers.2"]
+
+
+@pytest.mark.parametrize(
+    "sites,error,match",
+    [
+        (None, TypeError, "sites .*'adaptive', 'stages', 'blocks', a list .*None"),
+        (3, TypeError, "sites .*3"),
+        ("stem", ValueError, "sites .*'adaptive'.*'stem'"),
+        ("adaptive", TypeError, "model must have blocks .*Net"),
+        ([], ValueError, "one module"),
+        (["stem", 3], TypeError, "3"),
+        (["nowhere"], ValueError, "named_modules.*'nowhere'"),
+        ([""], ValueError, "named_modules.*''"),
+        (["stem", "stem.1.1"], ValueError, "once.*'stem.1.1'"),
+        (["layers"], ValueError, "'layers'.*ModuleList"),
+        (["walker"], ValueError, "'walker'.*Walker"),
+        (lambda name, module: False, ValueError, "one module"),
+    ],
+    ids=str,
+)
+def test_wrong_sites_change_nothing(sites: Any, error: type[Exception], match: str) -> None:
+    model = Net()
+    before = list(model.state_dict())
+    with pytest.raises(error, match=match):
+        insert_steam(model, sites)
+    assert list(model.state_dict()) == before and not any(m._forward_hooks for m in model.modules())
+
+
+def test_modules_that_cannot_have_a_unit() -> None:
+    model = insert_steam(Net(), ["both"])
+    with pytest.raises(TypeError, match=r"sites .*Both.*tuple"):
+        model(torch.randn(1, 3, 8, 8))
+    relu = nn.ReLU()
+    shared = nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 1), relu), nn.Sequential(nn.Conv2d(4, 4, 1), relu))
+    with pytest.raises(ValueError, match=r"'0' ends in '0\.1'"):
+        insert_steam(shared, ["0"])
+    own = Net()
+    own.both.steam = nn.Identity()
+    with pytest.raises(ValueError, match=r"'steam'.*'both'"):
+        insert_steam(own, ["both"])
+    for function in (remove_steam, steam_sites):
+        with pytest.raises(TypeError, match=r"model .*int"):
+            function(3)
+    with pytest.raises(ValueError, match="Net"):
+        remove_steam(Net())
+
+
+def test_compiled_models_are_refused() -> None:
+    """Compiled code would go on without the units: nothing in it looks at hooks that come later."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 1))
+    with pytest.raises(ValueError, match="model must not be compiled"):
+        insert_steam(torch.compile(model, backend="eager"), ["_orig_mod.0"])
+    insert_steam(model, ["0"])
+    model.compile(backend="eager")
+    with pytest.raises(ValueError, match="model must not be compiled"):
+        remove_steam(model)
+    assert list(steam_sites(model)) == ["0"]
+
+
+def test_hooks_that_were_there_stay_and_see_what_they_saw(caplog: pytest.LogCaptureFixture) -> None:
+    model = Net().eval()
+    seen: list[torch.Tensor] = []
+    model.layers[1].register_forward_hook(lambda m, args, y: seen.append(y))
+    model.layers[1].register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+    x = torch.randn(1, 3, 8, 8)
+    model(x)
+    with caplog.at_level(logging.INFO, "steam_kernels"):
+        insert_steam(model, ["layers.1"])
+    assert "1 units, 64 parameters, in Net, after: layers.1 (8 channels)" in caplog.text
+    model(x)
+    remove_steam(model)
+    model(x)
+    assert len(seen) == 6 and all(torch.equal(seen[i], seen[i + 2]) for i in range(4))
+
+
+def test_convert_sync_batchnorm_comes_first() -> None:
+    def make() -> nn.Module:
+        return models.ResNet(models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=3)
+
+    model = insert_steam(nn.SyncBatchNorm.convert_sync_batchnorm(make()), "blocks")
+    assert len(steam_sites(model)) == 4 and all(u.channels for u in steam_sites(model).values())
+    late = nn.SyncBatchNorm.convert_sync_batchnorm(insert_steam(make(), "blocks"))
+    assert not steam_sites(late)
+
+
+# ---- what looks at a model from outside ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def in_blocks() -> nn.Module:
+    torch.manual_seed(0)
+    return insert_steam(models.ResNet(models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=3).eval(), "blocks")
+
+
+@pytest.fixture
+def x() -> torch.Tensor:
+    return torch.randn(2, 3, 65, 97)
+
+
+def test_copies_and_pickles(in_blocks: nn.Module, x: torch.Tensor) -> None:
+    expected = in_blocks(x)
+    buffer = io.BytesIO()
+    torch.save(in_blocks, buffer)
+    buffer.seek(0)
+    copies = [copy.deepcopy(in_blocks), pickle.loads(pickle.dumps(in_blocks)), torch.load(buffer, weights_only=False)]
+    for twin in copies:
+        assert torch.equal(twin(x), expected) and list(steam_sites(twin)) == list(steam_sites(in_blocks))
+        with torch.no_grad():
+            for unit in steam_sites(twin).values():
+                unit.channel_weight.fill_(2)
+        assert not torch.equal(twin(x), expected)
+        remove_steam(twin)
+        assert not units(twin)
+    assert torch.equal(in_blocks(x), expected)
+
+
+def test_compile(in_blocks: nn.Module, x: torch.Tensor) -> None:
+    compiled = torch.compile(in_blocks, backend="aot_eager", fullgraph=True)
+    assert torch.allclose(compiled(x), in_blocks(x), rtol=1e-4, atol=1e-5)
+
+
+def test_export(in_blocks: nn.Module, x: torch.Tensor) -> None:
+    program = torch.export.export(in_blocks, (x,))
+    assert torch.allclose(program.module()(x), in_blocks(x), rtol=1e-4, atol=1e-5)
+
+
+def test_features_by_symbolic_tracing(x: torch.Tensor) -> None:
+    from torchvision.models.feature_extraction import create_feature_extractor
+
+    model = insert_steam(models.resnet18(num_classes=3).eval())
+    seen: list[torch.Tensor] = []
+    extractor = create_feature_extractor(model, ["layer2", "layer4"])
+    model.layer3.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+    model(x)
+    assert torch.allclose(extractor(x)["layer2"], seen[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture
+def process_group(tmp_path: pathlib.Path) -> Iterator[None]:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_distributed_data_parallel(in_blocks: nn.Module, x: torch.Tensor, process_group: None) -> None:
+    parallel = nn.parallel.DistributedDataParallel(copy.deepcopy(in_blocks))
+    for _ in range(2):  # the second raises where a parameter had no part in the first
+        parallel(x).square().sum().backward()
+    assert all(p.grad is not None for p in parallel.parameters())
+
+
+# ---- ready models, imports -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name,count",
+    [
+        ("resnet18", 4),
+        ("resnet34", 5),
+        ("resnet50", 5),
+        ("resnet101", 10),
+        ("mobilenet_v2", 7),
+        ("shufflenet_v2_x1_0", 4),
+    ],
+)
+def test_ready_models(name: str, count: int) -> None:
+    make = getattr(steam_kernels.models, f"steam_{name}")
+    with torch.device("meta"):
+        model = make(num_classes=7, window=16)
+    assert type(model) is type(getattr(models, name)())
+    assert len(steam_sites(model)) == count and all(u.window == 16 for u in units(model).values())
+    assert f"{64 * count} parameters" in make.__doc__
+    model = make("stages", num_classes=7)
+    assert len(steam_sites(model)) < count or name in ("resnet18", "mobilenet_v2")
+    assert model(torch.randn(2, 3, 33, 47)).shape == (2, 7)
+
+
+def test_ready_model_without_torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    with pytest.raises(ImportError, match="steam_resnet18 is built on torchvision"):
+        steam_kernels.models.steam_resnet18()
+
+
+def test_the_package_imports_no_toolkit() -> None:
+    toolkits = {
+        "torchvision",
+        "timm",
+        "mmengine",
+        "detectron2",
+        "ultralytics",
+        "lightning",
+        "segmentation_models_pytorch",
+    }
+    code = "import sys, steam_kernels.models, steam_kernels.integrations; print(*sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert toolkits.isdisjoint(run.stdout.split())

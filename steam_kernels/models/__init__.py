@@ -1,5 +1,23 @@
-"""STEAM units put into models."""
+"""STEAM units put into models, and models that have them."""
 
-from .insert import insert_steam
+from .insert import insert_steam, remove_steam, steam_sites
+from .ready import (
+    steam_mobilenet_v2,
+    steam_resnet18,
+    steam_resnet34,
+    steam_resnet50,
+    steam_resnet101,
+    steam_shufflenet_v2_x1_0,
+)
 
-__all__ = ["insert_steam"]
+__all__ = [
+    "insert_steam",
+    "remove_steam",
+    "steam_mobilenet_v2",
+    "steam_resnet18",
+    "steam_resnet34",
+    "steam_resnet50",
+    "steam_resnet101",
+    "steam_shufflenet_v2_x1_0",
+    "steam_sites",
+]

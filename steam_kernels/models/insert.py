@@ -1,100 +1,222 @@
 """insert_steam(): STEAM units put into a model that is already there, without renaming anything in it.
 
-A family of models is one entry of :data:`FAMILIES`: how to recognise it, and its named placements. A unit becomes the
-submodule ``steam`` of the block that it follows, and a forward hook, a plain function, applies it to the block's
-output: the block's own names in the state_dict stay, and copies, pickles, compilers and exporters see ordinary modules.
+A unit becomes the submodule ``steam`` of the module whose output it takes, and a forward hook, a plain function,
+applies it to that output: the model's own names in the state_dict stay, and copies, pickles, compilers and exporters
+see ordinary modules.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+import logging
+from collections.abc import Callable, Iterable
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..module import FusedSTEAM
 from ..reference import STEAM
+from .families import PLACEMENTS, Place, channels_of
 
-#: The name under which a unit hangs below its block.
+#: The name under which a unit hangs below its module.
 NAME = "steam"
 
-
-class Site(NamedTuple):
-    """A place for a unit: after ``block``, whose output has ``channels`` channels."""
-
-    block: nn.Module
-    channels: int
+_log = logging.getLogger(__name__)
+_NAMED = ", ".join(map(repr, PLACEMENTS))
+_SITES = f"sites must be one of {_NAMED}, a list of module names, or a predicate of name and module"
 
 
-class Family(NamedTuple):
-    """One family of models: its class's name and module, and its placements by name."""
-
-    name: str
-    module: str
-    class_name: str
-    placements: dict[str, Callable[[nn.Module], Iterator[Site]]]
-
-    def holds(self, model: nn.Module) -> bool:
-        """Whether ``model`` is of this family; judged by name, so that nothing is imported for it."""
-        return any(c.__module__ == self.module and c.__name__ == self.class_name for c in type(model).__mro__)
+def _apply(module: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor:
+    if not isinstance(output, (Tensor, torch.fx.Proxy)):
+        raise TypeError(
+            f"sites must be modules that return one tensor (N, C, H, W): a {type(module).__qualname__} has a unit, and "
+            f"returns a {type(output).__name__}; remove_steam(model) takes the units out again"
+        )
+    return module.steam(output)  # type: ignore[operator]
 
 
-def _resnet_adaptive(model: Any) -> Iterator[Site]:
-    """After blocks 3, 6, 9, ... of each stage and the last of a shorter one: 1 + 1 + 2 + 1 in ResNet-50 [ours]."""
-    for stage in (model.layer1, model.layer2, model.layer3, model.layer4):
-        blocks = list(stage)
-        for block in blocks[2::3] or blocks[-1:]:
-            last = block.conv3 if hasattr(block, "conv3") else block.conv2
-            yield Site(block, last.out_channels)
-
-
-FAMILIES = (Family("torchvision ResNet", "torchvision.models.resnet", "ResNet", {"adaptive": _resnet_adaptive}),)
-
-
-def _apply(block: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-    return block.steam(output)  # type: ignore[operator]
-
-
-def insert_steam(model: nn.Module, sites: str = "adaptive", **unit: Any) -> nn.Module:
+def insert_steam(
+    model: nn.Module, sites: str | Iterable[str] | Callable[[str, nn.Module], bool] = "adaptive", **unit: Any
+) -> nn.Module:
     """Puts STEAM units into ``model``, in place, and returns it.
 
+    What the model had keeps its name, its place and its hooks (those that were there run before the unit, and see what
+    they saw). A unit adds the keys ``<module>.steam.*`` to the state_dict, and nothing else changes. Each unit is named
+    in one line of the log at INFO; :func:`steam_sites` lists the units, :func:`remove_steam` takes them out.
+
     Args:
-        model: a torchvision ResNet (ResNeXt and Wide ResNet are).
+        model: any module; the three placements by name are for networks of known blocks: ResNet (ResNeXt, Wide ResNet),
+            MobileNetV2 and V3, ShuffleNetV2, EfficientNet, ConvNeXt and RegNet of torchvision, timm's, and whatever
+            has one of them inside: a detector, a segmentation model, an encoder. docs/models.md says what a stage and
+            a block is in each.
         sites: "adaptive": a unit after blocks 3, 6, 9, ... of each stage, and after the last block of a shorter stage,
             which gives the paper's five units in a ResNet-50 [second-hand: five; ours: where].
-        unit: options of :class:`steam_kernels.FusedSTEAM` but ``channels``, which each site sets. Parameters are made
-            on the device and in the dtype of their block's unless ``device`` and ``dtype`` are given.
-            ``identity_init=True`` leaves a trained model's output as it was.
+            "stages": after each stage; also for a timm model of unknown blocks, by its ``feature_info``.
+            "blocks": in each block, at the end of its branch, before the addition (the concatenation in ShuffleNetV2).
+            A list of module names (``model.named_modules()``), or a predicate ``(name, module) -> bool``, asked for
+            each module below ``model``: after each of them. A module must return one tensor ``(N, C, H, W)``; for a
+            Sequential its last module is taken; one that is called several times has its unit applied each time.
+        unit: options of :class:`steam_kernels.FusedSTEAM` but ``channels``, which is that of the site where it is known
+            (blocks, convolutions, norms) and else None. Parameters are made on the device and in the dtype of the
+            site's own, or else those around it, unless ``device`` and ``dtype`` are given. ``identity_init=True``
+            leaves a trained model's output as it was, to the bit.
 
     Raises:
-        TypeError: ``model`` is no module, or of a family without placements; or an option is not one of FusedSTEAM's.
-        ValueError: ``sites`` is not a placement of the family, or ``model`` has units already; nothing is changed then.
+        TypeError: ``model`` is no module, or has no known block where ``sites`` is a placement by name; ``sites`` is
+            none of the above; an option is not one of FusedSTEAM's.
+        ValueError: ``sites`` names no placement, a module that is not there, none at all, one place twice, or a module
+            that cannot have a unit; or ``model`` has units already, or is compiled. Nothing is changed then.
+
+    Note:
+        Insert units before ``torch.compile``, whose code does not see hooks that come later, and before the optimiser
+        is made. What replaces modules, as ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` does, leaves the hooks of
+        the old ones behind: call it before, or the units on norms ("blocks") do nothing.
 
     Example:
         >>> model = insert_steam(torchvision.models.resnet50(), identity_init=True)
+        >>> list(steam_sites(model))
+        ['layer1.2', 'layer2.2', 'layer3.2', 'layer3.5', 'layer4.2']
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    family = next((family for family in FAMILIES if family.holds(model)), None)
-    if family is None:
-        known = ", ".join(family.name for family in FAMILIES)
-        raise TypeError(f"model must be one of: {known}; got {type(model).__module__}.{type(model).__qualname__}")
-    if not isinstance(sites, str) or sites not in family.placements:
-        allowed = ", ".join(map(repr, family.placements))
-        raise ValueError(f"sites must be one of {allowed} for a {family.name}, got {sites!r}")
+    _check_uncompiled(model)
     if "channels" in unit:
         raise TypeError(f"channels is set by each site, got channels={unit['channels']!r}")
     present = next((name for name, module in model.named_modules() if isinstance(module, STEAM)), None)
     if present is not None:
         raise ValueError(f"model must be without STEAM units, got one that has them already, at {present!r}")
 
-    places = list(family.placements[sites](model))
-    units = []
-    for block, channels in places:
-        parameter = next(block.parameters())
-        units.append(FusedSTEAM(channels, **{"device": parameter.device, "dtype": parameter.dtype, **unit}))
-    for (block, _), made in zip(places, units, strict=True):
-        made.train(block.training)
-        block.add_module(NAME, made)
-        block.register_forward_hook(_apply)
+    places = [_host(place, model) for place in _places(model, sites)]
+    seen: dict[nn.Module, str] = {}
+    for name, module, _ in places:
+        if module in seen:
+            raise ValueError(f"sites must name each place once, got {name!r} twice (also as {seen[module]!r})")
+        seen[module] = name
+    units = [FusedSTEAM(channels, **{**_factory(model, name), **unit}) for name, _, channels in places]
+    for (_, module, _), made in zip(places, units, strict=True):
+        made.train(module.training)
+        module.add_module(NAME, made)
+        module.register_forward_hook(_apply)
+    _log.info(
+        "insert_steam: %d units, %d parameters, in %s, after: %s",
+        len(units),
+        sum(p.numel() for made in units for p in made.parameters()),
+        type(model).__qualname__,
+        ", ".join(f"{name} ({channels or 'any'} channels)" for name, _, channels in places),
+    )
     return model
+
+
+def steam_sites(model: nn.Module) -> dict[str, FusedSTEAM]:
+    """The units that :func:`insert_steam` put into ``model`` and that act in it, by the name of the module they follow.
+
+    It reads the model itself, so that it holds for copies and for what has been unpickled.
+
+    Raises:
+        TypeError: ``model`` is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    return {name: module.steam for name, module in model.named_modules() if _hooks(module)}
+
+
+def remove_steam(model: nn.Module) -> nn.Module:
+    """Takes out what :func:`insert_steam` put into ``model``, in place, and returns it: modules, hooks, and keys of the
+    state_dict are as before, and so are the outputs. STEAM layers that the model was built with stay.
+
+    Raises:
+        TypeError: ``model`` is no module.
+        ValueError: it has no units from :func:`insert_steam`, or is compiled.
+    """
+    _check_uncompiled(model)
+    sites = steam_sites(model)
+    if not sites:
+        raise ValueError(f"model must have units that insert_steam put there, got a {type(model).__qualname__} without")
+    for name in sites:
+        module = model.get_submodule(name)
+        for key in _hooks(module):
+            del module._forward_hooks[key]
+        del module._modules[NAME]
+    return model
+
+
+def _check_uncompiled(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    # Compiled code is not guarded by hooks: it would go on without the units, or with those removed.
+    for name, module in model.named_modules():
+        if "_orig_mod" in module._modules or module._compiled_call_impl is not None:
+            raise ValueError(
+                f"model must not be compiled yet, got a compiled {type(module).__qualname__} at {name!r}: compile it "
+                "when its units are as they shall be"
+            )
+
+
+def _hooks(module: nn.Module) -> list[int]:
+    return [key for key, hook in module._forward_hooks.items() if hook is _apply]
+
+
+def _places(model: nn.Module, sites: Any) -> list[Place]:
+    if isinstance(sites, str):
+        if sites not in PLACEMENTS:
+            raise ValueError(f"{_SITES}, got {sites!r}")
+        places = list(PLACEMENTS[sites](model))
+        if not places:
+            raise TypeError(
+                f"model must have blocks that are known where sites is {sites!r} (see help(insert_steam)); got "
+                f"{type(model).__module__}.{type(model).__qualname__}: give sites as module names or as a predicate"
+            )
+        return places
+    modules = dict(model.named_modules(remove_duplicate=False))
+    if callable(sites):
+        names = [name for name, module in model.named_modules() if name and sites(name, module)]
+        if not names:
+            raise ValueError(f"sites must choose one module at least, got a predicate true of none: {sites!r}")
+    else:
+        if not isinstance(sites, Iterable):
+            raise TypeError(f"{_SITES}, got {sites!r}")
+        names = list(sites)
+        if not names:
+            raise ValueError(f"sites must name one module at least, got {sites!r}")
+        for name in names:
+            if not isinstance(name, str):
+                raise TypeError(f"{_SITES}, got {name!r} in a list")
+            if not name or name not in modules:
+                raise ValueError(f"sites must name modules of the model (see named_modules()), got {name!r}")
+    return [Place(name, modules[name], None) for name in names]
+
+
+def _host(place: Place, model: nn.Module) -> Place:
+    """The module that can have the unit: a Sequential would run a new child itself, so it is its last module."""
+    name, module, channels = place
+    while isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward and len(module):
+        last, module = list(module.named_children())[-1]
+        name = f"{name}.{last}"
+    forward = getattr(type(module).forward, "__code__", None)
+    walks = {"children", "named_children", "modules", "named_modules", "_modules"} & set(
+        forward.co_names if forward else ()
+    )
+    if walks or hasattr(type(module), "__iter__"):
+        raise ValueError(
+            f"sites must be modules that call their children by name: {name!r}, a {type(module).__qualname__}, would "
+            "run a new child by itself, or is never called; name a module inside it"
+        )
+    if hasattr(module, NAME):
+        raise ValueError(f"sites must be modules without a {NAME!r} of their own, got {name!r} that has one")
+    if place.module is not module and _parents(model, module) > 1:
+        raise ValueError(
+            f"sites: {place.name!r} ends in {name!r}, which the model uses elsewhere too: name another module"
+        )
+    return Place(name, module, channels_of(module) if channels is None else channels)
+
+
+def _parents(model: nn.Module, module: nn.Module) -> int:
+    return sum(module is child for parent in model.modules() for child in parent._modules.values())
+
+
+def _factory(model: nn.Module, name: str) -> dict[str, Any]:
+    while True:
+        for parameter in model.get_submodule(name).parameters():
+            if parameter.is_floating_point():
+                return {"device": parameter.device, "dtype": parameter.dtype}
+        if not name:
+            return {}
+        name = name.rpartition(".")[0]

@@ -1,0 +1,197 @@
+"""The blocks of known networks, and the places for units that follow from them.
+
+A network is known by its *blocks*, whatever holds them: a classifier, the backbone of a detector, an encoder. A kind of
+block is one line of :data:`BLOCKS`, by the name of its class, so that no library is imported for it. A *stage* is a run
+of blocks in one container that give the same number of channels; in a timm model it is what lies between two modules of
+its ``feature_info``. docs/models.md has the table by family.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import groupby
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+
+class Place(NamedTuple):
+    """Where a unit is to act: on the output of ``module``, which has ``channels`` channels, or None if not known."""
+
+    name: str
+    module: nn.Module
+    channels: int | None
+
+
+class Kind(NamedTuple):
+    """A kind of block.
+
+    ``end`` names the module whose output ends the block's branch, before it is added to (or joined with) the rest: the
+    first of these that is there. ``width`` names a module that tells the branch's channels, where ``end`` does not; the
+    block's output has ``parts`` times as many.
+    """
+
+    end: tuple[str, ...]
+    width: str | None = None
+    parts: int = 1
+
+
+#: Kinds of blocks by class.
+BLOCKS: dict[str, Kind] = {
+    "torchvision.models.resnet.BasicBlock": Kind(("bn2",)),
+    "torchvision.models.resnet.Bottleneck": Kind(("bn3",)),
+    "torchvision.models.mobilenetv2.InvertedResidual": Kind(("conv",)),
+    "torchvision.models.mobilenetv3.InvertedResidual": Kind(("block",)),
+    "torchvision.models.shufflenetv2.InvertedResidual": Kind(("branch2",), parts=2),
+    "torchvision.models.efficientnet.MBConv": Kind(("block",)),
+    "torchvision.models.efficientnet.FusedMBConv": Kind(("block",)),
+    "torchvision.models.convnext.CNBlock": Kind(("block",)),
+    "torchvision.models.regnet.ResBottleneckBlock": Kind(("f",)),
+    "timm.models.resnet.BasicBlock": Kind(("se", "bn2"), "bn2"),
+    "timm.models.resnet.Bottleneck": Kind(("se", "bn3"), "bn3"),
+    "timm.models._efficientnet_blocks.ConvBnAct": Kind(("aa",), "bn1"),
+    "timm.models._efficientnet_blocks.DepthwiseSeparableConv": Kind(("bn2",)),
+    "timm.models._efficientnet_blocks.InvertedResidual": Kind(("bn3",)),
+    "timm.models._efficientnet_blocks.EdgeResidual": Kind(("bn2",)),
+    "timm.models._efficientnet_blocks.UniversalInvertedResidual": Kind(("layer_scale",), "pw_proj"),
+    # Inside a ConvNeXt block of timm's the map is NHWC until its layer scale, which is no module.
+    "timm.models.convnext.ConvNeXtBlock": Kind(("drop_path",), "conv_dw"),
+    "timm.models.regnet.Bottleneck": Kind(("conv3",)),
+    "timm.models.regnet.PreBottleneck": Kind(("conv3",)),
+    "detectron2.modeling.backbone.resnet.BasicBlock": Kind(("conv2",)),
+    "detectron2.modeling.backbone.resnet.BottleneckBlock": Kind(("conv3",)),
+}
+
+
+class Block(NamedTuple):
+    """A block found in a model."""
+
+    name: str
+    module: nn.Module
+    kind: Kind
+
+    def end(self) -> Place:
+        """The end of the branch."""
+        name = next(name for name in self.kind.end if getattr(self.module, name, None) is not None)
+        return Place(f"{self.name}.{name}".lstrip("."), getattr(self.module, name), self._width())
+
+    def output(self) -> Place:
+        """The block's output."""
+        return Place(self.name, self.module, self._width() * self.kind.parts)
+
+    def _width(self) -> int:
+        width = _width(getattr(self.module, self.kind.width or self.kind.end[-1]))
+        if width is None:
+            raise ValueError(
+                f"model must have blocks as their library makes them, got one of unknown width, {self.name!r}"
+            )
+        return width
+
+
+def _width(module: nn.Module) -> int | None:
+    if isinstance(module, nn.Sequential):
+        return next((width for child in reversed(module) if (width := _width(child)) is not None), None)
+    for attribute in ("out_channels", "num_features", "num_channels", "out_features"):
+        if isinstance(width := getattr(module, attribute, None), int):
+            return width
+    weight = getattr(module, "weight", None)
+    return weight.shape[0] if isinstance(weight, Tensor) and weight.dim() == 1 else None
+
+
+def kind_of(module: nn.Module) -> Kind | None:
+    """The kind of block that ``module`` is, by its class or one that it derives from; None if of none."""
+    classes = (f"{c.__module__}.{c.__qualname__}" for c in type(module).__mro__)
+    return next((BLOCKS[c] for c in classes if c in BLOCKS), None)
+
+
+def channels_of(module: nn.Module) -> int | None:
+    """The channels of the output of a block, a convolution or a norm; None for any other module."""
+    kind = kind_of(module)
+    if kind is not None:
+        return Block("", module, kind).output().channels
+    layers = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm)
+    return _width(module) if isinstance(module, layers) else None
+
+
+def find_blocks(model: nn.Module) -> list[Block]:
+    """The blocks of ``model`` in the order of its modules; none of a timm model with a feature that holds none."""
+    found = ((name, module, kind_of(module)) for name, module in model.named_modules())
+    blocks = [Block(name, module, kind) for name, module, kind in found if kind is not None]
+    strangers = tuple(
+        features[0].prefix for features in _timm_features(model) if not _all_hold(features, blocks, model)
+    )
+    return [block for block in blocks if not block.name.startswith(strangers)]
+
+
+def stages(model: nn.Module) -> list[list[Block]]:
+    """The blocks of ``model``, by stage."""
+    feature_of = {}
+    blocks = find_blocks(model)
+    for features in _timm_features(model):
+        feature_of.update(_by_feature(features, blocks, model))
+
+    def key(block: Block) -> tuple[Any, ...]:
+        container = block.name.rpartition(".")[0]
+        return feature_of.get(block.name, (container, block.output().channels))
+
+    return [list(run) for _, run in groupby(blocks, key)]
+
+
+class Feature(NamedTuple):
+    """An entry of a timm model's ``feature_info``: its module's name, that of its model with a dot, its channels."""
+
+    name: str
+    prefix: str
+    channels: int
+
+
+def _timm_features(model: nn.Module) -> list[list[Feature]]:
+    """The features of each timm model in ``model`` that has its modules under the names of its ``feature_info``."""
+    modules = dict(model.named_modules())
+    found = []
+    for name, module in modules.items():
+        info = getattr(module, "feature_info", None)
+        info = getattr(info, "info", info)
+        if not isinstance(info, (list, tuple)) or not all(isinstance(i, dict) and i.get("module") for i in info):
+            continue
+        prefix = f"{name}." if name else ""
+        if info and all(prefix + i["module"] in modules for i in info):
+            found.append([Feature(prefix + i["module"], prefix, i["num_chs"]) for i in info])
+    return found
+
+
+def _by_feature(features: list[Feature], blocks: list[Block], model: nn.Module) -> dict[str, tuple[Any, ...]]:
+    """The feature of each block of one timm model: the first that ends after it. What comes after the last has none."""
+    order = {name: i for i, (name, _) in enumerate(model.named_modules())}
+    ends = [(max(i for name, i in order.items() if f"{name}.".startswith(f"{f.name}.")), f) for f in features]
+    inside = (block.name for block in blocks if block.name.startswith(features[0].prefix))
+    return {name: (f,) for name in inside for f in [next((f for end, f in ends if order[name] <= end), None)] if f}
+
+
+def _all_hold(features: list[Feature], blocks: list[Block], model: nn.Module) -> bool:
+    # The first feature may be the stem's.
+    return {(f,) for f in features[1:]} <= set(_by_feature(features, blocks, model).values())
+
+
+def adaptive(model: nn.Module) -> Iterator[Place]:
+    """After blocks 3, 6, 9, ... of each stage and the last of a shorter one: 1 + 1 + 2 + 1 in ResNet-50 [ours]."""
+    for stage in stages(model):
+        yield from (block.output() for block in stage[2::3] or stage[-1:])
+
+
+def after_stages(model: nn.Module) -> Iterator[Place]:
+    """After the last block of each stage; after each feature of a timm model whose blocks are not known."""
+    found = stages(model)
+    yield from (stage[-1].output() for stage in found)
+    if not found:
+        features = (f for of_one in _timm_features(model) for f in of_one)
+        yield from (Place(f.name, model.get_submodule(f.name), f.channels) for f in features)
+
+
+def in_blocks(model: nn.Module) -> Iterator[Place]:
+    """At the end of the branch of each block, before the addition: where SE stands in SE-ResNet."""
+    yield from (block.end() for block in find_blocks(model))
+
+
+#: The placements by name.
+PLACEMENTS = {"adaptive": adaptive, "stages": after_stages, "blocks": in_blocks}
