@@ -165,14 +165,6 @@ def measure(
     judge: Judge, task: str, mode: str, contenders: list[str], images: Tensor, seconds: float
 ) -> list[dict[str, Any]]:
     """Rows of one network, task and mode."""
-    # By default TorchDynamo does not look at hooks, and would run the plain network's graph for every contender.
-    with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):
-        return _measure(judge, task, mode, contenders, images, seconds)
-
-
-def _measure(
-    judge: Judge, task: str, mode: str, contenders: list[str], images: Tensor, seconds: float
-) -> list[dict[str, Any]]:
     network = judge.network
     core.forget_compiled()
     calls: dict[str, Callable[[], object]] = {}

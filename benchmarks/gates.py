@@ -3,6 +3,7 @@ a residual network."""
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -49,22 +50,18 @@ GATES: dict[str, Callable[[int], nn.Module]] = {"se": _se, "eca": _eca, "cbam": 
 
 
 def insert_gate(model: nn.Module, gate: str) -> int:
-    """Puts a gate into every residual block of a torchvision ResNet or MobileNetV2, before the addition: it becomes the
-    submodule ``attention`` of the block's last norm, whose output it gates by a forward hook. How many were put in."""
-    last_norms: list[Any] = []
+    """Puts a gate into every residual block of a torchvision ResNet or MobileNetV2, before the addition: behind the
+    block's last norm, in a Sequential of ``norm`` and ``attention`` that takes its place. How many were put in."""
+    last_norms: list[tuple[nn.Module, str]] = []
     for block in model.modules():
         kind = type(block).__name__
         if kind in ("BasicBlock", "Bottleneck"):
-            last_norms.append(block.bn2 if kind == "BasicBlock" else block.bn3)
+            last_norms.append((block, "bn2" if kind == "BasicBlock" else "bn3"))
         elif kind == "InvertedResidual" and block.use_res_connect:
-            last_norms.append(block.conv[-1])
+            last_norms.append((block.conv, str(len(block.conv) - 1)))
     if not last_norms:
         raise TypeError(f"model must be a torchvision ResNet or MobileNetV2, got {type(model).__name__}")
-    for norm in last_norms:
-        norm.attention = GATES[gate](norm.num_features)
-        norm.register_forward_hook(_gated)
+    for parent, name in last_norms:
+        norm: Any = getattr(parent, name)
+        setattr(parent, name, nn.Sequential(OrderedDict(norm=norm, attention=GATES[gate](norm.num_features))))
     return len(last_norms)
-
-
-def _gated(norm: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
-    return norm.attention(output)

@@ -331,7 +331,7 @@ def test_a_wrong_network_has_no_price(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_compiled_contenders_are_not_each_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    """TorchDynamo may take the graph of one network for another that differs by a hook only: what is measured must be
+    """TorchDynamo does not look at hooks, and may take the graph of one network for another's: what is measured must be
     what it is called, and the check sees it where it is not."""
     from torchvision.models.resnet import BasicBlock, ResNet
 

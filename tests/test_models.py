@@ -224,7 +224,7 @@ def test_every_family_in_every_placement(name: str) -> None:
             assert not any(map(torch.equal, outputs(model(x))[-1:], expected[-1:]))
             assert remove_steam(model) is model and not units(model)
             assert all(map(torch.equal, outputs(model(x)), expected))
-            assert list(model.state_dict()) == list(state) and not any(m._forward_hooks for m in model.modules())
+            assert list(model.state_dict()) == list(state) and not steam_sites(model)
 
 
 def before_skip(block: Any, unit: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -438,7 +438,7 @@ def test_names_and_predicates(any_backend: str) -> None:
         (["stem", "stem.1.1"], ValueError, "once.*'stem.1.1'"),
         (["layers"], ValueError, "'layers'.*ModuleList"),
         (["walker"], ValueError, "'walker'.*Walker"),
-        (lambda name, module: False, ValueError, "one module"),
+        pytest.param(lambda name, module: False, ValueError, "one module", id="predicate"),
     ],
     ids=str,
 )
@@ -447,7 +447,7 @@ def test_wrong_sites_change_nothing(sites: Any, error: type[Exception], match: s
     before = list(model.state_dict())
     with pytest.raises(error, match=match):
         insert_steam(model, sites)
-    assert list(model.state_dict()) == before and not any(m._forward_hooks for m in model.modules())
+    assert list(model.state_dict()) == before and not steam_sites(model)
 
 
 def test_modules_that_cannot_have_a_unit() -> None:
@@ -469,19 +469,25 @@ def test_modules_that_cannot_have_a_unit() -> None:
         remove_steam(Net())
 
 
-def test_compiled_models_are_refused() -> None:
-    """Compiled code would go on without the units: nothing in it looks at hooks that come later."""
-    model = nn.Sequential(nn.Conv2d(3, 4, 1))
-    with pytest.raises(ValueError, match="model must not be compiled"):
-        insert_steam(torch.compile(model, backend="eager"), ["_orig_mod.0"])
-    insert_steam(model, ["0"])
-    model.compile(backend="eager")
-    with pytest.raises(ValueError, match="model must not be compiled"):
-        remove_steam(model)
-    assert list(steam_sites(model)) == ["0"]
+@pytest.mark.parametrize("sites", ["adaptive", "blocks"])
+def test_compiled_code_is_not_that_of_another_network(sites: str) -> None:
+    """TorchDynamo guards on classes and not on hooks: a network with units must not run the code of one without, be it
+    another one or the same before they were put in."""
+    plain = models.ResNet(models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=3).eval()
+    other = insert_steam(copy.deepcopy(plain), sites)
+    x = torch.randn(2, 3, 33, 33)
+    torch._dynamo.reset()
+    compiled = torch.compile(plain, backend="eager")
+    before = compiled(x)
+    assert torch.equal(torch.compile(other, backend="eager")(x), other(x)) and not torch.equal(other(x), before)
+    insert_steam(plain, sites).load_state_dict(other.state_dict())
+    assert torch.equal(compiled(x), other(x))
+    remove_steam(plain)
+    assert torch.equal(compiled(x), before)
 
 
-def test_hooks_that_were_there_stay_and_see_what_they_saw(caplog: pytest.LogCaptureFixture) -> None:
+def test_hooks_that_were_there_stay(caplog: pytest.LogCaptureFixture) -> None:
+    """They see the output as the unit leaves it, and afterwards what they saw before."""
     model = Net().eval()
     seen: list[torch.Tensor] = []
     model.layers[1].register_forward_hook(lambda m, args, y: seen.append(y))
@@ -492,9 +498,19 @@ def test_hooks_that_were_there_stay_and_see_what_they_saw(caplog: pytest.LogCapt
         insert_steam(model, ["layers.1"])
     assert "1 units, 64 parameters, in Net, after: layers.1 (8 channels)" in caplog.text
     model(x)
+    unit = steam_sites(model)["layers.1"]
+    assert torch.equal(seen[2], seen[0]) and torch.equal(seen[3], unit(seen[1])) and not torch.equal(seen[3], seen[1])
     remove_steam(model)
     model(x)
-    assert len(seen) == 6 and all(torch.equal(seen[i], seen[i + 2]) for i in range(4))
+    assert len(seen) == 6 and torch.equal(seen[4], seen[0]) and torch.equal(seen[5], seen[1])
+
+
+def test_a_replaced_forward_is_refused() -> None:
+    """It would be called in place of the class's, and the unit left out."""
+    model = Net()
+    model.layers[1].forward = model.layers[1].forward
+    with pytest.raises(ValueError, match=r"sites .*'layers\.1'.*forward"):
+        insert_steam(model, ["layers.1"])
 
 
 def test_convert_sync_batchnorm_comes_first() -> None:

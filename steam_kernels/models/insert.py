@@ -1,12 +1,14 @@
 """insert_steam(): STEAM units put into a model that is already there, without renaming anything in it.
 
-A unit becomes the submodule ``steam`` of the module whose output it takes, and a forward hook, a plain function,
-applies it to that output: the model's own names in the state_dict stay, and copies, pickles, compilers and exporters
-see ordinary modules.
+A unit becomes the submodule ``steam`` of the module whose output it takes, and that module's class becomes one that
+derives from it and applies the unit after it: the model's own names in the state_dict stay, and copies, pickles,
+compilers and exporters see ordinary modules. It is no forward hook, since TorchDynamo does not guard on hooks: it would
+take the compiled code of a network without units for one with them.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -26,13 +28,35 @@ _NAMED = ", ".join(map(repr, PLACEMENTS))
 _SITES = f"sites must be one of {_NAMED}, a list of module names, or a predicate of name and module"
 
 
-def _apply(module: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor:
-    if not isinstance(output, (Tensor, torch.fx.Proxy)):
-        raise TypeError(
-            f"sites must be modules that return one tensor (N, C, H, W): a {type(module).__qualname__} has a unit, and "
-            f"returns a {type(output).__name__}; remove_steam(model) takes the units out again"
-        )
-    return module.steam(output)  # type: ignore[operator]
+@functools.cache
+def _with_unit(base: Any) -> Any:
+    """``base`` with the unit ``steam`` behind its forward."""
+
+    class WithUnit(base):
+        without_unit = base
+
+        def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+            output = super().forward(*args, **kwargs)
+            if not isinstance(output, (Tensor, torch.fx.Proxy)):
+                raise TypeError(
+                    f"sites must be modules that return one tensor (N, C, H, W): a {base.__qualname__} has a unit, and "
+                    f"returns a {type(output).__name__}; remove_steam(model) takes the units out again"
+                )
+            return self.steam(output)
+
+        def __reduce_ex__(self, protocol: Any) -> Any:
+            # A class made here has no name to be found by: a pickle holds the one that it derives from.
+            _, (_, *arguments), *state = super().__reduce_ex__(max(protocol, 2))
+            return _remade, (base, *arguments), *state
+
+    # FX goes by a class's module, and people by its name.
+    WithUnit.__module__, WithUnit.__name__, WithUnit.__qualname__ = base.__module__, base.__name__, base.__qualname__
+    return WithUnit
+
+
+def _remade(base: Any, *arguments: Any) -> nn.Module:
+    made = _with_unit(base)
+    return made.__new__(made, *arguments)
 
 
 def insert_steam(
@@ -40,8 +64,8 @@ def insert_steam(
 ) -> nn.Module:
     """Puts STEAM units into ``model``, in place, and returns it.
 
-    What the model had keeps its name, its place and its hooks (those that were there run before the unit, and see what
-    they saw). A unit adds the keys ``<module>.steam.*`` to the state_dict, and nothing else changes. Each unit is named
+    What the model had keeps its name, its place and its hooks (which see the module's output as the unit leaves it). A
+    unit adds the keys ``<module>.steam.*`` to the state_dict, and nothing else changes. Each unit is named
     in one line of the log at INFO; :func:`steam_sites` lists the units, :func:`remove_steam` takes them out.
 
     Args:
@@ -65,19 +89,19 @@ def insert_steam(
         TypeError: ``model`` is no module, or has no known block where ``sites`` is a placement by name; ``sites`` is
             none of the above; an option is not one of FusedSTEAM's.
         ValueError: ``sites`` names no placement, a module that is not there, none at all, one place twice, or a module
-            that cannot have a unit; or ``model`` has units already, or is compiled. Nothing is changed then.
+            that cannot have a unit; or ``model`` has units already. Nothing is changed then.
 
     Note:
-        Insert units before ``torch.compile``, whose code does not see hooks that come later, and before the optimiser
-        is made. What replaces modules, as ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` does, leaves the hooks of
-        the old ones behind: call it before, or the units on norms ("blocks") do nothing.
+        Insert units before the optimiser is made. What replaces modules, as
+        ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` does, leaves the units of the old ones behind: call it before,
+        or the units on norms ("blocks") do nothing.
 
     Example:
         >>> model = insert_steam(torchvision.models.resnet50(), identity_init=True)
         >>> list(steam_sites(model))
         ['layer1.2', 'layer2.2', 'layer3.2', 'layer3.5', 'layer4.2']
     """
-    _check_uncompiled(model)
+    _check_module(model)
     if "channels" in unit:
         raise TypeError(f"channels is set by each site, got channels={unit['channels']!r}")
     present = next((name for name, module in model.named_modules() if isinstance(module, STEAM)), None)
@@ -94,7 +118,8 @@ def insert_steam(
     for (_, module, _), made in zip(places, units, strict=True):
         made.train(module.training)
         module.add_module(NAME, made)
-        module.register_forward_hook(_apply)
+        kind: Any = type(module)
+        module.__class__ = _with_unit(kind)
     _log.info(
         "insert_steam: %d units, %d parameters, in %s, after: %s",
         len(units),
@@ -113,45 +138,31 @@ def steam_sites(model: nn.Module) -> dict[str, FusedSTEAM]:
     Raises:
         TypeError: ``model`` is no module.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    return {name: module.steam for name, module in model.named_modules() if _hooks(module)}
+    _check_module(model)
+    return {name: module.steam for name, module in model.named_modules() if hasattr(type(module), "without_unit")}
 
 
 def remove_steam(model: nn.Module) -> nn.Module:
-    """Takes out what :func:`insert_steam` put into ``model``, in place, and returns it: modules, hooks, and keys of the
+    """Takes out what :func:`insert_steam` put into ``model``, in place, and returns it: modules and keys of the
     state_dict are as before, and so are the outputs. STEAM layers that the model was built with stay.
 
     Raises:
         TypeError: ``model`` is no module.
-        ValueError: it has no units from :func:`insert_steam`, or is compiled.
+        ValueError: it has no units from :func:`insert_steam`.
     """
-    _check_uncompiled(model)
     sites = steam_sites(model)
     if not sites:
         raise ValueError(f"model must have units that insert_steam put there, got a {type(model).__qualname__} without")
     for name in sites:
-        module = model.get_submodule(name)
-        for key in _hooks(module):
-            del module._forward_hooks[key]
+        module: Any = model.get_submodule(name)
+        module.__class__ = type(module).without_unit
         del module._modules[NAME]
     return model
 
 
-def _check_uncompiled(model: Any) -> None:
+def _check_module(model: Any) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    # Compiled code is not guarded by hooks: it would go on without the units, or with those removed.
-    for name, module in model.named_modules():
-        if "_orig_mod" in module._modules or module._compiled_call_impl is not None:
-            raise ValueError(
-                f"model must not be compiled yet, got a compiled {type(module).__qualname__} at {name!r}: compile it "
-                "when its units are as they shall be"
-            )
-
-
-def _hooks(module: nn.Module) -> list[int]:
-    return [key for key, hook in module._forward_hooks.items() if hook is _apply]
 
 
 def _places(model: nn.Module, sites: Any) -> list[Place]:
@@ -198,6 +209,10 @@ def _host(place: Place, model: nn.Module) -> Place:
         raise ValueError(
             f"sites must be modules that call their children by name: {name!r}, a {type(module).__qualname__}, would "
             "run a new child by itself, or is never called; name a module inside it"
+        )
+    if "forward" in vars(module):
+        raise ValueError(
+            f"sites must be modules with the forward of their class, got {name!r}, whose own forward was replaced"
         )
     if hasattr(module, NAME):
         raise ValueError(f"sites must be modules without a {NAME!r} of their own, got {name!r} that has one")
