@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -46,10 +45,11 @@ class Row(NamedTuple):
 
 
 class Network(NamedTuple):
-    """A network without gates: its own row, and the output shape of each of its residual blocks in order."""
+    """A network without gates: its own row, and the output shapes of its residual blocks and of the adaptive sites."""
 
     plain: Row
     blocks: list[Shape]
+    adaptive: list[Shape]
 
 
 # ---- one gate on one map ---------------------------------------------------------------------------------------------
@@ -125,41 +125,33 @@ def network(name: str, size: int) -> Network:
         raise ValueError(f"model must be one of {', '.join(map(repr, NETWORKS))}, got {name!r}")
     check_integer("size", size)
     from torchvision import models
-    from torchvision.models.mobilenetv2 import InvertedResidual
-    from torchvision.models.resnet import BasicBlock, Bottleneck
+
+    from ..models import families
 
     with torch.device("meta"):
         model, image = getattr(models, name)(weights=None).eval(), torch.empty(1, 3, size, size)
-    blocks: list[Shape] = []
+    shapes: dict[nn.Module, Shape] = {}
     moved = 0
 
-    def block(_: nn.Module, args: Any, output: Tensor) -> None:
+    def block(module: nn.Module, args: Any, output: Tensor) -> None:
         channels, height, width = output.shape[1:]
-        blocks.append((channels, height, width))
+        shapes[module] = channels, height, width
 
     def layer(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         nonlocal moved
         moved += sum(t.numel() * t.itemsize for t in (*args, output))
 
+    for found in families.find_blocks(model):
+        found.module.register_forward_hook(block)
     for module in model.modules():
-        if isinstance(module, (BasicBlock, Bottleneck, InvertedResidual)):
-            module.register_forward_hook(block)
         if not list(module.children()):
             module.register_forward_hook(layer)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(image)
     flops = counter.get_total_flops()
     parameters = sum(p.numel() for p in model.parameters())
-    return Network(Row("plain", 0, parameters, flops, None, moved, flops), blocks)
-
-
-def adaptive(blocks: list[Shape]) -> list[Shape]:
-    """The blocks that a STEAM unit follows: 3, 6, 9, ... of each stage, and the last of a shorter one [ours].
-
-    A stage is a run of blocks with one output shape.
-    """
-    stages = [list(run) for _, run in groupby(blocks)]
-    return [shape for stage in stages for shape in stage[2::3] or stage[-1:]]
+    plain = Row("plain", 0, parameters, flops, None, moved, flops)
+    return Network(plain, list(shapes.values()), [shapes[place.module] for place in families.adaptive(model)])
 
 
 def table(name: str, size: int) -> list[Row]:
@@ -168,10 +160,10 @@ def table(name: str, size: int) -> list[Row]:
     Raises:
         ValueError, ImportError: as :func:`network`.
     """
-    plain, blocks = network(name, size)
+    plain, blocks, adaptive = network(name, size)
     rows = [plain]
     for gate, at in GATES.items():
-        sites = adaptive(blocks) if gate == "STEAM" else blocks
+        sites = adaptive if gate == "STEAM" else blocks
         costs = [at(*shape) for shape in sites]
         counts = [counted(gate, shape) for shape in sites]
         elements = sum(math.prod(shape) for shape in sites)
