@@ -1,6 +1,7 @@
 # make venv    .venv with everything that the other targets need, and the native libraries built in place
 # make demo    a ResNet-50 with five units on a photo, fused beside reference
 # make test    the tests                      (PYTEST_FLAGS="-k layouts" for some of them)
+# make test-slow   those that compile or interpret for minutes, which make test leaves out
 # make lint    ruff, clang-format, mypy, and the check that no CPU variant's code leaks into another
 # make bench   all benchmarks, and docs/benchmarks.md with its pictures from them (BENCH_FLAGS, RUN, PAGE, IMAGES)
 # make train   a small ResNet with and without attention on handwritten digits
@@ -28,7 +29,7 @@ RUN ?= benchmarks/results/latest
 PAGE ?= docs/benchmarks.md
 IMAGES ?= docs/images
 
-.PHONY: venv demo test lint bench train gpu-report clean
+.PHONY: venv demo test test-slow lint bench train gpu-report clean
 .DELETE_ON_ERROR:
 
 venv: $(INSTALLED) $(LIBRARY)
@@ -49,7 +50,10 @@ demo: venv
 	$(PY) examples/quickstart.py
 
 test: venv
-	$(PY) -m pytest tests -n 2 --dist loadgroup $(PYTEST_FLAGS)
+	$(PY) -m pytest tests -m "not slow" -n 2 --dist loadgroup $(PYTEST_FLAGS)
+
+test-slow: venv
+	$(PY) -m pytest tests -m slow -n 2 --dist loadgroup $(PYTEST_FLAGS)
 
 lint: venv
 	$(PY) -m ruff check .

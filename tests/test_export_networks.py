@@ -73,6 +73,7 @@ def test_onnx_of_resnet50(exported: tuple[nn.Module, ExportedProgram], tmp_path:
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_aotinductor(tmp_path: Path) -> None:
     """A package made ahead of time runs at sizes it was not made at. One unit: C++ of a whole ResNet takes minutes."""
     convolutions = (nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 4, 1))

@@ -20,6 +20,7 @@ pytestmark = [
     pytest.mark.skipif(
         not triton_aot.tools(), reason="this Triton's wheel has no cuobjdump and nvdisasm that can be run"
     ),
+    pytest.mark.slow,
     pytest.mark.xdist_group("aot"),  # one process compiles, for all of these tests
 ]
 

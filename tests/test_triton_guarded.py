@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 import triton_interpreted
 from triton_interpreted import GUARDED
 
-pytestmark = pytest.mark.xdist_group("guarded")  # one process interprets, for all of these tests
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("guarded")]  # one process interprets, for all of these tests
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 import triton_interpreted
 import triton_record
 
-pytestmark = pytest.mark.xdist_group("traffic")  # one process interprets, for all of these tests
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("traffic")]  # one process interprets, for all of these tests
 
 STAGES = [f"{stage} {layout}" for stage in triton_interpreted.STAGES for layout in ("nchw", "nhwc")]
 #: Reads and writes of each map, in maps, that no stage exceeds.
