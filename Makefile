@@ -65,7 +65,7 @@ lint: venv
 # A wrong or failed row stops neither the others nor the page, but it fails make at the end.
 bench: venv
 	@mkdir -p $(RUN)
-	rm -f $(RUN)/*.json $(RUN)/*.csv
+	rm -f $(addprefix $(RUN)/,unit.json unit.csv end_to_end.json host.json scaling.json)
 	@failed=; \
 	$(PY) -m pytest benchmarks --benchmark-only -q --json $(RUN)/unit.json $(BENCH_FLAGS) || failed="$$failed unit"; \
 	for part in end_to_end host scaling; do \

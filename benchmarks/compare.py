@@ -98,6 +98,8 @@ def main() -> None:
         except FileNotFoundError as error:
             print(error, file=sys.stderr)
             sys.exit(2)
+    if any(part.get("quick") for run in runs for part in run.values()):
+        print("a quick run: that it runs, not what it takes")
     lines, worse = compare(runs[0], runs[1], args.row, args.mean, args.memory)
     if not lines:
         print(f"{args.old} and {args.new} share no figure", file=sys.stderr)

@@ -5,10 +5,11 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from steam_kernels.models import families
 
 
 class GaussianGCT(nn.Module):
@@ -50,18 +51,16 @@ GATES: dict[str, Callable[[int], nn.Module]] = {"se": _se, "eca": _eca, "cbam": 
 
 
 def insert_gate(model: nn.Module, gate: str) -> int:
-    """Puts a gate into every residual block of a torchvision ResNet or MobileNetV2, before the addition: behind the
-    block's last norm, in a Sequential of ``norm`` and ``attention`` that takes its place. How many were put in."""
-    last_norms: list[tuple[nn.Module, str]] = []
-    for block in model.modules():
-        kind = type(block).__name__
-        if kind in ("BasicBlock", "Bottleneck"):
-            last_norms.append((block, "bn2" if kind == "BasicBlock" else "bn3"))
-        elif kind == "InvertedResidual" and block.use_res_connect:
-            last_norms.append((block.conv, str(len(block.conv) - 1)))
-    if not last_norms:
-        raise TypeError(f"model must be a torchvision ResNet or MobileNetV2, got {type(model).__name__}")
-    for parent, name in last_norms:
-        norm: Any = getattr(parent, name)
-        setattr(parent, name, nn.Sequential(OrderedDict(norm=norm, attention=GATES[gate](norm.num_features))))
-    return len(last_norms)
+    """Puts a gate into every block that ``insert_steam`` knows, at the end of its branch: a Sequential of ``norm`` and
+    ``attention`` takes the last norm's place. How many were put in."""
+    blocks = families.find_blocks(model)
+    if not blocks:
+        raise TypeError(f"model must have blocks that insert_steam knows, got {type(model).__name__}")
+    for block in blocks:
+        name, norm, channels = block.end()
+        while isinstance(norm, nn.Sequential):
+            name, norm = f"{name}.{len(norm) - 1}", norm[-1]
+        parent, _, last = name.rpartition(".")
+        gated = nn.Sequential(OrderedDict(norm=norm, attention=GATES[gate](channels)))
+        setattr(model.get_submodule(parent), last, gated)
+    return len(blocks)

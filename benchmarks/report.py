@@ -300,7 +300,7 @@ def _price_section(rows: list[Row], images: str) -> list[str]:
     out += [
         f"Whole networks, batch {first['batch']} at {first['size']}×{first['size']}, float32: extra time and extra",
         "peak memory over the same network without attention. STEAM at the sites of `insert_steam()`; SE and ECA",
-        "(timm's) in every residual block before the addition. In brackets the quartiles over the rounds; each",
+        "(timm's) in every block at the end of its branch. In brackets the quartiles over the rounds; each",
         "contender is compared with the plain network of its own round.",
         "",
     ]

@@ -447,7 +447,7 @@ def main() -> None:
     if kept.exists() and json.loads(kept.read_text()) != asdict(plan):
         parser.error(f"--out {out}: holds a run with other settings; remove it or name another folder")
     save(kept, lambda part: part.write_text(json.dumps(asdict(plan))))
-    deadline = time.monotonic() + (args.limit or float("inf"))
+    deadline = time.monotonic() + (float("inf") if args.limit is None else args.limit)
     try:
         if "train" in wanted:
             train(plan, out, deadline)

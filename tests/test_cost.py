@@ -80,7 +80,7 @@ def test_gct_by_hand() -> None:
 
 @pytest.mark.parametrize("name,blocks", [("resnet18", 8), ("resnet50", 16), ("mobilenet_v2", 17)])
 def test_sites(name: str, blocks: int) -> None:
-    """Every residual block is a site of the other gates; STEAM's are insert_steam's."""
+    """Every block is a site of the other gates; STEAM's are insert_steam's."""
     measured = networks.network(name, 96)
     assert len(measured.blocks) == blocks
     with torch.device("meta"):

@@ -458,6 +458,9 @@ def test_modules_that_cannot_have_a_unit() -> None:
     shared = nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 1), relu), nn.Sequential(nn.Conv2d(4, 4, 1), relu))
     with pytest.raises(ValueError, match=r"'0' ends in '0\.1'"):
         insert_steam(shared, ["0"])
+    twice = nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 1), relu, nn.Conv2d(4, 4, 1), relu))
+    with pytest.raises(ValueError, match=r"'0' ends in '0\.3'"):
+        insert_steam(twice, ["0"])
     own = Net()
     own.both.steam = nn.Identity()
     with pytest.raises(ValueError, match=r"'steam'.*'both'"):
@@ -520,7 +523,54 @@ def test_convert_sync_batchnorm_comes_first() -> None:
     model = insert_steam(nn.SyncBatchNorm.convert_sync_batchnorm(make()), "blocks")
     assert len(steam_sites(model)) == 4 and all(u.channels for u in steam_sites(model).values())
     late = nn.SyncBatchNorm.convert_sync_batchnorm(insert_steam(make(), "blocks"))
-    assert not steam_sites(late)
+    assert not steam_sites(late) and len(units(late)) == 4
+    assert not units(remove_steam(late))
+
+
+class Wrapped(nn.Sequential):
+    """Stands for what DDP and FSDP make of a model: they are known by their names."""
+
+
+Wrapped.__name__ = "DistributedDataParallel"
+
+
+def test_wrapped_models_are_refused() -> None:
+    """Their wrappers have taken the parameters: no gradient of a unit would be reduced."""
+    with pytest.raises(ValueError, match="must not be wrapped yet, got DistributedDataParallel"):
+        insert_steam(Wrapped(nn.Conv2d(3, 4, 1)), ["0"])
+
+
+def test_modules_that_change_their_class_are_refused() -> None:
+    """A lazy module takes another class at its first call, a parametrized one when that is undone."""
+    lazy = nn.Sequential(nn.LazyConv2d(4, 1))
+    normed = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 1)))
+    generated = nn.Sequential(torch.fx.symbolic_trace(nn.Conv2d(3, 4, 1)))
+    for model in (lazy, normed, generated):
+        with pytest.raises(ValueError, match="whose class stays: '0'"):
+            insert_steam(model, ["0"])
+    model = insert_steam(nn.Sequential(nn.Conv2d(3, 4, 1)), ["0"])
+    nn.utils.parametrizations.weight_norm(model[0])
+    with pytest.raises(ValueError, match="'0' that has become a ParametrizedConv2d"):
+        remove_steam(model)
+
+
+def test_one_block_is_traced_by_itself() -> None:
+    """FX takes the arguments of its root from the signature of forward, which is the class's own."""
+    block = insert_steam(models.resnet.BasicBlock(4, 4).eval(), "blocks")
+    x = torch.randn(1, 4, 9, 9)
+    assert torch.equal(torch.fx.symbolic_trace(block)(x), block(x))
+
+
+class Counted(nn.Conv2d):
+    def __reduce__(self) -> Any:
+        return Counted, (3, 4, 1), self.__dict__
+
+
+def test_a_pickle_of_ones_own() -> None:
+    model = insert_steam(nn.Sequential(Counted(3, 4, 1)), ["0"])
+    x = torch.randn(1, 3, 5, 5)
+    twin = pickle.loads(pickle.dumps(model))
+    assert torch.equal(twin(x), model(x)) and type(remove_steam(twin)[0]) is Counted
 
 
 # ---- what looks at a model from outside ------------------------------------------------------------------------------

@@ -25,7 +25,11 @@ def fvcore_handles() -> dict[str, Callable[[list[Any], list[Any]], int]]:
 
 
 def ptflops_hooks() -> dict[Any, Callable[..., Any]]:
-    """For ptflops' ``get_model_complexity_info(custom_modules_hooks=...)``, with either of its engines."""
+    """For ptflops' ``get_model_complexity_info(custom_modules_hooks=...)``, with either of its engines.
+
+    With ``backend="pytorch"``, which knows layers by their exact class, units that follow a convolution or norm (sites
+    "blocks") hide that layer's own count, and a residual must be given by position: take ``backend="aten"`` for those.
+    """
     packets = [
         getattr(torch.ops.steam_kernels, prefix + name) for prefix in ops.PREFIXES for name in ("forward", "forward_")
     ]

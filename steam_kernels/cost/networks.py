@@ -45,7 +45,7 @@ class Row(NamedTuple):
 
 
 class Network(NamedTuple):
-    """A network without gates: its own row, and the output shapes of its residual blocks and of the adaptive sites."""
+    """A network without gates: its own row, and the output shapes of its blocks and of the adaptive sites."""
 
     plain: Row
     blocks: list[Shape]
@@ -155,7 +155,7 @@ def network(name: str, size: int) -> Network:
 
 
 def table(name: str, size: int) -> list[Row]:
-    """The rows of one network: plain, then each gate of :data:`GATES`; SE, CBAM, ECA and GCT in every residual block.
+    """The rows of one network: plain, then each gate of :data:`GATES`; SE, CBAM, ECA and GCT in every block.
 
     Raises:
         ValueError, ImportError: as :func:`network`.

@@ -72,7 +72,7 @@ class Block(NamedTuple):
 
     def end(self) -> Place:
         """The end of the branch."""
-        name = next(name for name in self.kind.end if getattr(self.module, name, None) is not None)
+        name = next((name for name in self.kind.end if getattr(self.module, name, None) is not None), self.kind.end[-1])
         return Place(f"{self.name}.{name}".lstrip("."), getattr(self.module, name), self._width())
 
     def output(self) -> Place:

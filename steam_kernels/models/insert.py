@@ -9,12 +9,15 @@ take the compiled code of a network without units for one with them.
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.utils.parametrize import is_parametrized
 
 from ..module import FusedSTEAM
 from ..reference import STEAM
@@ -35,6 +38,7 @@ def _with_unit(base: Any) -> Any:
     class WithUnit(base):
         without_unit = base
 
+        @functools.wraps(base.forward)
         def forward(self, *args: Any, **kwargs: Any) -> Tensor:
             output = super().forward(*args, **kwargs)
             if not isinstance(output, (Tensor, torch.fx.Proxy)):
@@ -45,18 +49,26 @@ def _with_unit(base: Any) -> Any:
             return self.steam(output)
 
         def __reduce_ex__(self, protocol: Any) -> Any:
+            make, arguments, *state = super().__reduce_ex__(max(protocol, 2))
+            if type(self) is not WithUnit:
+                return make, arguments, *state
             # A class made here has no name to be found by: a pickle holds the one that it derives from.
-            _, (_, *arguments), *state = super().__reduce_ex__(max(protocol, 2))
-            return _remade, (base, *arguments), *state
+            return _remade, (make, tuple(base if a is WithUnit else a for a in arguments)), *state
 
     # FX goes by a class's module, and people by its name.
     WithUnit.__module__, WithUnit.__name__, WithUnit.__qualname__ = base.__module__, base.__name__, base.__qualname__
     return WithUnit
 
 
-def _remade(base: Any, *arguments: Any) -> nn.Module:
-    made = _with_unit(base)
-    return made.__new__(made, *arguments)
+def _remade(make: Callable[..., Any], arguments: tuple[Any, ...]) -> nn.Module:
+    made = make(*arguments)
+    kind: Any = type(made)
+    made.__class__ = _with_unit(kind)
+    return made
+
+
+#: Classes, by name, that have taken a model's parameters when units would come.
+_WRAPPERS = {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"}
 
 
 def insert_steam(
@@ -89,12 +101,14 @@ def insert_steam(
         TypeError: ``model`` is no module, or has no known block where ``sites`` is a placement by name; ``sites`` is
             none of the above; an option is not one of FusedSTEAM's.
         ValueError: ``sites`` names no placement, a module that is not there, none at all, one place twice, or a module
-            that cannot have a unit; or ``model`` has units already. Nothing is changed then.
+            that cannot have a unit; or ``model`` has units already, or is wrapped by DDP or FSDP, which would not know
+            of the new parameters. Nothing is changed then.
 
     Note:
         Insert units before the optimiser is made. What replaces modules, as
         ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` does, leaves the units of the old ones behind: call it before,
-        or the units on norms ("blocks") do nothing.
+        or the units on norms ("blocks") do nothing. That a module walks over its children is seen in its class's
+        ``forward`` alone, not in what that calls.
 
     Example:
         >>> model = insert_steam(torchvision.models.resnet50(), identity_init=True)
@@ -108,6 +122,10 @@ def insert_steam(
     if present is not None:
         raise ValueError(f"model must be without STEAM units, got one that has them already, at {present!r}")
 
+    for name, module in model.named_modules():
+        if wrapper := _WRAPPERS & {c.__name__ for c in type(module).__mro__}:
+            raise ValueError(f"model must not be wrapped yet, got {wrapper.pop()} at {name!r}: insert units before")
+
     places = [_host(place, model) for place in _places(model, sites)]
     seen: dict[nn.Module, str] = {}
     for name, module, _ in places:
@@ -115,11 +133,11 @@ def insert_steam(
             raise ValueError(f"sites must name each place once, got {name!r} twice (also as {seen[module]!r})")
         seen[module] = name
     units = [FusedSTEAM(channels, **{**_factory(model, name), **unit}) for name, _, channels in places]
-    for (_, module, _), made in zip(places, units, strict=True):
+    kinds: list[Any] = [type(module) for _, module, _ in places]
+    for (_, module, _), made, kind in zip(places, units, [_with_unit(kind) for kind in kinds], strict=True):
         made.train(module.training)
         module.add_module(NAME, made)
-        kind: Any = type(module)
-        module.__class__ = _with_unit(kind)
+        module.__class__ = kind
     _log.info(
         "insert_steam: %d units, %d parameters, in %s, after: %s",
         len(units),
@@ -148,15 +166,24 @@ def remove_steam(model: nn.Module) -> nn.Module:
 
     Raises:
         TypeError: ``model`` is no module.
-        ValueError: it has no units from :func:`insert_steam`.
+        ValueError: it has no units from :func:`insert_steam`, or a module with one was given another class since, as
+            ``fully_shard`` and parametrizations do. Nothing is changed then.
     """
     sites = steam_sites(model)
-    if not sites:
+    for name in sites:
+        kind = type(model.get_submodule(name))
+        if "without_unit" not in vars(kind):
+            raise ValueError(f"model must be as insert_steam left it, got {name!r} that has become a {kind.__name__}")
+    # What SyncBatchNorm's conversion makes of a norm has the unit as a child, and never calls it.
+    orphans = [m for m in model.modules() if isinstance(m, nn.SyncBatchNorm) and NAME in m._modules]
+    if not sites and not orphans:
         raise ValueError(f"model must have units that insert_steam put there, got a {type(model).__qualname__} without")
     for name in sites:
         module: Any = model.get_submodule(name)
         module.__class__ = type(module).without_unit
         del module._modules[NAME]
+    for orphan in orphans:
+        orphan._modules.pop(NAME, None)
     return model
 
 
@@ -199,9 +226,14 @@ def _host(place: Place, model: nn.Module) -> Place:
     """The module that can have the unit: a Sequential would run a new child itself, so it is its last module."""
     name, module, channels = place
     while isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward and len(module):
-        last, module = list(module.named_children())[-1]
+        last, module = list(module._modules.items())[-1]
         name = f"{name}.{last}"
-    forward = getattr(type(module).forward, "__code__", None)
+    if isinstance(module, (torch.fx.GraphModule, torch.jit.ScriptModule, LazyModuleMixin)) or is_parametrized(module):
+        raise ValueError(
+            f"sites must be modules whose class stays: {name!r}, a {type(module).__qualname__}, is generated, lazy or "
+            "parametrized; insert units before, or run a lazy module first"
+        )
+    forward = getattr(inspect.unwrap(type(module).forward), "__code__", None)
     walks = {"children", "named_children", "modules", "named_modules", "_modules"} & set(
         forward.co_names if forward else ()
     )
