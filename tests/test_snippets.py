@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("environment")
 
 ROOT = pathlib.Path(__file__).parents[1]
 STUBS = pathlib.Path(__file__).parent / "stubs"
-PAGES = ["README.md", "docs/use_it_in.md"]
+PAGES = ["README.md", "docs/cost.md", "docs/use_it_in.md"]
 
 
 class Snippet(NamedTuple):
