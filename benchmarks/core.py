@@ -658,6 +658,15 @@ def table(title: str, head: Sequence[str], rows: Iterable[Sequence[object]]) -> 
     return "\n".join(lines)
 
 
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
+    """Lines of a Markdown table, and an empty one; columns but the first to the right."""
+
+    def line(cells: Sequence[object]) -> str:
+        return "| " + " | ".join(str(c).replace("|", "\\|") for c in cells) + " |"
+
+    return [line(head), line(["---"] + ["---:"] * (len(head) - 1)), *map(line, rows), ""]
+
+
 def number(value: object) -> str:
     if value is None:
         return "-"

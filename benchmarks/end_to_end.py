@@ -23,7 +23,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -73,12 +73,13 @@ def attention_layers(model: nn.Module) -> int:
 
 
 def results(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
-    """Logits in training and in inference mode, and the gradient of the images in training."""
+    """Logits in training and in inference mode, and in training the gradients of the images and of all parameters."""
     images = images.detach().requires_grad_()
     model.train()
     logits = model(images)
     loss = nn.functional.cross_entropy(logits, torch.arange(len(images)))
-    out = {"logits": logits.detach(), "gradient": torch.autograd.grad(loss, images)[0]}
+    gradients = torch.autograd.grad(loss, [images, *model.parameters()])
+    out = {"logits": logits.detach(), "gradient": gradients[0], "parameters": _joined(gradients[1:])}
     model.eval()
     with torch.no_grad():
         out["inference"] = model(images)
@@ -118,7 +119,7 @@ class Judge:
             pair = [inference(m, images)() for m in (compiled, eager)]
         else:
             pair = [parameter_gradient(m, images) for m in (compiled, eager)]
-        name = "inference" if task == "inference" else "gradient"
+        name = "inference" if task == "inference" else "parameters"
         self._within(f"{contender}, compiled", name, distance(*pair), 2 * self.bounds[name])
 
     def _within(self, contender: str, name: str, error: float, bound: float) -> None:
@@ -130,7 +131,11 @@ def parameter_gradient(model: Any, images: Tensor) -> Tensor:
     """The gradient of a training step by all parameters, in one vector."""
     model.train()
     loss = nn.functional.cross_entropy(model(images), torch.arange(len(images)))
-    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
+    return _joined(torch.autograd.grad(loss, list(model.parameters())))
+
+
+def _joined(tensors: Iterable[Tensor]) -> Tensor:
+    return torch.cat([t.flatten() for t in tensors])
 
 
 # ---- measurement -----------------------------------------------------------------------------------------------------

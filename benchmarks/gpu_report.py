@@ -65,19 +65,11 @@ def _first_line(text: str | None) -> str:
     return lines[0] if lines else ""
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
-    def line(cells: Sequence[object]) -> str:
-        return "| " + " | ".join(str(c).replace("|", "\\|") for c in cells) + " |"
-
-    rule = ["---"] + ["---:"] * (len(head) - 1)
-    return [line(head), line(rule), *map(line, rows)]
-
-
 def report(facts: Mapping[str, Any], tests: Tests, rows: Sequence[Mapping[str, Any]], quick: bool = False) -> str:
     """The Markdown file: device and versions, the suite's result, a table for each direction."""
     out = [f"# steam_kernels on {facts['gpu']}", ""]
-    out += _table(("what", "value"), [(k.replace("_", " "), facts[k]) for k in FACTS if k in facts])
-    out += ["", f"This GPU copies a large buffer at {facts['copy_gbytes']:g} GB/s, read and write counted."]
+    out += core.markdown_table(("what", "value"), [(k.replace("_", " "), facts[k]) for k in FACTS if k in facts])
+    out += [f"This GPU copies a large buffer at {facts['copy_gbytes']:g} GB/s, read and write counted."]
     for name, why in facts["backends"].items():
         out.append(f"Backend {name}: {why or 'usable'}.")
     out += ["", "## The GPU suite", ""]
@@ -106,7 +98,7 @@ def report(facts: Mapping[str, Any], tests: Tests, rows: Sequence[Mapping[str, A
             if r["direction"] == direction
         ]
         if body:
-            out += [f"### {title}", "", *_table(head, body), ""]
+            out += [f"### {title}", "", *core.markdown_table(head, body)]
     return "\n".join(out).rstrip() + "\n"
 
 

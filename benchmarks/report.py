@@ -14,11 +14,13 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from benchmarks import core
+from benchmarks.core import ROOT
+
 FILES = ("unit", "end_to_end", "host", "scaling")
 Row = dict[str, Any]
 Run = dict[str, dict[str, Any]]
@@ -85,13 +87,6 @@ def read(folder: Path) -> Run:
 def geometric_mean(values: Iterable[float]) -> float:
     logs = [math.log(v) for v in values]
     return math.exp(sum(logs) / len(logs))
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
-    def line(cells: Sequence[object]) -> str:
-        return "| " + " | ".join(str(c).replace("|", "\\|") for c in cells) + " |"
-
-    return [line(head), line(["---"] + ["---:"] * (len(head) - 1)), *map(line, rows), ""]
 
 
 def _times(value: float | None) -> str:
@@ -290,7 +285,7 @@ def _header(run: Run) -> list[str]:
     ]
     if any(content.get("quick") for content in run.values()):
         out += ["**A quick run: it shows that the benchmarks run, not what things take.**", ""]
-    out += _table(("what", "value"), [(k.replace("_", " "), facts[k]) for k in FACTS if k in facts])
+    out += core.markdown_table(("what", "value"), [(k.replace("_", " "), facts[k]) for k in FACTS if k in facts])
     return out
 
 
@@ -320,7 +315,7 @@ def _price_section(rows: list[Row], images: str) -> list[str]:
                 )
             )
     head = ("network", "attention (layers)", "extra time", "extra peak memory", "extra parameters")
-    return out + _table(head, body)
+    return out + core.markdown_table(head, body)
 
 
 def _unit_section(unit: Unit, images: str) -> list[str]:
@@ -342,7 +337,7 @@ def _unit_section(unit: Unit, images: str) -> list[str]:
         "",
     ]
     head = ("contender", "forward", "forward + backward", "shapes")
-    out += _table(head, body)
+    out += core.markdown_table(head, body)
     out += ["## Time over the floor", "", f"![time over the floor]({images}/over_floor.svg)", ""]
     out += ["A map of N×C×H×W; *floor* is a plain pass over the same memory in the same run.", ""]
     for direction, title in DIRECTIONS.items():
@@ -354,7 +349,7 @@ def _unit_section(unit: Unit, images: str) -> list[str]:
             micro = "" if seconds is None else f"{seconds * 1e6:.0f} µs ± {100 * (spread or 0) / 2:.0f} %"
             body.append((problem, *map(_times, values), micro))
         out += [f"### {title[0].upper()}{title[1:]}", ""]
-        out += _table(("map", *unit.contenders, "fused takes"), body)
+        out += core.markdown_table(("map", *unit.contenders, "fused takes"), body)
     out += ["## Memory", "", f"![memory]({images}/memory.svg)", ""]
     out += [
         "Bytes over those of x: *kept* from forward for backward besides x and y; *peak* the most that is allocated",
@@ -370,7 +365,7 @@ def _unit_section(unit: Unit, images: str) -> list[str]:
             have = kept is not None and extra is not None
             cells.append(f"{kept / row['map_bytes']:.3f} / {extra / row['map_bytes']:.3f}" if have else "")  # type: ignore[operator]
         body.append(cells)
-    out += _table(("map: kept / peak", *unit.contenders), body)
+    out += core.markdown_table(("map: kept / peak", *unit.contenders), body)
     counts = {c: next((r["parameters"] for r in unit.rows if r["contender"] == c), None) for c in unit.contenders}
     first = next(iter(unit.problems.values()))
     named = ", ".join(f"{c} {v}" for c, v in counts.items() if v is not None and not c.endswith("compiled"))
@@ -382,11 +377,11 @@ def _host_section(rows: list[Row]) -> list[str]:
     layers = [r for r in rows if r["section"] == "layers"]
     columns = ("no grad", "forward with grad", "forward + backward")
     out = ["## Host overhead", "", "Microseconds a call at (1, 64, 7, 7), float32.", ""]
-    out += _table(("layer", *columns), [(r["layer"], *(f"{r[c]:.0f}" for c in columns)) for r in layers])
+    out += core.markdown_table(("layer", *columns), [(r["layer"], *(f"{r[c]:.0f}" for c in columns)) for r in layers])
     small = [r for r in rows if r["section"] == "small"]
     out += ["Small maps, float32: time of `reference.STEAM` over that of `FusedSTEAM`.", ""]
     keys = ("speedup no grad", "speedup forward + backward")
-    out += _table(
+    out += core.markdown_table(
         ("map", "forward", "forward + backward"), [(r["problem"], *(_times(r[k]) for k in keys)) for r in small]
     )
     slower = [r["problem"] for r in small if min(r[k] for k in keys) < 1]
@@ -411,7 +406,7 @@ def _scaling_section(rows: list[Row], images: str) -> list[str]:
         head += [f"{direction} over floor, {t} thr." for t in threads] + [
             f"{threads[-1]} over {threads[0]}: times as fast"
         ]
-    return out + _table(head, body)
+    return out + core.markdown_table(head, body)
 
 
 def page(run: Run, images: str) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -31,18 +32,25 @@ AXES: dict[str, dict[int, Problem]] = {
 }
 
 
-def run(axes: list[str], threads: list[int], effort: core.Effort, quick: bool) -> list[dict[str, Any]]:
-    """A row for each axis, value and number of threads."""
-    rows = []
+def run(
+    axes: list[str], threads: list[int], effort: core.Effort, quick: bool
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """A row for each axis, value and number of threads; and what was wrong, which has no rows."""
+    rows, wrong = [], []
     for axis in axes:
         for value, problem in list(AXES[axis].items())[: 2 if quick else None]:
             for count in threads:
                 core.torch.set_num_threads(count)
                 # The bits do not depend on the threads, so that one check is enough.
-                row = measure(problem, count == threads[0], effort)
+                try:
+                    row = measure(problem, count == threads[0], effort)
+                except AssertionError as error:
+                    wrong.append(str(error))
+                    say(f"  WRONG {error}")
+                    break
                 rows.append({"axis": axis, "value": value, "threads": count} | row)
         say(f"  scaling over {axis}")
-    return rows
+    return rows, wrong
 
 
 def line(row: dict[str, Any]) -> tuple[object, ...]:
@@ -69,10 +77,12 @@ def main() -> None:
     facts = core.machine()
     say(core.describe(facts))
     effort = core.Effort.quick() if args.quick else core.Effort(seconds=0.15, least=5, most=40)
-    rows = run(axes, threads, effort, args.quick)
+    rows, wrong = run(axes, threads, effort, args.quick)
     say("\n" + core.table("== scaling ==", HEAD, map(line, rows)))
     if args.json:
         core.write_json(args.json, "scaling", rows, facts, args.quick)
+    if wrong:
+        sys.exit(f"{len(wrong)} points are wrong")
 
 
 if __name__ == "__main__":

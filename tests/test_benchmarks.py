@@ -20,7 +20,7 @@ from torch import nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import bench_unit, compare, conftest, core, end_to_end, gates, memory, report  # noqa: E402
+from benchmarks import bench_unit, compare, conftest, core, end_to_end, gates, memory, report, scaling  # noqa: E402
 
 pytestmark = pytest.mark.xdist_group("benchmarks")
 
@@ -322,6 +322,20 @@ def test_gates_come_before_the_addition() -> None:
     assert torch.equal(block(x), x.relu())
     with pytest.raises(TypeError, match="Linear"):
         gates.insert_gate(nn.Linear(2, 2), "se")
+
+
+def test_a_wrong_point_does_not_lose_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    def measure(problem: core.Problem, check: bool, effort: core.Effort) -> dict[str, Any]:
+        if problem.n == 2:
+            raise AssertionError("the second is wrong")
+        return {"forward": problem.n}
+
+    monkeypatch.setattr(scaling, "measure", measure)
+    before = torch.get_num_threads()
+    rows, wrong = scaling.run(["N"], [1], core.Effort.quick(), quick=False)
+    torch.set_num_threads(before)
+    assert [r["value"] for r in rows] == [n for n in scaling.AXES["N"] if n != 2]
+    assert wrong == ["the second is wrong"]
 
 
 def test_networks_of_all_contenders_have_the_same_convolutions() -> None:
