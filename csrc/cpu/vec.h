@@ -195,10 +195,7 @@ template <class T>
 using Lanes = typename LanesOf<T>::type;
 
 // __builtin_convertvector says the same, but GCC makes three times the instructions of it.
-#if defined(__AVX512BW__) && !defined(STEAM_CPU_VECTOR_BYTES)
-STEAM_INLINE VecU extend(VecH h) { return bit_cast<VecU>(_mm512_cvtepu16_epi32(bit_cast<__m256i>(h))); }
-STEAM_INLINE VecH truncate(VecU u) { return bit_cast<VecH>(_mm512_cvtepi32_epi16(bit_cast<__m512i>(u))); }
-#elif defined(__AVX2__) && !defined(STEAM_CPU_VECTOR_BYTES)
+#if defined(__AVX2__) && !defined(__AVX512BW__) && !defined(STEAM_CPU_VECTOR_BYTES)
 STEAM_INLINE VecU extend(VecH h) { return bit_cast<VecU>(_mm256_cvtepu16_epi32(bit_cast<__m128i>(h))); }
 // Takes numbers below 2^16.
 STEAM_INLINE VecH truncate(VecU u) {
@@ -210,16 +207,37 @@ STEAM_INLINE VecU extend(VecH h) { return __builtin_convertvector(h, VecU); }
 STEAM_INLINE VecH truncate(VecU u) { return __builtin_convertvector(u, VecH); }
 #endif
 
+// bfloat16 is the upper half of a float. Rounding to nearest leaves it there; a NaN is cut, not rounded up into a
+// number: arithmetic's NaNs have the quiet bit, which stays.
+#if defined(__AVX512BW__) && !defined(STEAM_CPU_VECTOR_BYTES)
+// Where sixteen-bit halves come from: each one's own lane for the upper halves, and back.
+STEAM_INLINE __m512i to_upper() { return bit_cast<__m512i>(LanesF::iota() << 16); }
+STEAM_INLINE __m512i from_upper() { return bit_cast<__m512i>(LanesF::iota() * 0x40004 + 0x30001); }
+STEAM_INLINE VecF widen(VecH h, BFloat16) {
+  const __m512i wide = _mm512_castsi256_si512(bit_cast<__m256i>(h));
+  return bit_cast<VecF>(_mm512_maskz_permutexvar_epi16(0xaaaaaaaau, to_upper(), wide));
+}
+STEAM_INLINE __m512i round_upper(VecF v) {
+  const __m512 f = bit_cast<__m512>(v);
+  const __m512i u = bit_cast<__m512i>(v);
+  const __mmask16 number = _mm512_cmp_ps_mask(f, f, _CMP_ORD_Q);
+  const __mmask16 odd = _mm512_mask_test_epi32_mask(number, u, _mm512_set1_epi32(0x10000));
+  const __m512i up = _mm512_mask_add_epi32(u, number, u, _mm512_set1_epi32(0x7fff));
+  return _mm512_mask_add_epi32(up, odd, up, _mm512_set1_epi32(1));
+}
+STEAM_INLINE VecH narrow(VecF v, BFloat16) {
+  return bit_cast<VecH>(_mm512_castsi512_si256(_mm512_permutexvar_epi16(from_upper(), round_upper(v))));
+}
+#else
 STEAM_INLINE VecF widen(VecH h, BFloat16) { return bit_cast<VecF>(extend(h) << 16); }
-
-// The sixteen bits of each lane, in its lower half. A NaN is cut, not rounded up into a number: arithmetic's NaNs have
-// the quiet bit, which stays.
-STEAM_INLINE VecU round_bits(VecF v, BFloat16) {
+// The sixteen bits of each lane, in its lower half.
+STEAM_INLINE VecU round_bits(VecF v) {
   const VecU u = bit_cast<VecU>(v);
   const VecU bias = ((u >> 16) & 1) + 0x7fff;
   return (u + (bias & bit_cast<VecU>(v == v))) >> 16;
 }
-STEAM_INLINE VecH narrow(VecF v, BFloat16) { return truncate(round_bits(v, BFloat16{})); }
+STEAM_INLINE VecH narrow(VecF v, BFloat16) { return truncate(round_bits(v)); }
+#endif
 
 #if defined(__AVX512F__) && !defined(STEAM_CPU_VECTOR_BYTES)
 STEAM_INLINE VecF widen(VecH h, Float16) { return bit_cast<VecF>(_mm512_cvtph_ps(bit_cast<__m256i>(h))); }
@@ -291,9 +309,15 @@ STEAM_INLINE void store(T* p, typename Lanes<T>::V v) {
 // Two vectors, one behind the other.
 template <class T>
 STEAM_INLINE void store_two(T* p, typename Lanes<T>::V a, typename Lanes<T>::V b) {
-#if defined(__AVX2__) && !defined(__AVX512F__) && !defined(STEAM_CPU_VECTOR_BYTES)
+#if defined(__AVX512BW__) && !defined(STEAM_CPU_VECTOR_BYTES)
   if constexpr (std::is_same_v<T, BFloat16>) {
-    const __m256i low = bit_cast<__m256i>(round_bits(a, T{})), high = bit_cast<__m256i>(round_bits(b, T{}));
+    const __m512i packed = _mm512_permutex2var_epi16(round_upper(a), from_upper(), round_upper(b));
+    __builtin_memcpy(p, &packed, sizeof(packed));
+    return;
+  }
+#elif defined(__AVX2__) && !defined(STEAM_CPU_VECTOR_BYTES)
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    const __m256i low = bit_cast<__m256i>(round_bits(a)), high = bit_cast<__m256i>(round_bits(b));
     // Packs within halves of a register, so the middle quarters trade places.
     const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(low, high), 0xd8);
     __builtin_memcpy(p, &packed, sizeof(packed));
