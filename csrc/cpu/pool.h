@@ -134,48 +134,117 @@ __attribute__((noinline)) void add_any_rows(const S& s, const Strip& strip, type
   }
 }
 
+// Vectors of columns that a pass over wide rows goes along: their sums stay in the first-level cache.
+constexpr int kWide = 64;
+
+// Sums of kRows rows of a strip that is too wide for registers, from element e on, onto those in memory.
+template <int kRows, bool kValues, class S>
+STEAM_INLINE void add_wide_rows(const S& s, int64_t e, int64_t stride, int64_t vectors, typename S::V* values,
+                                typename S::V* products) {
+  using V = typename S::V;
+  constexpr int64_t lanes = S::L::kLanes;
+  const auto add = [&](int64_t v, const auto& value, const auto& upstream) STEAM_LAMBDA_INLINE {
+    V sum = kValues ? values[v] : S::L::zero(), product = S::products ? products[v] : S::L::zero();
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+      const int64_t at = e + r * stride + v * lanes;
+      const V x = value(at);
+      if (kValues) sum += x;
+      if (S::products) product += x * upstream(at);
+    }
+    if (kValues) values[v] = sum;
+    if (S::products) products[v] = product;
+  };
+  const bool inside = e + (kRows - 1) * stride + vectors * lanes <= s.size;
+  const int64_t whole = inside ? vectors : vectors - 1;
+  for (int64_t v = 0; v < whole; ++v) {
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) s.prefetch(e + r * stride + v * lanes);
+    add(v, [&](int64_t at) STEAM_LAMBDA_INLINE { return s.value(at); },
+        [&](int64_t at) STEAM_LAMBDA_INLINE { return s.upstream(at); });
+  }
+  if (!inside) {
+    add(whole, [&](int64_t at) STEAM_LAMBDA_INLINE { return s.value_until(at); },
+        [&](int64_t at) STEAM_LAMBDA_INLINE { return s.upstream_until(at); });
+  }
+}
+
+// Sums of `vectors` <= kWide vectors over any strip, two rows at a time: memory is read in its order.
+template <bool kValues, class S>
+__attribute__((noinline)) void wide_strip_sums(const S& source, const Strip& strip, int64_t vectors,
+                                               typename S::V* values, typename S::V* products) {
+  using V = typename S::V;
+  const S s = source;
+  V more_values[kWide], more_products[kWide];
+  for (int64_t done = 0; done < strip.rows; done += kRun) {
+    V *value = done ? more_values : values, *product = done ? more_products : products;
+    for (int64_t v = 0; v < vectors; ++v) value[v] = product[v] = S::L::zero();
+    const int64_t rows = smaller(strip.rows - done, kRun);
+    int64_t r = 0, at = strip.e + done * strip.stride;
+    for (; r + 2 <= rows; r += 2, at += 2 * strip.stride) {
+      add_wide_rows<2, kValues>(s, at, strip.stride, vectors, value, product);
+    }
+    if (r < rows) add_wide_rows<1, kValues>(s, at, strip.stride, vectors, value, product);
+    for (int64_t v = 0; done && v < vectors; ++v) {
+      values[v] += value[v];
+      products[v] += product[v];
+    }
+  }
+}
+
 // Column sums of strips of rows of `length` elements: f(i, column, value vector, product vector) for each vector of
 // columns of each strip, with zeros past the row's end. Strip i has the rows begin[i] ... begin[i + 1] - 1, counted
 // from element e.
 template <bool kValues, class S, class F>
 STEAM_INLINE void strip_sums(const S& s, int64_t e, const int64_t* begin, int64_t strips, int64_t length, const F& f) {
   using L = typename S::L;
-  using V = typename S::V;
+  using V = typename L::V;
   constexpr int64_t lanes = L::kLanes;
+  // float64 serves gradient checks: it does without the tiles, which keeps the library small.
   constexpr int kMost = sizeof(typename L::A) == 8 ? 1 : kValues && S::products ? 5 : 8;
   const int64_t vectors = (length + lanes - 1) / lanes;
-  const auto tile = [&]<int U, bool kShort>(int64_t i, int64_t v) STEAM_LAMBDA_INLINE {
-    const Strip strip{e + begin[i] * length + v * lanes, begin[i + 1] - begin[i], length};
-    V values[U], products[U];
-#pragma GCC unroll 16
-    for (int u = 0; u < U; ++u) values[u] = products[u] = L::zero();
-    if (kShort && strip.rows <= kRun && strip.inside(U * lanes, s.size)) {
-      add_rows<U, kValues>(s, strip, values, products);
-    } else {
-      V more_values[U], more_products[U];
-      for (int u = 0; u < U; ++u) more_values[u] = more_products[u] = L::zero();
-      add_any_rows<U, kValues>(s, strip, more_values, more_products);
-      for (int u = 0; u < U; ++u) {
-        values[u] = more_values[u];
-        products[u] = more_products[u];
-      }
-    }
-    if (v + U == vectors && length % lanes) {
-      values[U - 1] = L::select(L::first(length % lanes), values[U - 1], L::zero());
-      products[U - 1] = L::select(L::first(length % lanes), products[U - 1], L::zero());
-    }
-#pragma GCC unroll 16
-    for (int u = 0; u < U; ++u) f(i, (v + u) * lanes, values[u], products[u]);
+  const auto strip_from = [&](int64_t i, int64_t v) {
+    return Strip{e + begin[i] * length + v * lanes, begin[i + 1] - begin[i], length};
+  };
+  const auto cut = [&](V& value, V& product) {
+    if (length % lanes == 0) return;
+    value = L::select(L::first(length % lanes), value, L::zero());
+    product = L::select(L::first(length % lanes), product, L::zero());
   };
   if (vectors <= kMost) {
-    // Narrow maps have short strips: choose the tile once for all of them.
+    // Choose the tile once for all strips: those of narrow maps are short.
     with_unroll<kMost>(vectors, [&]<int U>() {
-      for (int64_t i = 0; i < strips; ++i) tile.template operator()<U, true>(i, 0);
+      for (int64_t i = 0; i < strips; ++i) {
+        const Strip strip = strip_from(i, 0);
+        V values[U], products[U];
+#pragma GCC unroll 16
+        for (int u = 0; u < U; ++u) values[u] = products[u] = L::zero();
+        if (strip.rows <= kRun && strip.inside(U * lanes, s.size)) {
+          add_rows<U, kValues>(s, strip, values, products);
+        } else {
+          V more_values[U], more_products[U];
+          for (int u = 0; u < U; ++u) more_values[u] = more_products[u] = L::zero();
+          add_any_rows<U, kValues>(s, strip, more_values, more_products);
+          for (int u = 0; u < U; ++u) {
+            values[u] = more_values[u];
+            products[u] = more_products[u];
+          }
+        }
+        cut(values[U - 1], products[U - 1]);
+#pragma GCC unroll 16
+        for (int u = 0; u < U; ++u) f(i, u * lanes, values[u], products[u]);
+      }
     });
     return;
   }
+  V values[kWide], products[kWide];
   for (int64_t i = 0; i < strips; ++i) {
-    for_tiles<L, kMost>(vectors, [&]<int U>(int64_t v) { tile.template operator()<U, false>(i, v); });
+    for (int64_t v = 0; v < vectors; v += kWide) {
+      const int64_t n = smaller<int64_t>(vectors - v, kWide);
+      wide_strip_sums<kValues>(s, strip_from(i, v), n, values, products);
+      if (v + n == vectors) cut(values[n - 1], products[n - 1]);
+      for (int64_t k = 0; k < n; ++k) f(i, (v + k) * lanes, values[k], products[k]);
+    }
   }
 }
 
