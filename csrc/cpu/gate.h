@@ -107,9 +107,22 @@ struct Made {
   V first, second;
 };
 
+// Elements before the next line begins; 0 where one does.
+template <class T>
+STEAM_INLINE int64_t until_line_of(const T* at) {
+  return static_cast<int64_t>((0 - reinterpret_cast<uintptr_t>(at)) % kLine / sizeof(T));
+}
+
+// What a vector of elements is multiplied by and what is added to it.
+template <class V>
+struct By {
+  V gate, shift, offset;
+};
+
 // How one vector of output is made. An operation reads its maps at element e, whole vectors or what there is of one
-// before the sample's end; kFirst and kSecond say which outputs it has. Loops copy it first: their stores could
-// otherwise change it, for all that the compiler knows.
+// before the sample's end, and then calls by(): compilers fuse a product and a sum only where no branch lies between
+// them, and an element must not round by how much of its vector there is. kFirst and kSecond say which outputs it has.
+// Loops copy it first: their stores could otherwise change it, for all that the compiler knows.
 
 // y = relu(x * gate + residual).
 template <class T, bool kResidual, bool kRelu>
@@ -123,12 +136,14 @@ struct GateForward {
   const T* residual;
   int64_t size;
 
-  template <bool kWhole>
-  STEAM_INLINE Made<V> make(int64_t e, V gate, V, V) const {
+  int64_t until_line(int64_t e) const { return until_line_of(x + e); }
+  template <bool kWhole, class F>
+  STEAM_INLINE Made<V> make(int64_t e, const F& by) const {
     const auto read = [&](const T* map)
                           STEAM_LAMBDA_INLINE { return kWhole ? load(map + e) : load_until(map + e, map + size); };
-    V out = read(x) * gate;
-    if (kResidual) out += read(residual);
+    const V in = read(x), rest = kResidual ? read(residual) : L::zero();
+    V out = in * by().gate;
+    if (kResidual) out += rest;
     // As PyTorch's: a NaN stays.
     if (kRelu) out = L::select(out < L::zero(), L::zero(), out);
     return {out, out};
@@ -146,10 +161,12 @@ struct GateBackward {
   M maps;
   int64_t size;
 
-  template <bool kWhole>
-  STEAM_INLINE Made<V> make(int64_t e, V gate, V shift, V offset) const {
+  int64_t until_line(int64_t e) const { return until_line_of(maps.dy + e); }
+  template <bool kWhole, class F>
+  STEAM_INLINE Made<V> make(int64_t e, const F& by) const {
     const V g = kWhole ? maps.upstream(e) : maps.upstream_until(e);
-    return {g * gate + (shift + offset), g};
+    const By<V> b = by();
+    return {g * b.gate + (b.shift + b.offset), g};
   }
 };
 
@@ -183,9 +200,11 @@ struct Pattern {
   // The vector of output at element e, where the pattern is at q.
   template <bool kWhole, class G>
   STEAM_INLINE Made<V> make(const G& op, int64_t e, int64_t q) const {
-    const V gate = gate_factor * load(gates + q);
-    if (!kBackward) return op.template make<kWhole>(e, gate, gate, gate);
-    return op.template make<kWhole>(e, gate, share_factor * load(shares + q), kOffset ? load(offsets + q) : add);
+    return op.template make<kWhole>(e, [&]() STEAM_LAMBDA_INLINE {
+      const V gate = gate_factor * load(gates + q);
+      if (!kBackward) return By<V>{gate, gate, gate};
+      return By<V>{gate, share_factor * load(shares + q), kOffset ? load(offsets + q) : add};
+    });
   }
 };
 
@@ -210,10 +229,10 @@ STEAM_INLINE void gate_vectors(const G& op, const P& pattern, int64_t e, int64_t
   if (k < vectors * lanes) put<G>(ahead(out, k), ahead(second, k), pattern.template make<true>(op, e + k, q + k));
 }
 
-// n <= kChunk elements from e on, whose pattern starts at q. Returns where it stopped.
+// n <= kChunk elements from e on, whose pattern starts at q.
 template <bool kBackward, bool kOffset, class G, class L>
-STEAM_INLINE int64_t gate_chunk(const G& operation, int64_t e, int64_t n, const Along<L>& along, int64_t q,
-                                typename G::Type* out, typename G::Type* second) {
+STEAM_INLINE void gate_chunk(const G& operation, int64_t e, int64_t n, const Along<L>& along, int64_t q,
+                             typename G::Type* out, typename G::Type* second) {
   constexpr int64_t lanes = L::kLanes;
   const G op = operation;
   const Pattern<kBackward, kOffset, L> pattern(along);
@@ -230,19 +249,23 @@ STEAM_INLINE int64_t gate_chunk(const G& operation, int64_t e, int64_t n, const 
       q -= q >= period ? period : 0;
     }
   }
-  if (whole < n) put<G>(ahead(out, whole), ahead(second, whole), pattern.template make<false>(op, e + whole, q));
-  return q;
+  if (whole < n) {
+    put<G>(ahead(out, whole), ahead(second, whole), pattern.template make<false>(op, e + whole, q % period));
+  }
 }
 
-// A run of any length from element e on.
+// A run of any length from element e on. Its first chunk ends where a line of the map does: loads that cross lines take
+// longer to come from memory.
 template <bool kBackward, bool kOffset, class G, class L, class S1, class S2>
 STEAM_INLINE void gate_run(const G& op, int64_t e, int64_t length, const Along<L>& along, S1& sink, S2& second) {
-  int64_t q = 0;
-  for (int64_t done = 0; done < length; done += kChunk) {
-    const int64_t n = smaller(kChunk, length - done);
+  const int64_t head = op.until_line(e);
+  int64_t q = 0, n = 0;
+  for (int64_t done = 0; done < length; done += n) {
+    n = smaller(done == 0 && head ? head : kChunk, length - done);
     auto* out = sink.begin(n);
-    q = gate_chunk<kBackward, kOffset>(op, e + done, n, along, q, out, second.begin(n));
-    q -= q >= along.period ? along.period : 0;
+    gate_chunk<kBackward, kOffset>(op, e + done, n, along, q, out, second.begin(n));
+    q += n;
+    if (q >= along.period) q %= along.period;
     sink.commit(n);
     second.commit(n);
   }
@@ -306,8 +329,10 @@ STEAM_INLINE void gate_short_runs(const G& operation, int64_t e, int64_t runs, i
       const auto run = along(done + i);
       const V gate = L::set(run.gate_factor), share = L::set(run.share_factor), add = L::set(run.add);
       const auto made = [&](int u) STEAM_LAMBDA_INLINE {
-        const V by = gate * gates[u];
-        return op.template make<true>(at + u * lanes, by, kBackward ? share * shares[u] : by, add);
+        return op.template make<true>(at + u * lanes, [&]() STEAM_LAMBDA_INLINE {
+          const V by = gate * gates[u];
+          return By<V>{by, kBackward ? share * shares[u] : by, add};
+        });
       };
       auto *to = ahead(out, i * length), *second_to = ahead(second_out, i * length);
 #pragma GCC unroll 16

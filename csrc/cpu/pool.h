@@ -38,8 +38,7 @@ struct Maps {
   STEAM_INLINE V upstream_until(int64_t e) const {
     return masked<kRelu>(load_until(dy + e, dy + size), [&] { return load_until(y + e, y + size); });
   }
-  STEAM_INLINE void prefetch(int64_t e) const {
-    constexpr int64_t ahead = kAhead / static_cast<int64_t>(sizeof(T));
+  STEAM_INLINE void prefetch(int64_t e, int64_t ahead = kAhead / static_cast<int64_t>(sizeof(T))) const {
     __builtin_prefetch(x + e + ahead);
     if (kProducts) __builtin_prefetch(dy + e + ahead);
     if (kProducts && kRelu) __builtin_prefetch(y + e + ahead);
@@ -134,61 +133,94 @@ __attribute__((noinline)) void add_any_rows(const S& s, const Strip& strip, type
   }
 }
 
-// Vectors of columns that a pass over wide rows goes along: their sums stay in the first-level cache.
-constexpr int kWide = 64;
-
-// Sums of kRows rows of a strip that is too wide for registers, from element e on, onto those in memory.
-template <int kRows, bool kValues, class S>
-STEAM_INLINE void add_wide_rows(const S& s, int64_t e, int64_t stride, int64_t vectors, typename S::V* values,
-                                typename S::V* products) {
+// Onto sums in memory: kRows rows too wide for registers, from the elements `at` on. Where kFresh there are no sums
+// yet.
+template <int kRows, bool kFresh, bool kValues, class S, class A>
+STEAM_INLINE void add_wide_rows(const S& s, const int64_t* at, int64_t ahead, int64_t vectors, A* values, A* products) {
   using V = typename S::V;
   constexpr int64_t lanes = S::L::kLanes;
   const auto add = [&](int64_t v, const auto& value, const auto& upstream) STEAM_LAMBDA_INLINE {
-    V sum = kValues ? values[v] : S::L::zero(), product = S::products ? products[v] : S::L::zero();
+    V sum = kFresh || !kValues ? S::L::zero() : load(values + v * lanes);
+    V product = kFresh || !S::products ? S::L::zero() : load(products + v * lanes);
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
-      const int64_t at = e + r * stride + v * lanes;
-      const V x = value(at);
+      const V x = value(at[r] + v * lanes);
       if (kValues) sum += x;
-      if (S::products) product += x * upstream(at);
+      if (S::products) product += x * upstream(at[r] + v * lanes);
     }
-    if (kValues) values[v] = sum;
-    if (S::products) products[v] = product;
+    if (kValues) store(values + v * lanes, sum);
+    if (S::products) store(products + v * lanes, product);
   };
-  const bool inside = e + (kRows - 1) * stride + vectors * lanes <= s.size;
+  const auto add_whole = [&](int64_t v) STEAM_LAMBDA_INLINE {
+    add(
+        v, [&](int64_t e) STEAM_LAMBDA_INLINE { return s.value(e); },
+        [&](int64_t e) STEAM_LAMBDA_INLINE { return s.upstream(e); });
+  };
+  constexpr int64_t a_line = larger<int64_t>(1, kLine / (lanes * static_cast<int64_t>(sizeof(*s.x))));
+  const bool inside = at[kRows - 1] + vectors * lanes <= s.size;
   const int64_t whole = inside ? vectors : vectors - 1;
-  for (int64_t v = 0; v < whole; ++v) {
+  int64_t v = 0;
+  for (; v + a_line <= whole; v += a_line) {
 #pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r) s.prefetch(e + r * stride + v * lanes);
-    add(v, [&](int64_t at) STEAM_LAMBDA_INLINE { return s.value(at); },
-        [&](int64_t at) STEAM_LAMBDA_INLINE { return s.upstream(at); });
+    for (int r = 0; r < kRows; ++r) s.prefetch(at[r] + v * lanes, ahead);
+#pragma GCC unroll 16
+    for (int64_t k = 0; k < a_line; ++k) add_whole(v + k);
   }
+  for (; v < whole; ++v) add_whole(v);
   if (!inside) {
-    add(whole, [&](int64_t at) STEAM_LAMBDA_INLINE { return s.value_until(at); },
-        [&](int64_t at) STEAM_LAMBDA_INLINE { return s.upstream_until(at); });
+    add(
+        whole, [&](int64_t e) STEAM_LAMBDA_INLINE { return s.value_until(e); },
+        [&](int64_t e) STEAM_LAMBDA_INLINE { return s.upstream_until(e); });
   }
 }
 
-// Sums of `vectors` <= kWide vectors over any strip, two rows at a time: memory is read in its order.
+// Sums of `vectors` vectors over rows too wide for registers, kGroup rows at a time. next() is the first element of
+// each in turn; they are `stride` apart or more, in the order of memory.
+template <int kGroup, bool kValues, class S, class A, class F>
+STEAM_INLINE void sum_wide_rows(const S& s, int64_t rows, int64_t stride, int64_t vectors, A* values, A* products,
+                                const F& next) {
+  constexpr int64_t near = kAhead / static_cast<int64_t>(sizeof(*s.x));
+  // Not to where another row of the group is being read.
+  const int64_t ahead = stride > near ? near : larger(near, kGroup * stride);
+  for (int64_t done = 0; done < rows; done += kGroup) {
+    with_unroll<kGroup>(smaller<int64_t>(rows - done, kGroup), [&]<int n>() STEAM_LAMBDA_INLINE {
+      int64_t at[n];
+      for (int r = 0; r < n; ++r) at[r] = next();
+      if (done == 0) {
+        add_wide_rows<n, true, kValues>(s, at, ahead, vectors, values, products);
+      } else {
+        add_wide_rows<n, false, kValues>(s, at, ahead, vectors, values, products);
+      }
+    });
+  }
+}
+
+// sums += more, both of whole vectors.
+template <class L>
+STEAM_INLINE void add_sums(const typename L::A* more, int64_t vectors, typename L::A* sums) {
+  for (int64_t k = 0; k < vectors * L::kLanes; k += L::kLanes) store(sums + k, load(sums + k) + load(more + k));
+}
+
+// Vectors that a pass over wide rows goes along: their sums stay in the first-level cache.
+constexpr int64_t kWide = 64;
+
+// The same over any strip, for `vectors` <= kWide.
 template <bool kValues, class S>
 __attribute__((noinline)) void wide_strip_sums(const S& source, const Strip& strip, int64_t vectors,
-                                               typename S::V* values, typename S::V* products) {
-  using V = typename S::V;
+                                               typename S::L::A* values, typename S::L::A* products) {
+  using A = typename S::L::A;
+  alignas(kLine) A more_values[kWide * S::L::kLanes], more_products[kWide * S::L::kLanes];
   const S s = source;
-  V more_values[kWide], more_products[kWide];
+  int64_t at = strip.e;
   for (int64_t done = 0; done < strip.rows; done += kRun) {
-    V *value = done ? more_values : values, *product = done ? more_products : products;
-    for (int64_t v = 0; v < vectors; ++v) value[v] = product[v] = S::L::zero();
-    const int64_t rows = smaller(strip.rows - done, kRun);
-    int64_t r = 0, at = strip.e + done * strip.stride;
-    for (; r + 2 <= rows; r += 2, at += 2 * strip.stride) {
-      add_wide_rows<2, kValues>(s, at, strip.stride, vectors, value, product);
-    }
-    if (r < rows) add_wide_rows<1, kValues>(s, at, strip.stride, vectors, value, product);
-    for (int64_t v = 0; done && v < vectors; ++v) {
-      values[v] += value[v];
-      products[v] += product[v];
-    }
+    A *value = done ? more_values : values, *product = done ? more_products : products;
+    sum_wide_rows<2, kValues>(s, smaller(strip.rows - done, kRun), strip.stride, vectors, value, product, [&] {
+      const int64_t row = at;
+      at += strip.stride;
+      return row;
+    });
+    if (done && kValues) add_sums<typename S::L>(value, vectors, values);
+    if (done && S::products) add_sums<typename S::L>(product, vectors, products);
   }
 }
 
@@ -237,13 +269,16 @@ STEAM_INLINE void strip_sums(const S& s, int64_t e, const int64_t* begin, int64_
     });
     return;
   }
-  V values[kWide], products[kWide];
+  alignas(kLine) typename L::A values[kWide * lanes] = {}, products[kWide * lanes] = {};
   for (int64_t i = 0; i < strips; ++i) {
     for (int64_t v = 0; v < vectors; v += kWide) {
-      const int64_t n = smaller<int64_t>(vectors - v, kWide);
+      const int64_t n = smaller(vectors - v, kWide);
       wide_strip_sums<kValues>(s, strip_from(i, v), n, values, products);
-      if (v + n == vectors) cut(values[n - 1], products[n - 1]);
-      for (int64_t k = 0; k < n; ++k) f(i, (v + k) * lanes, values[k], products[k]);
+      for (int64_t k = 0; k < n; ++k) {
+        V value = load(values + k * lanes), product = load(products + k * lanes);
+        if (v + k + 1 == vectors) cut(value, product);
+        f(i, (v + k) * lanes, value, product);
+      }
     }
   }
 }
@@ -391,58 +426,71 @@ STEAM_INLINE void sum_channels(int64_t begin, int64_t end, typename L::A* out, c
 // channels_last: sums over rows x cols pixels from element e on, into `values` and `products` (rows of `channels`
 // numbers, padded to whole vectors; what lies in the padding is undefined).
 template <bool kValues, class S>
-void cell_sums(const S& s, int64_t e, int64_t rows, int64_t cols, int64_t row_stride, int64_t channels,
+void cell_sums(const S& source, int64_t e, int64_t rows, int64_t cols, int64_t row_stride, int64_t channels,
                typename S::L::A* values, typename S::L::A* products) {
   using L = typename S::L;
+  using A = typename L::A;
   using V = typename L::V;
   constexpr int64_t lanes = L::kLanes;
-  constexpr int kMost = kValues && S::products ? 5 : 8;
+  constexpr int kMost = sizeof(A) == 8 ? 1 : kValues && S::products ? 5 : 8;
+  const S s = source;
   const int64_t vectors = (channels + lanes - 1) / lanes;
-  // Blocks of pixels that stay in the first-level cache while the tiles of channels pass over them.
-  const int64_t pixel_bytes = channels * static_cast<int64_t>(sizeof(*s.x));
-  const int64_t block_cols = larger<int64_t>(1, smaller(smaller(cols, kRun), 16384 / pixel_bytes));
-  const int64_t block_rows = larger<int64_t>(1, smaller(kRun / block_cols, 16384 / (pixel_bytes * block_cols)));
-  bool fresh = true;
-  for (int64_t r0 = 0; r0 < rows; r0 += block_rows) {
-    const int64_t nr = smaller(block_rows, rows - r0);
-    for (int64_t q0 = 0; q0 < cols; q0 += block_cols, fresh = false) {
-      const int64_t nq = smaller(block_cols, cols - q0);
-      const int64_t origin = e + r0 * row_stride + q0 * channels;
-      const int64_t last = origin + (nr - 1) * row_stride + (nq - 1) * channels;
-      for_tiles<typename S::L, kMost>(vectors, [&]<int U>(int64_t v) {
-        const int64_t c = v * lanes;
-        V sum[U], product[U];
-        for (int u = 0; u < U; ++u) sum[u] = product[u] = L::zero();
-        const bool inside = last + c + U * lanes <= s.size;
-        for (int64_t r = 0; r < nr; ++r) {
-          int64_t at = origin + r * row_stride + c;
-          if (__builtin_expect(inside, 1)) {
-            for (int64_t q = 0; q < nq; ++q, at += channels) {
+  alignas(kLine) A more_values[kWide * lanes], more_products[kWide * lanes];
+  for (int64_t v = 0; v < vectors; v += kWide) {
+    const int64_t n = smaller(vectors - v, kWide);
+    // Sums start afresh with each block of pixels.
+    const int64_t block_cols = smaller(cols, kRun), block_rows = kRun / block_cols;
+    for (int64_t r = 0; r < rows; r += block_rows) {
+      for (int64_t q = 0; q < cols; q += block_cols) {
+        const int64_t nr = smaller(block_rows, rows - r), nq = smaller(block_cols, cols - q);
+        const int64_t first = e + r * row_stride + q * channels + v * lanes;
+        A *value = r + q ? more_values : values + v * lanes, *product = r + q ? more_products : products + v * lanes;
+        if (vectors <= kMost) {
+          with_unroll<kMost>(vectors, [&]<int U>() {
+            V held_values[U], held_products[U];
 #pragma GCC unroll 16
-              for (int u = 0; u < U; ++u) {
-                if (u * lanes * static_cast<int64_t>(sizeof(*s.x)) % kLine == 0) s.prefetch(at + u * lanes);
-                const V x = s.value(at + u * lanes);
-                if (kValues) sum[u] += x;
-                if (S::products) product[u] += x * s.upstream(at + u * lanes);
+            for (int u = 0; u < U; ++u) held_values[u] = held_products[u] = L::zero();
+            for (int64_t i = 0; i < nr; ++i) {
+              const Strip pixels{first + i * row_stride, nq, channels};
+              if (__builtin_expect(pixels.inside(U * lanes, s.size), 1)) {
+                add_rows<U, kValues>(s, pixels, held_values, held_products);
+              } else {
+                V last_values[U], last_products[U];
+                for (int u = 0; u < U; ++u) last_values[u] = last_products[u] = L::zero();
+                add_any_rows<U, kValues>(s, pixels, last_values, last_products);
+                for (int u = 0; u < U; ++u) {
+                  held_values[u] += last_values[u];
+                  held_products[u] += last_products[u];
+                }
               }
             }
+#pragma GCC unroll 16
+            for (int u = 0; u < U; ++u) {
+              if (kValues) store(value + u * lanes, held_values[u]);
+              if (S::products) store(product + u * lanes, held_products[u]);
+            }
+          });
+        } else {
+          int64_t at = first, left = nq;
+          const auto next = [&] {
+            const int64_t pixel = at;
+            at += channels;
+            if (--left == 0) {
+              left = nq;
+              at += row_stride - nq * channels;
+            }
+            return pixel;
+          };
+          // Cells of up to four pixels are summed in one pass; for larger ones two streams are the fastest.
+          if (nr * nq <= 4) {
+            sum_wide_rows<4, kValues>(s, nr * nq, channels, n, value, product, next);
           } else {
-            for (int64_t q = 0; q < nq; ++q, at += channels) {
-              for (int u = 0; u < U; ++u) {
-                const V x = s.value_until(at + u * lanes);
-                if (kValues) sum[u] += x;
-                if (S::products) product[u] += x * s.upstream_until(at + u * lanes);
-              }
-            }
+            sum_wide_rows<2, kValues>(s, nr * nq, channels, n, value, product, next);
           }
         }
-#pragma GCC unroll 16
-        for (int u = 0; u < U; ++u) {
-          const int64_t k = c + u * lanes;
-          if (kValues) store(values + k, fresh ? sum[u] : load(values + k) + sum[u]);
-          if (S::products) store(products + k, fresh ? product[u] : load(products + k) + product[u]);
-        }
-      });
+        if (r + q && kValues) add_sums<L>(value, n, values + v * lanes);
+        if (r + q && S::products) add_sums<L>(product, n, products + v * lanes);
+      }
     }
   }
 }
