@@ -378,7 +378,7 @@ def test_compiled_contenders_are_not_each_others(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(torch, "compile", lambda model, **options: compile_(model, backend="eager", **options))
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     judge = end_to_end.Judge.__new__(end_to_end.Judge)
-    judge.network, judge.bounds = "resnet", {"inference": 1e-5}
+    judge.network, judge.bounds = "resnet", {c: {"inference": 1e-5} for c in ("plain", "steam")}
     rows = end_to_end.measure(judge, "inference", "compiled", ["plain", "steam"], images, 0.0)
     assert [r["layers"] for r in rows] == [0, 4]
     torch._dynamo.reset()
