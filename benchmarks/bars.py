@@ -95,7 +95,8 @@ def measure(bar: Bar, compiled: bool, check: bool, runs: int, effort: core.Effor
     if check:
         judge = core.judge(problem, tensors)
         for name, unit in units.items():
-            judge.check(core.outputs(unit, problem, tensors), label=f"{problem.label} {name}")
+            found = judge if name == "fused" else core.peers(judge)
+            found.check(core.outputs(unit, problem, tensors), label=f"{problem.label} {name}")
         del judge
     blocks = core.floor_blocks(problem, tensors)
     blocks |= {
@@ -197,14 +198,14 @@ def main() -> None:
     for bar in rows:
         out.append(measure(bar, not args.no_compiled, not args.no_check, args.runs, effort))
         say("  ".join(str(v) if isinstance(v, str) else core.number(v) for v in line(out[-1])))
+        if args.json:
+            core.write_json(args.json, "bars", out, facts)
     missed = sum(bool(r["missed"]) for r in out)
     say(
         "\n"
         + core.table(f"== bars: median of {args.runs} runs, time over floor, bar in brackets ==", HEAD, map(line, out))
     )
     say(f"\n{len(out) - missed} of {len(out)} rows meet their bars")
-    if args.json:
-        core.write_json(args.json, "bars", out, facts)
 
 
 if __name__ == "__main__":

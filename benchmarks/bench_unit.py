@@ -8,7 +8,6 @@ test, and no time.
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -108,8 +107,7 @@ def measure(problem: core.Problem, names: list[str], effort: core.Effort, backen
     row = Row(problem)
     tensors = problem.tensors()
     judge = core.judge(problem, tensors)
-    # The rule is our promise; a peer need only compute the same unit, and its order of sums may cost more than 2x.
-    peers = dataclasses.replace(judge, floor={name: 4 * judge.bound(name) for name in judge.floor})
+    peers = core.peers(judge)
     gates: dict[str, Any] = {}
     blocks = core.floor_blocks(problem, tensors)
     core.forget_compiled()

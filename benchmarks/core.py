@@ -401,6 +401,11 @@ def judge(problem: Problem, tensors: Mapping[str, Tensor], perturbations: int = 
     return tolerances().judge(run, dict(tensors), dtypes, problem.grid, perturbations=perturbations)
 
 
+def peers(judge: Any) -> Any:
+    """The same for peers: the rule is our promise; they need only compute the unit, and their sums may cost more."""
+    return replace(judge, floor={name: 4 * judge.bound(name) for name in judge.floor})
+
+
 def judge_gate(name: str, problem: Problem, tensors: Mapping[str, Tensor]) -> Any:
     """A gate judged by itself in float64: four times what its results change by where every input and parameter is
     moved by 4 eps of the problem's dtype (in which it computes throughout) with random signs, and one rounding. The
