@@ -44,7 +44,7 @@ def _cuda(call: Call | None) -> str:
 def _cpu(call: Call | None) -> str:
     if native.CPU.reason:
         return native.CPU.reason
-    if call is not None and call.x.device.type != "cpu":
+    if call is not None and not call.x.is_cpu:
         return f"the cpu backend runs tensors on the CPU, and x is on {call.x.device}"
     return ""
 
@@ -53,7 +53,7 @@ def _reference(call: Call | None) -> str:
     return ""
 
 
-#: Name -> why_not, in the order in which they are tried.
+#: Name -> why_not.
 REGISTRY: dict[str, Callable[[Call | None], str]] = {
     "triton": why_not_triton,
     "cuda": _cuda,
@@ -62,10 +62,17 @@ REGISTRY: dict[str, Callable[[Call | None], str]] = {
 }
 
 
+#: What a call that names no backend tries, in this order, by the type of x's device. Triton's interpreter serves the
+#: CPU too, but only where it is named.
+_AUTOMATIC = {"cuda": ("triton", "cuda"), "cpu": ("cpu",)}
+
+
 def first(call: Call) -> str:
-    """The first backend that can run ``call``; Triton's interpreter serves the CPU too, but only where it is named."""
-    on_gpu = call.x.device.type == "cuda"
-    return next(name for name, why_not in REGISTRY.items() if (on_gpu or name != "triton") and not why_not(call))
+    """The first backend made for x's device that can run ``call``, else the reference."""
+    for name in _AUTOMATIC.get(call.x.device.type, ()):
+        if not REGISTRY[name](call):
+            return name
+    return "reference"
 
 
 def choose(call: Call) -> tuple[str, bool]:
