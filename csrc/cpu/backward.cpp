@@ -85,8 +85,12 @@ struct BackwardWalk {
     scatter_nodes(u.ring, row + u.p.channels, g.channel.o);
     scatter_nodes(u.lattice, row + 2 * u.p.channels, g.spatial.token);
     scatter_nodes(u.lattice, row + 2 * u.p.channels + u.cells, g.spatial.o);
-    open_gates<L>({u.ring.first, u.ring.first + u.ring.span}, g.channel.o, g.channel.gate);
     open_gates<L>({u.lattice.first, u.lattice.first + u.lattice.span}, g.spatial.o, g.spatial.gate);
+  }
+
+  // The gates of channels begin ... end - 1, by whichever task needs them first; begin is a multiple of a vector.
+  void open_channels(const Gates<T>& g, int64_t begin, int64_t end) const {
+    open_gates<L>({u.ring.first + begin, u.ring.first + end}, g.channel.o, g.channel.gate);
   }
 
   const A* channel_gate(const Gates<T>& g) const { return g.channel.gate + u.ring.first; }
@@ -119,6 +123,7 @@ struct BackwardWalk {
     spread_sums(u, spread, [&](int64_t i, int64_t j, int64_t) { return g.spatial.gate[u.lattice.at(i, j)]; });
     for_tasks(parallel, u.blocks, [&](int64_t b) {
       const int64_t begin = b * u.block, end = smaller(begin + u.block, u.p.channels);
+      open_channels(g, begin, end);
       A* contracted = partial + b * u.sums();
       memset(contracted, 0, sizeof(A) * static_cast<size_t>(u.sums()));
       if (by_pixel && u.row_vectors() <= kHeldOfTwo) {
@@ -156,8 +161,7 @@ struct BackwardWalk {
         if (by_pixel && u.row_vectors() <= kHeld) {
           with_unroll<kHeld>(u.row_vectors(),
                              [&]<int U>() { short_shares<U>(maps, begin, end, spread, through_tokens); });
-          for (int64_t c = begin; c < end; ++c) gate_grad[c] += through_tokens[c];
-          return;
+          return add_sums<L>(through_tokens + begin, (end - begin + lanes - 1) / lanes, gate_grad + begin);
         }
         sum_channels<L>(begin, end, through_tokens, [&](int64_t c) {
           if (by_pixel) {
@@ -170,7 +174,7 @@ struct BackwardWalk {
                                   STEAM_LAMBDA_INLINE { return load(columns + c * u.sums() + k) * load(spread + k); };
           return sum_vectors<L>(u.sums(), column, column);
         });
-        for (int64_t c = begin; c < end; ++c) gate_grad[c] += through_tokens[c];
+        add_sums<L>(through_tokens + begin, (end - begin + lanes - 1) / lanes, gate_grad + begin);
       });
     }
     channel_backward(g, d, n, parallel);
@@ -328,6 +332,7 @@ struct BackwardWalk {
                   const cpu::Parallel* parallel) const {
     const A* channel = channel_gate(g);
     A* gate_grad = d.channel_gate + u.ring.first;
+    open_channels(g, 0, u.p.channels);
     for_tasks(parallel, u.p.grid_h, [&](int64_t i) {
       for (int64_t j = 0; j < u.p.grid_w; ++j) {
         const int64_t cell = i * u.p.grid_w + j;
@@ -375,9 +380,9 @@ struct BackwardWalk {
     A* runs = nullptr;
     if (input) {
       const A scale = static_cast<A>(u.p.scale), mean = static_cast<A>(1.0 / static_cast<double>(u.pixels));
-      for (int64_t c = 0; c < u.p.channels; ++c) {
-        scaled[c] = scale * channel_gate(g)[c];
-        offset[c] = d.channel_token[u.ring.first + c] * mean;
+      for (int64_t c = 0; c < u.p.channels; c += lanes) {
+        store(scaled + c, load(channel_gate(g) + c) * scale);
+        store(offset + c, load(d.channel_token + u.ring.first + c) * mean);
       }
       if (u.walk != Walk::kChannels) {
         runs = arena.take<A>(2 * u.runs * u.run_pitch);

@@ -172,7 +172,7 @@ struct ForwardWalk {
   void gate(int64_t n, const Gates<T>& g, const cpu::Parallel* parallel, Arena& arena) const {
     const A scale = static_cast<A>(u.p.scale);
     A* channel = g.channel.gate + u.ring.first;
-    for (int64_t c = 0; c < u.p.channels; ++c) channel[c] *= scale;
+    for (int64_t c = 0; c < u.p.channels; c += lanes) store(channel + c, load(channel + c) * scale);
     A* runs = nullptr;
     if (u.walk != Walk::kChannels) {
       runs = arena.take<A>(u.runs * u.run_pitch);

@@ -142,29 +142,75 @@ void transform_nodes(const Branch<L>& branch, const Heads<L>& heads, Positions w
   }
 }
 
-// The same on a ring of three distinct neighbours. In order of size they need two exponentials and no choice of
-// neighbours: the one with the largest score has weight 1.
+// Three neighbours' tokens in order of size, and how far they lie apart. With one of them not finite, all distances are
+// NaN: sorting may drop such a token, exact arithmetic does not.
+template <class L>
+struct Triple {
+  using V = typename L::V;
+  typename L::M swapped, below, above;  // q is smaller than p; r is the smallest; r is the largest
+  V lo, hi, down, up, range;
+
+  STEAM_INLINE Triple(V p, V q, V r) {
+    swapped = q < p;
+    const V low = L::select(swapped, q, p), high = L::select(swapped, p, q);
+    below = r < low;
+    above = r > high;
+    lo = L::select(below, r, low);
+    hi = L::select(above, r, high);
+    const V mid = L::select(above, high, L::select(below, low, r));
+    const V poison = (p - p) + (q - q) + (r - r);
+    down = mid - hi + poison;
+    up = mid - lo + poison;
+    range = hi - lo + poison;
+  }
+
+  // What belongs to the smallest, the middle and the largest, to each neighbour.
+  STEAM_INLINE void sort_back(V of_lo, V of_mid, V of_hi, V& of_p, V& of_q, V& of_r) const {
+    const V of_low = L::select(below, of_mid, of_lo), of_high = L::select(above, of_mid, of_hi);
+    of_r = L::select(below, of_lo, L::select(above, of_hi, of_mid));
+    of_p = L::select(swapped, of_high, of_low);
+    of_q = L::select(swapped, of_low, of_high);
+  }
+};
+
+// What one head sees there. The neighbour with the largest score has weight 1, and the middle one is never that one:
+// two exponentials of three, and no choice of neighbours.
+template <class L>
+struct TripleAttention {
+  using V = typename L::V;
+  typename L::M rises;
+  V near, far, near_weight, far_weight, inverse, mean;
+
+  STEAM_INLINE TripleAttention(const Triple<L>& of, V slope) {
+    rises = L::less(L::zero(), slope);
+    near = L::select(rises, of.down, of.up);
+    far = L::select(rises, -of.range, of.range);
+    near_weight = L::exp_nonpositive(slope * near);
+    far_weight = L::exp_nonpositive(slope * far);
+    inverse = L::set(1) / (1 + near_weight + far_weight);
+    mean = (near_weight * near + far_weight * far) * inverse;
+  }
+  STEAM_INLINE V message(const Triple<L>& of) const { return L::select(rises, of.hi, of.lo) + mean; }
+};
+
+template <class L>
+STEAM_INLINE Triple<L> triple_at(const Branch<L>& branch, const typename L::A* tokens, int64_t at) {
+  return {load(tokens + at + branch.offsets[0]), load(tokens + at + branch.offsets[1]),
+          load(tokens + at + branch.offsets[2])};
+}
+
+// transform_nodes on a ring of three distinct neighbours.
 template <class L>
 void transform_triples(const Branch<L>& branch, const Heads<L>& heads, Positions where, const typename L::A* tokens,
                        typename L::A* out) {
   using V = typename L::V;
   for (int64_t at = where.begin; at < where.end; at += L::kLanes) {
     const V t = load(tokens + at);
-    const V p = load(tokens + at + branch.offsets[0]), q = load(tokens + at + branch.offsets[1]),
-            r = load(tokens + at + branch.offsets[2]);
-    const V low = L::select(p < q, p, q), high = L::select(p < q, q, p);
-    const V lo = L::select(r < low, r, low), hi = L::select(r > high, r, high);
-    const V inner = L::select(r < low, low, r), mid = L::select(r > high, high, inner);
-    // Sorting may drop a token that is not finite; exact arithmetic does not.
-    V o = (p - p) + (q - q) + (r - r);
-    const V down = mid - hi, up = mid - lo, range = hi - lo;
+    const Triple<L> triple = triple_at(branch, tokens, at);
+    V o = L::zero();
     for (int64_t h = 0; h < heads.count; ++h) {
-      const V slope = L::set(heads.a[h]) * t;
-      const auto rises = L::less(L::zero(), slope);
-      const V near = L::select(rises, down, up), far = L::select(rises, -range, range);
-      const V near_weight = L::exp_nonpositive(slope * near), far_weight = L::exp_nonpositive(slope * far);
-      const V mean = (near_weight * near + far_weight * far) / (1 + near_weight + far_weight);
-      o += L::set(heads.b[h]) * (L::select(rises, hi, lo) + mean);
+      const TripleAttention<L> head(triple, L::set(heads.a[h]) * t);
+      o += L::set(heads.b[h]) * head.message(triple);
     }
     store(out + at, o);
   }
@@ -222,6 +268,41 @@ void transform_nodes_backward(const Branch<L>& branch, const Heads<L>& heads, Po
     for (int k = 0; k < K; ++k) {
       store(tape.shares + k * branch.size + at, L::select(is_node & nodes.exists(k), share[k], L::zero()));
     }
+  }
+}
+
+// transform_nodes_backward on a ring of three distinct neighbours.
+template <class L>
+void transform_triples_backward(const Branch<L>& branch, const Heads<L>& heads, Positions where,
+                                const typename L::A* tokens, const typename L::A* out_grad, typename L::A* token_grad,
+                                const GraphTape<L>& tape, typename L::V* sums) {
+  using V = typename L::V;
+  for (int64_t h = 0; h < 2 * heads.count; ++h) sums[h] = L::zero();
+  for (int64_t at = where.begin; at < where.end; at += L::kLanes) {
+    const auto is_node = RingNodes<L, 3>::make(branch, tokens, at).is_node();
+    const V t = load(tokens + at);
+    const V og = L::select(is_node, load(out_grad + at), L::zero());
+    const Triple<L> triple = triple_at(branch, tokens, at);
+    V own = L::zero(), to_lo = L::zero(), to_mid = L::zero(), to_hi = L::zero();
+    for (int64_t h = 0; h < heads.count; ++h) {
+      const V a = L::set(heads.a[h]), slope = a * t, mean_grad = L::set(heads.b[h]) * og;
+      const TripleAttention<L> head(triple, slope);
+      const V near = head.near - head.mean, far = head.far - head.mean;
+      const V near_alpha = head.near_weight * head.inverse, far_alpha = head.far_weight * head.inverse;
+      const V variance = near_alpha * near * near + far_alpha * far * far + head.inverse * head.mean * head.mean;
+      const V to_near = mean_grad * near_alpha * (1 + slope * near), to_far = mean_grad * far_alpha * (1 + slope * far);
+      const V to_first = mean_grad * head.inverse * (1 - slope * head.mean);
+      to_mid += to_near;
+      to_hi += L::select(head.rises, to_first, to_far);
+      to_lo += L::select(head.rises, to_far, to_first);
+      own += mean_grad * a * variance;
+      sums[h] += L::select(is_node, mean_grad * t * variance, L::zero());
+      sums[heads.count + h] += L::select(is_node, og * head.message(triple), L::zero());
+    }
+    store(token_grad + at, load(token_grad + at) + L::select(is_node, own, L::zero()));
+    V share[3];
+    triple.sort_back(to_lo, to_mid, to_hi, share[0], share[1], share[2]);
+    for (int k = 0; k < 3; ++k) store(tape.shares + k * branch.size + at, L::select(is_node, share[k], L::zero()));
   }
 }
 
@@ -332,8 +413,12 @@ struct GraphBackward {
         const Gate<L> gate = sigmoid<L>(load(o + at));
         store(grad + at, load(grad + at) * gate.open * gate.closed);
       }
-      transform_nodes_backward<L, N, K>(branch, heads, where, tokens, grad, token_grad, tape,
-                                        tape.sums + block * 2 * heads.count);
+      typename L::V* sums = tape.sums + block * 2 * heads.count;
+      if (K == 3 && branch.wraps) {
+        transform_triples_backward(branch, heads, where, tokens, grad, token_grad, tape, sums);
+      } else {
+        transform_nodes_backward<L, N, K>(branch, heads, where, tokens, grad, token_grad, tape, sums);
+      }
     });
     if (branch.wraps) {
       for (int64_t k = 0; k < K; ++k) {

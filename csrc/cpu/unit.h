@@ -44,7 +44,7 @@ struct Unit {
   const int64_t* col_begin;       // gw + 1
   Branch<L> ring, lattice;
   Heads<L> channel, spatial;
-  const A* ones;  // C, padded
+  const A* ones;  // C, padded; what weighs channels where space does not look at the gated map
 
   // Rows of column sums: `rows` of `length` numbers, each padded to `pitch`.
   int64_t rows, length, pitch;
@@ -146,9 +146,11 @@ Unit<T> make_unit(const Problem& problem, const Weight& channel_weight, const We
   u.blocks = (p.channels + u.block - 1) / u.block;
   u.channel_pitch = round_up(p.channels, U::lanes);
 
-  typename U::A* ones = arena.take<typename U::A>(u.channel_pitch);
-  for (int64_t c = 0; c < u.channel_pitch; ++c) ones[c] = 1;
-  u.ones = ones;
+  if (!p.sequential) {
+    typename U::A* ones = arena.take<typename U::A>(u.channel_pitch);
+    for (int64_t c = 0; c < u.channel_pitch; ++c) ones[c] = 1;
+    u.ones = ones;
+  }
   return u;
 }
 
