@@ -153,6 +153,8 @@ class Host:
     seed: int = 1
     shared_memory_limit: int = 99 << 10
     failing_launch: int = 0  # counted from 1; 0: none
+    #: Results lie beside a 16-byte boundary as their inputs do, as C's callers may have it; else on one, as torch's.
+    keeps_phase: bool = False
     launches: int = 0  # of the last call
     _process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
     _log: Any = field(default=None, repr=False)
@@ -225,7 +227,7 @@ class Host:
         self, x: Tensor, channel_weight: Tensor, spatial_weight: Tensor, residual: Tensor | None, *rest: Any
     ) -> Any:
         *options, save = rest
-        y = poisoned_like(x)
+        y = self.poisoned_like(x)
         grid = options[0]
         saved = torch.empty(
             (x.shape[0], 2 * (x.shape[1] + grid[0] * grid[1])) if save else (0,),
@@ -285,20 +287,18 @@ class Host:
             "dresidual": (x, need_residual),
         }
         for name, (like, need) in wanted.items():
-            results.append(poisoned_like(like) if need else like.new_empty(0))
+            results.append(self.poisoned_like(like) if need else like.new_empty(0))
             if need:
                 arrays[name] = (WRITTEN, results[-1])
         problem = problem_of(x, channel_weight, y is not None, *unit)
         self.call(problem, channel_weight.dtype, True, **arrays)
         return tuple(results)
 
-
-def poisoned_like(t: Tensor) -> Tensor:
-    """As ``empty_like``, in the same place beside a 16-byte boundary as ``t``: what is sliced stays so."""
-    offset = t.data_ptr() % 16 // t.element_size()
-    return t.new_full((t.numel() + 16 + offset,), float("nan"))[offset:].as_strided(
-        t.shape, torch.empty_like(t).stride()
-    )
+    def poisoned_like(self, t: Tensor) -> Tensor:
+        """As ``empty_like``, full of NaN, where ``keeps_phase`` says."""
+        offset = t.data_ptr() % 16 // t.element_size() if self.keeps_phase else 0
+        room = t.new_full((t.numel() + 16 + offset,), float("nan"))
+        return room[offset:].as_strided(t.shape, torch.empty_like(t).stride())
 
 
 def problem_of(

@@ -45,7 +45,7 @@ def host(
     """The kernels as the backend "cuda"; the parameter is the variant, plain where there is none."""
     variant = getattr(request, "param", "plain")
     host = runners.setdefault(variant, on_host.Host(variant))
-    host.shared_memory_limit, host.failing_launch, host.seed = FUSED, 0, 1
+    host.shared_memory_limit, host.failing_launch, host.seed, host.keeps_phase = FUSED, 0, 1, False
     monkeypatch.setitem(ops.OPERATORS, "cuda", host.operators())
     monkeypatch.setitem(backends.REGISTRY, "cuda", lambda call: "")
     return host
@@ -83,8 +83,20 @@ LARGE = [
 
 
 def turns(sample: list[Case]) -> list[Any]:
-    """(limit, case), the cases of a sample taking turns on the two paths."""
-    return [pytest.param((GENERAL, FUSED)[k % 2], case, id=case.id) for k, case in enumerate(sample)]
+    """(limit, keeps_phase, case), the cases of a sample taking turns on the two paths, and in where results lie."""
+    return [pytest.param((GENERAL, FUSED)[k % 2], k // 2 % 2 == 1, case, id=case.id) for k, case in enumerate(sample)]
+
+
+def test_results_lie_beside_a_boundary_as_x_does_or_not() -> None:
+    """On both paths and in both memory orders: x one element past a boundary, and y and dx there too, or on it."""
+    seen = {(p.values[0], p.values[1], p.values[2].layout) for p in turns(cases.all_pairs())}
+    for layout in ("offset_nchw", "offset_nhwc"):
+        assert {(limit, keeps, layout) for limit in (GENERAL, FUSED) for keeps in (False, True)} <= seen
+        case = Case(layout=layout)
+        x = cases.make(case)[0]["x"]
+        assert x.data_ptr() % 16 == 4
+        for keeps in (False, True):
+            assert on_host.Host(keeps_phase=keeps).poisoned_like(x).data_ptr() % 16 == 4 * keeps
 
 
 @pytest.mark.parametrize("limit", [GENERAL, FUSED], ids=["general", "fused"])
@@ -95,17 +107,17 @@ def test_case(case: Case, limit: int, host: on_host.Host) -> None:
 
 
 @sanitized("address")
-@pytest.mark.parametrize(("limit", "case"), turns(cases.all_pairs()))
-def test_sample(limit: int, case: Case, host: on_host.Host) -> None:
+@pytest.mark.parametrize(("limit", "keeps_phase", "case"), turns(cases.all_pairs()))
+def test_sample(limit: int, keeps_phase: bool, case: Case, host: on_host.Host) -> None:
     """The ordinary sample, under AddressSanitizer and UBSan."""
-    host.shared_memory_limit = limit
+    host.shared_memory_limit, host.keeps_phase = limit, keeps_phase
     cases.check(case, "cuda", *cases.make(case), perturbations=1)
 
 
-@pytest.mark.parametrize(("limit", "case"), turns(cases.random_cases(40, seed=77)))
-def test_random_unit(limit: int, case: Case, host: on_host.Host) -> None:
+@pytest.mark.parametrize(("limit", "keeps_phase", "case"), turns(cases.random_cases(40, seed=77)))
+def test_random_unit(limit: int, keeps_phase: bool, case: Case, host: on_host.Host) -> None:
     """Against the loop oracle, which shares no code with the package."""
-    host.shared_memory_limit = limit
+    host.shared_memory_limit, host.keeps_phase = limit, keeps_phase
     inputs, dy = cases.make(case)
     bounds = cases.bounds_by_oracle(case, inputs, dy)
     bounds.check(cases.forward_backward(steam_kernels.steam, inputs, dy, backend="cuda", **case.options), case.id)
