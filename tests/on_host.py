@@ -34,7 +34,8 @@ FLAGS = ["-std=c++20", "-O1", "-g1", "-DSTEAM_CUDA_ON_HOST", "-fno-strict-aliasi
 VARIANTS: dict[str, tuple[list[str], dict[str, str]]] = {
     "plain": ([], {}),
     "address": (
-        ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-sanitize=vptr"],
+        # GCC's "undefined" does not hold the conversions
+        ["-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover=all", "-fno-sanitize=vptr"],
         {"ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0", "UBSAN_OPTIONS": "print_stacktrace=1"},
     ),
     "thread": (["-fsanitize=thread"], {"TSAN_OPTIONS": "halt_on_error=1"}),
@@ -66,9 +67,12 @@ def compiler() -> str | None:
     return shutil.which("g++") if sys.platform == "linux" else None
 
 
-def build(variant: str, sources: Sequence[Path] = ()) -> Path:
-    """The runner (or a program of ``sources``) in one of the VARIANTS, compiled where it is not there yet."""
-    sources = sources or (SHIM / "runner.cpp", KERNELS / "forward.cu", KERNELS / "backward.cu")
+#: The runner with the kernels behind it.
+RUNNER = (SHIM / "runner.cpp", KERNELS / "forward.cu", KERNELS / "backward.cu")
+
+
+def build(variant: str, sources: Sequence[Path] = RUNNER) -> Path:
+    """A program in one of the VARIANTS, compiled where it is not there yet."""
     cxx = compiler()
     assert cxx is not None
     flags = [*FLAGS, *VARIANTS[variant][0], f"-I{SHIM}", f"-I{KERNELS}"]
@@ -150,6 +154,7 @@ class Host:
     """The kernels of one variant. What a call leaves open is set here."""
 
     variant: str = "plain"
+    sources: Sequence[Path] = RUNNER
     seed: int = 1
     shared_memory_limit: int = 99 << 10
     failing_launch: int = 0  # counted from 1; 0: none
@@ -172,7 +177,7 @@ class Host:
         if self._process is None:
             self._log = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the process)
             self._process = subprocess.Popen(
-                [build(self.variant)],
+                [build(self.variant, self.sources)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._log,

@@ -265,7 +265,18 @@ PLANTED: dict[str, tuple[int, str, str]] = {
     "wide load off its boundary": (8, "address", "misaligned address"),
     "more shared memory than launched with": (9, "plain", "takes 272 bytes of shared memory"),
     "blocks that write one place": (10, "thread", "data race"),
+    "barriers at two places": (11, "plain", r"is at the barrier of .*planted.cu:\d+; thread .* is at the barrier of"),
+    "mask without the lane that is read": (12, "plain", "mask does not name the lane that is read"),
+    "less shared memory than launched with": (13, "plain", "launched with 272 bytes of shared memory, and takes 256"),
+    "threads that take other pieces": (14, "plain", "threads of one block take different pieces"),
+    "more than 48 KB unasked": (15, "plain", "the launch failed: invalid argument"),
+    "block that reads what another writes": (16, "thread", "data race"),
+    "overflow of an offset": (19, "address", "signed integer overflow"),
+    "shift out of range": (20, "address", "shift exponent"),
+    "conversion out of range": (21, "address", "outside the range of representable values of type 'int'"),
 }
+#: Those that only other seeds show.
+ORDERED_MISTAKES = {"result by the order of blocks": 17, "result by the order of threads": 18}
 
 
 def planted(number: int, variant: str, seed: int) -> tuple[int, str]:
@@ -291,3 +302,50 @@ def test_kernel_without_a_mistake_passes(variant: str) -> None:
 
 def test_a_missing_barrier_shows_in_most_schedules() -> None:
     assert sum(planted(3, "plain", seed)[0] != 0 for seed in range(10)) >= 9
+
+
+@pytest.mark.parametrize("name", ORDERED_MISTAKES)
+def test_a_result_by_an_order_shows_over_seeds(name: str) -> None:
+    """As test_bits_do_not_depend_on_the_schedule looks: three more seeds, other bits."""
+    runs = [planted(ORDERED_MISTAKES[name], "plain", seed) for seed in (1, 2, 3, 4)]
+    assert {code for code, _ in runs} == {0}
+    assert len({output for _, output in runs}) > 1
+
+
+def planted_call(variant: str, mistake: int, backward: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """x and what planted_call.cu makes of it: a copy, where the mistake is 0."""
+    host = on_host.Host(variant, (on_host.SHIM / "runner.cpp", on_host.SHIM / "planted_call.cu"))
+    arrays = {name: (on_host.READ, torch.randn(2, 3, 4, 5)) for name in CALL_READS[backward]}
+    out = torch.zeros(2, 3, 4, 5)
+    arrays["dx" if backward else "y"] = (on_host.WRITTEN, out)
+    try:
+        host.call(on_host.Problem(2, 3, 4, 5, radius=mistake), F32, backward, **arrays)
+    finally:
+        host.close()
+    return arrays["x"][1], out
+
+
+# What planted_call.cu counts from 1.
+CALL_READS = {
+    False: ("channel_weight", "spatial_weight", "x", "residual"),
+    True: ("channel_weight", "spatial_weight", "x", "dy", "y", "saved"),
+}
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_an_input_that_is_written_into_is_named(backward: bool) -> None:
+    x, out = planted_call("plain", 0, backward)
+    assert torch.equal(x, out)
+    for k, name in enumerate(CALL_READS[backward]):
+        with pytest.raises(on_host.Failed, match=f"^array {on_host.ARRAYS.index(name)} was written into$"):
+            planted_call("plain", 1 + k, backward)
+
+
+def test_a_workspace_that_is_read_unwritten_shows() -> None:
+    x, out = planted_call("plain", 100, False)
+    assert out.flatten()[-1].isnan() and torch.equal(x.flatten()[:-1], out.flatten()[:-1])
+
+
+def test_an_overrun_of_the_workspace_is_caught() -> None:
+    with pytest.raises(on_host.Failed, match=r"(?s)heap-buffer-overflow.*WRITE of size 4"):
+        planted_call("address", 101, False)
