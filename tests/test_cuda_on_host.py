@@ -6,10 +6,12 @@ case is run on the general path and on the one that keeps a sample in shared mem
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import subprocess
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import cases
@@ -21,6 +23,7 @@ from cases import Case
 
 import steam_kernels
 from steam_kernels import backends, ops
+from steam_kernels.backends import gpu
 
 pytestmark = pytest.mark.skipif(on_host.compiler() is None, reason="no g++ on Linux to build the CUDA kernels with")
 
@@ -229,10 +232,54 @@ def test_launches(host: on_host.Host) -> None:
     for limit in (GENERAL, FUSED):
         host.shared_memory_limit = limit
         steam_kernels.steam(**inputs, backend="cuda", **case.options)
-        forward = host.launches
+        forward = len(host.launched)
         run(case, inputs, dy)
-        counts[limit] = forward, host.launches
+        counts[limit] = forward, len(host.launched)
     assert counts == {GENERAL: (3, 4), FUSED: (1, 2)}
+
+
+SAMPLES = [(1, 1, 1), (2, 1, 1), (64, 1, 1), (65, 1, 1), (1, 8, 8), (3, 7, 7), (5, 2, 1), (130, 3, 5), (4200, 7, 7)]
+LARGE_SAMPLES = [(8, 224, 224), (1, 1, 100_000), (1, 100_000, 1), (2**20, 1, 2), (3, 2**17, 2**17), (1, 1, 2**31 - 33)]
+
+
+@pytest.mark.parametrize("dtype", [F64, F16])
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+@pytest.mark.parametrize("sample", SAMPLES + LARGE_SAMPLES)
+def test_grids_have_room_for_every_call_that_is_let_through(
+    sample: tuple[int, int, int], layout: str, dtype: torch.dtype, host: on_host.Host
+) -> None:
+    """The largest batch that the backend's predicate takes: none of its launches has too many blocks."""
+    size = math.prod(sample)
+    case = Case(space=sample[1:], channels=sample[0], batch=(2**37 - 1) // (size + 64), layout=layout, dtype=dtype)
+    x: Any = SimpleNamespace(shape=case.shape)
+    weight = torch.empty(4, 8)
+    call = backends.Call(x, weight, weight, None, steam_kernels.config.Unit(), case.resolved_grid)
+    assert gpu.why_not_cuda_sizes(call) == ""
+    for limit in (GENERAL, FUSED):
+        host.shared_memory_limit = limit
+        for backward in (False, True):
+            assert host.plan(on_host.problem_at(case), backward)
+
+
+def test_a_grid_of_too_many_blocks_is_an_error(host: on_host.Host) -> None:
+    with pytest.raises(on_host.Failed, match=r"2147483648 blocks, .*: more blocks than a grid can have"):
+        host.plan(on_host.problem_at(Case(space=(1, 1), channels=1, batch=2**31)), False)
+
+
+def test_a_plan_is_what_is_launched(host: on_host.Host) -> None:
+    for limit in (GENERAL, FUSED):
+        host.shared_memory_limit = limit
+        for case in (Case(space=(9, 8), channels=6), Case(space=(5, 3), channels=40, layout="nhwc", dtype=BF16)):
+            plans = [host.plan(on_host.problem_at(case), backward) for backward in (False, True)]
+            inputs, dy = cases.make(case)
+            steam_kernels.steam(**inputs, backend="cuda", **case.options)
+            assert host.launched == plans[0]
+            run(case, inputs, dy)
+            assert host.launched == plans[1]
+
+
+def test_the_page_shows_the_shared_memory_of_the_stages(host: on_host.Host) -> None:
+    assert on_host.page_with(on_host.shared_memory(host)) == on_host.PAGE.read_text()
 
 
 def test_errors_name_the_kernel_and_the_shape(host: on_host.Host) -> None:
