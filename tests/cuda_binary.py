@@ -1,6 +1,7 @@
 """What nvcc made of the CUDA kernels: registers, shared memory, spills and wide accesses, from the build's objects.
 
-    python tests/cuda_binary.py             the table; fails where a figure is worse than the recorded one
+    python tests/cuda_binary.py             the table; fails where a kernel spills, whatever the version of nvcc, or a
+                                            figure is worse than the recorded one, which are of one version
     python tests/cuda_binary.py --record    records the figures and writes docs/cuda_verification.md's table
 
 No GPU is needed, and none of the figures is a speed. cuobjdump and nvdisasm are the PATH's, or those of triton's wheel.
@@ -137,6 +138,16 @@ def recorded() -> tuple[str, Table]:
     return content["nvcc"], {k: {int(t): Figures(*f) for t, f in row.items()} for k, row in kernels.items()}
 
 
+def spilling(table: Mapping[str, Mapping[int, Figures]]) -> list[str]:
+    """Every kernel and target with spills: none is recorded, so that no version of nvcc is forgiven any."""
+    return sorted(
+        f"{kernel} on sm_{target}: {figures.spills} spills"
+        for kernel, row in table.items()
+        for target, figures in row.items()
+        if figures.spills
+    )
+
+
 def complaints(table: Mapping[str, Mapping[int, Figures]], budgets: Mapping[str, Mapping[int, Figures]]) -> list[str]:
     """Every kernel that the budgets lack, or the objects, and every figure that is worse than recorded."""
     out = [f"{kernel}: no figures are recorded" for kernel in table if kernel not in budgets]
@@ -182,6 +193,9 @@ def main() -> int:
         return 1
     table, nvcc = read_objects(OBJECTS / f"{name}.cu.o" for name in SOURCES), compiler()
     print(markdown(table, nvcc))
+    if spills := spilling(table):
+        print("\n".join(spills))
+        return 1
     missing = [t for t in TARGETS if any(t not in row for row in table.values())]
     if missing:
         print(f"not built for {', '.join(f'sm_{t}' for t in missing)} (CMAKE_CUDA_ARCHITECTURES)")

@@ -1,6 +1,8 @@
 """The CUDA kernels on this machine's memory: builds tests/cuda_on_host with a host compiler and runs it as a backend.
 
 The runner is a process that takes one call after another over pipes; when a call kills it, what it said is the error.
+
+    python tests/on_host.py     writes docs/cuda_verification.md's table of shared memory
 """
 
 from __future__ import annotations
@@ -17,9 +19,10 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from cases import Case
 from torch import Tensor
 
 from steam_kernels.ops import Operators
@@ -34,7 +37,8 @@ FLAGS = ["-std=c++20", "-O1", "-g1", "-DSTEAM_CUDA_ON_HOST", "-fno-strict-aliasi
 VARIANTS: dict[str, tuple[list[str], dict[str, str]]] = {
     "plain": ([], {}),
     "address": (
-        ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-sanitize=vptr"],
+        # GCC's "undefined" does not hold the conversions
+        ["-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover=all", "-fno-sanitize=vptr"],
         {"ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0", "UBSAN_OPTIONS": "print_stacktrace=1"},
     ),
     "thread": (["-fsanitize=thread"], {"TSAN_OPTIONS": "halt_on_error=1"}),
@@ -66,9 +70,12 @@ def compiler() -> str | None:
     return shutil.which("g++") if sys.platform == "linux" else None
 
 
-def build(variant: str, sources: Sequence[Path] = ()) -> Path:
-    """The runner (or a program of ``sources``) in one of the VARIANTS, compiled where it is not there yet."""
-    sources = sources or (SHIM / "runner.cpp", KERNELS / "forward.cu", KERNELS / "backward.cu")
+#: The runner with the kernels behind it.
+RUNNER = (SHIM / "runner.cpp", KERNELS / "forward.cu", KERNELS / "backward.cu")
+
+
+def build(variant: str, sources: Sequence[Path] = RUNNER) -> Path:
+    """A program in one of the VARIANTS, compiled where it is not there yet."""
     cxx = compiler()
     assert cxx is not None
     flags = [*FLAGS, *VARIANTS[variant][0], f"-I{SHIM}", f"-I{KERNELS}"]
@@ -129,6 +136,7 @@ class Call(ctypes.Structure):
         ("seed", ctypes.c_uint64),
         ("shared_memory_limit", ctypes.c_int64),
         ("failing_launch", ctypes.c_int64),
+        ("only_plans", ctypes.c_int64),
         ("arrays", Array * len(ARRAYS)),
     ]
 
@@ -145,15 +153,24 @@ def fill(t: Tensor, data: bytes) -> None:
         ctypes.memmove(t.data_ptr(), data, len(data))
 
 
+class Launch(NamedTuple):
+    blocks: int
+    threads: int
+    shared_bytes: int
+
+
 @dataclass
 class Host:
     """The kernels of one variant. What a call leaves open is set here."""
 
     variant: str = "plain"
+    sources: Sequence[Path] = RUNNER
     seed: int = 1
     shared_memory_limit: int = 99 << 10
     failing_launch: int = 0  # counted from 1; 0: none
-    launches: int = 0  # of the last call
+    #: Results lie beside a 16-byte boundary as their inputs do, as C's callers may have it; else on one, as torch's.
+    keeps_phase: bool = False
+    launched: list[Launch] = field(default_factory=list)  # by the last call
     _process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
     _log: Any = field(default=None, repr=False)
 
@@ -170,7 +187,7 @@ class Host:
         if self._process is None:
             self._log = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the process)
             self._process = subprocess.Popen(
-                [build(self.variant)],
+                [build(self.variant, self.sources)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._log,
@@ -195,26 +212,39 @@ class Host:
                 call.arrays[k] = Array(role, t.numel() * t.element_size(), t.data_ptr() % 16)
                 if role == READ:
                     data.append(raw(t))
+        results = [arrays[name][1] for name in ARRAYS if arrays.get(name, (ABSENT,))[0] in (WRITTEN, IS_X)]
+        self._exchange(call, data, results)
+
+    def plan(self, problem: Problem, backward: bool) -> list[Launch]:
+        """The launches of a call with a gradient for every input, none of which is run: any size will do."""
+        call = Call(problem, problem.dtype, backward, self.seed, self.shared_memory_limit, 0, True)
+        for k, name in enumerate(ARRAYS):
+            if name not in ("residual", "dresidual"):
+                call.arrays[k] = Array(READ, 0, 0)
+        self._exchange(call, [], [])
+        return self.launched
+
+    def _exchange(self, call: Call, data: Sequence[bytes], results: Sequence[Tensor]) -> None:
         process = self._start()
         assert process.stdin is not None
         try:
             process.stdin.write(b"".join([bytes(call), *data]))
             process.stdin.flush()
-            error = self._read(int.from_bytes(self._read(8), "little")).decode()
+            error = self._read(self._read_int()).decode()
             if error:
                 raise Failed(error)
-            self.launches = int.from_bytes(self._read(8), "little")
-            for name in ARRAYS:
-                role, t = arrays.get(name, (ABSENT, None))
-                if role in (WRITTEN, IS_X):
-                    assert t is not None
-                    fill(t, self._read(t.numel() * t.element_size()))
+            self.launched = [Launch(*(self._read_int() for _ in Launch._fields)) for _ in range(self._read_int())]
+            for t in results:
+                fill(t, self._read(t.numel() * t.element_size()))
         except BrokenPipeError:
             process.wait()
             self._log.seek(0)
             said = self._log.read().decode(errors="replace")
             self._process = None
             raise Failed(f"the runner exited with {process.returncode}: {said}") from None
+
+    def _read_int(self) -> int:
+        return int.from_bytes(self._read(8), "little")
 
     # ---- the operators of steam_kernels/ops.py
 
@@ -225,7 +255,7 @@ class Host:
         self, x: Tensor, channel_weight: Tensor, spatial_weight: Tensor, residual: Tensor | None, *rest: Any
     ) -> Any:
         *options, save = rest
-        y = poisoned_like(x)
+        y = self.poisoned_like(x)
         grid = options[0]
         saved = torch.empty(
             (x.shape[0], 2 * (x.shape[1] + grid[0] * grid[1])) if save else (0,),
@@ -285,20 +315,18 @@ class Host:
             "dresidual": (x, need_residual),
         }
         for name, (like, need) in wanted.items():
-            results.append(poisoned_like(like) if need else like.new_empty(0))
+            results.append(self.poisoned_like(like) if need else like.new_empty(0))
             if need:
                 arrays[name] = (WRITTEN, results[-1])
         problem = problem_of(x, channel_weight, y is not None, *unit)
         self.call(problem, channel_weight.dtype, True, **arrays)
         return tuple(results)
 
-
-def poisoned_like(t: Tensor) -> Tensor:
-    """As ``empty_like``, in the same place beside a 16-byte boundary as ``t``: what is sliced stays so."""
-    offset = t.data_ptr() % 16 // t.element_size()
-    return t.new_full((t.numel() + 16 + offset,), float("nan"))[offset:].as_strided(
-        t.shape, torch.empty_like(t).stride()
-    )
+    def poisoned_like(self, t: Tensor) -> Tensor:
+        """As ``empty_like``, full of NaN, where ``keeps_phase`` says."""
+        offset = t.data_ptr() % 16 // t.element_size() if self.keeps_phase else 0
+        room = t.new_full((t.numel() + 16 + offset,), float("nan"))
+        return room[offset:].as_strided(t.shape, torch.empty_like(t).stride())
 
 
 def problem_of(
@@ -327,3 +355,63 @@ def problem_of(
         scale,
         DTYPES[x.dtype],
     )
+
+
+def problem_at(case: Case) -> Problem:
+    """As problem_of, of tensors that nobody makes."""
+    return Problem(
+        *case.shape,
+        *case.resolved_grid,
+        case.radius,
+        *case.attention,
+        case.neighbors,
+        case.self_loops,
+        case.order == "sequential",
+        "nhwc" in case.layout,
+        case.tail.endswith("relu"),
+        case.scale,
+        DTYPES[case.dtype],
+    )
+
+
+PAGE = ROOT / "docs" / "cuda_verification.md"
+BEGIN, END = "<!-- shared memory -->\n", "<!-- end of shared memory -->\n"
+#: The ends of a ResNet-50's four stages at 224 x 224.
+STAGES = ((256, 56, 56), (512, 28, 28), (1024, 14, 14), (2048, 7, 7))
+#: Launches of a walk -> what they are.
+WALKS = {
+    (False, 1): ("whole",),
+    (False, 2): ("graph", "gate"),
+    (False, 3): ("pool", "graph", "gate"),
+    (True, 2): ("whole", "weights"),
+    (True, 3): ("graph", "gate", "weights"),
+    (True, 4): ("pool", "graph", "gate", "weights"),
+}
+
+
+def shared_memory(host: Host) -> str:
+    """A row for each stage, dtype and memory order: the dynamic shared memory of a block of each launch."""
+    lines = ["| x of a sample | dtype | order | forwards | backwards |", "|---|---|---|---|---|"]
+    for channels, height, width in STAGES:
+        for dtype in (torch.float32, torch.bfloat16):
+            for layout in ("nchw", "nhwc"):
+                problem = problem_at(Case((height, width), channels, batch=64, layout=layout, dtype=dtype))
+                cells = [f"{channels}×{height}×{width}", str(dtype).removeprefix("torch."), layout.upper()]
+                for backward in (False, True):
+                    launches = host.plan(problem, backward)
+                    names = WALKS[backward, len(launches)]
+                    cells.append(", ".join(f"{n} {k.shared_bytes}" for n, k in zip(names, launches, strict=True)))
+                lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def page_with(table: str) -> str:
+    """The documentation's page with this table in its place."""
+    before, rest = PAGE.read_text().split(BEGIN)
+    return before + BEGIN + table + END + rest.split(END)[1]
+
+
+if __name__ == "__main__":
+    host = Host(shared_memory_limit=227 << 10)
+    PAGE.write_text(page_with(shared_memory(host)))
+    host.close()

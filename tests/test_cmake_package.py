@@ -154,6 +154,46 @@ def test_the_cuda_library_links_and_names_kernel_and_shape_without_a_gpu(prefix:
     assert lines[6:] == ["1 num_heads must divide embed_dim, got 3 and 8", "1 scale must be finite, got inf"]
 
 
+# No language and so no compiler; what is asked for, by a machine that has a CUDA toolkit or has none.
+FIND = """
+cmake_minimum_required(VERSION 3.18...4.0)
+project(find LANGUAGES NONE)
+find_package(steam {asked})
+message(STATUS "steam ${{steam_FOUND}}, cuda ${{steam_cuda_FOUND}}")
+foreach(name cpu cuda)
+  if(TARGET steam::${{name}})
+    message(STATUS "target ${{name}}")
+  endif()
+endforeach()
+"""
+
+
+@pytest.mark.parametrize("asked", ["", "COMPONENTS cpu", "REQUIRED COMPONENTS cpu OPTIONAL_COMPONENTS cuda"])
+def test_the_cpu_component_needs_no_cuda_toolkit(asked: str, prefix: Path, tmp_path: Path) -> None:
+    said = found(asked, prefix, tmp_path)
+    assert "steam 1, cuda FALSE" in said, said
+    assert "target cpu" in said and "target cuda" not in said and "CUDAToolkit" not in said
+
+
+def test_the_cuda_component_says_that_it_needs_the_toolkit(prefix: Path, tmp_path: Path) -> None:
+    if not with_cuda():
+        pytest.skip("the CUDA library was not built in this tree")
+    said = found("COMPONENTS cuda", prefix, tmp_path)
+    assert "steam 0" in said and "CUDAToolkit" in said and "target cuda" not in said
+
+
+def found(asked: str, prefix: Path, folder: Path) -> str:
+    """What CMake says of this find_package where there is no CUDA toolkit."""
+    (folder / "CMakeLists.txt").write_text(FIND.format(asked=asked))
+    no_cuda = "-DCMAKE_DISABLE_FIND_PACKAGE_CUDAToolkit=TRUE"
+    ninja = f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}"
+    command = [tool("cmake"), "-S", folder, "-B", folder / "build", "-G", "Ninja", ninja, "--no-warn-unused-cli"]
+    done = subprocess.run(
+        [*map(str, command), no_cuda, f"-DCMAKE_PREFIX_PATH={prefix}"], capture_output=True, text=True, timeout=300
+    )
+    return done.stdout + done.stderr
+
+
 # --- the C interface --------------------------------------------------------------------------------------------------
 
 OK, BAD_ARGUMENT, OUT_OF_MEMORY, CUDA_ERROR = range(4)

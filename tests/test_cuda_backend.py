@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import cases
 import pytest
@@ -16,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import steam_kernels
-from steam_kernels import FusedSTEAM
+from steam_kernels import FusedSTEAM, backends
 from steam_kernels.backends import native
 
 NAMES = ("forward", "backward", "forward_")
@@ -132,7 +134,7 @@ def test_a_gpu_that_cannot_is_asked_once_and_is_a_reason(library: ctypes.CDLL, m
 
     class OnGPU:
         def __init__(self, index: int) -> None:
-            self.device = torch.device("cuda", index)
+            self.device, self.shape = torch.device("cuda", index), x.shape
 
     assert backends.REGISTRY["cuda"](call._replace(x=OnGPU(0))) == "too old"
     assert backends.REGISTRY["cuda"](call._replace(x=OnGPU(1))) == ""
@@ -155,3 +157,28 @@ def test_env_report_names_the_library() -> None:
     assert ("not built" in line) == (not native.CUDA.path.is_file())
     if native.CUDA.supported:
         assert f"built for    {', '.join(native.CUDA.supported)}" in report()
+
+
+# Shapes of x, at and beside each limit, and what is said of them.
+SIZES = [
+    ((1, 1, 1, 2**31 - 33), ""),
+    ((1, 1, 1, 2**31 - 32), "the cuda backend needs W + 32 below 2^31, and it is 2147483648"),
+    ((1, 1, 2**33, 2), ""),
+    ((2**28, 448, 1, 1), "the cuda backend needs N (C H W + 64) below 2^37, and it is 137438953472"),
+    ((2**28 - 1, 448, 1, 1), ""),
+    ((2**31, 1, 1, 1), "the cuda backend needs N (C H W + 64) below 2^37, and it is 139586437120"),
+    ((2**31 - 2**26, 1, 1, 1), ""),
+]
+
+
+@pytest.mark.parametrize("shape, said", SIZES)
+def test_sizes_that_the_kernels_cannot_count_are_a_reason(
+    shape: tuple[int, ...], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "CUDA", SimpleNamespace(reason=""))
+    monkeypatch.setattr(native, "why_not_gpu", lambda index: "")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    x: Any = SimpleNamespace(device=torch.device("cuda:0"), shape=shape)
+    weight = torch.empty(4, 8)
+    unit = steam_kernels.config.Unit()
+    assert backends.REGISTRY["cuda"](backends.Call(x, weight, weight, None, unit, unit.grid(*shape[2:]))) == said

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+import sys
 
 import cuda_binary
 import pytest
@@ -89,6 +90,37 @@ def test_kernels_that_come_and_go_are_named() -> None:
         "new: no figures are recorded",
         "old: recorded, but not in the objects",
     ]
+
+
+def test_spills_are_named(planted: cuda_binary.Table) -> None:
+    for target, said in zip((80, 90), cuda_binary.spilling(planted), strict=True):
+        assert re.fullmatch(rf"spilling on sm_{target}: \d+ spills", said)
+
+
+@pytest.mark.parametrize("arguments", [[], ["--record"]])
+def test_spills_of_any_nvcc_fail_the_script(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Recorded figures are of one version; of another one nothing but spills is judged."""
+    nvcc, budgets = cuda_binary.recorded()
+    monkeypatch.setattr(cuda_binary, "why_not", lambda: "")
+    monkeypatch.setattr(cuda_binary, "compiler", lambda: nvcc + "0")
+    monkeypatch.setattr(cuda_binary, "read_objects", lambda paths: budgets)
+    monkeypatch.setattr(sys, "argv", ["cuda_binary.py"])
+    assert cuda_binary.main() == 0 and "NOT COMPARED" in capsys.readouterr().out
+    kernel = min(budgets)
+    budgets[kernel][90] = budgets[kernel][90]._replace(spills=3)
+    monkeypatch.setattr(sys, "argv", ["cuda_binary.py", *arguments])
+    assert cuda_binary.main() == 1
+    assert capsys.readouterr().out.splitlines()[-1] == f"{kernel} on sm_90: 3 spills"
+
+
+def test_built_kernels_do_not_spill() -> None:
+    if reason := cuda_binary.why_not():
+        pytest.skip(reason)
+    table = cuda_binary.read_objects(cuda_binary.OBJECTS / f"{name}.cu.o" for name in cuda_binary.SOURCES)
+    assert table
+    assert cuda_binary.spilling(table) == []
 
 
 def test_no_figure_is_worse_than_recorded() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..config import Unit, check_backend
 from . import native
-from .gpu import why_not_triton
+from .gpu import why_not_cuda_sizes, why_not_triton
 
 ENVIRONMENT = "STEAM_KERNELS_BACKEND"
 
@@ -38,7 +38,8 @@ def _cuda(call: Call | None) -> str:
         return f"the cuda backend runs tensors on a GPU, and x is on {call.x.device}"
     if not torch.cuda.is_available():
         return "there is no GPU that CUDA can use (torch.cuda.is_available() is False)"
-    return native.why_not_gpu(torch.cuda.current_device() if call is None else call.x.device.index)
+    reason = native.why_not_gpu(torch.cuda.current_device() if call is None else call.x.device.index)
+    return reason or ("" if call is None else why_not_cuda_sizes(call))
 
 
 def _cpu(call: Call | None) -> str:

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 #: Compute capability that the kernels are compiled for at least; PyTorch's and Triton's own least is not below it.
 LEAST_CAPABILITY = (7, 0)
-#: What index arithmetic inside a sample must stay below; offsets are of 64 bits.
-LARGEST = 2**31
+#: The bits that index arithmetic inside a sample has, of sizes and without a sign; offsets are of 64.
+BITS = 31
 #: Elements that a tile may have which holds a whole weight's row.
 LARGEST_WEIGHT = 2**14
 
@@ -80,13 +80,27 @@ def why_not_triton(call: Call | None) -> str:
     return why_not_device(device.type, device.index) or _why_not_sizes(call)
 
 
+def _too_large(backend: str, name: str, size: int, bits: int = BITS) -> str:
+    return f"the {backend} backend needs {name} below 2^{bits}, and it is {size}" if size >= 2**bits else ""
+
+
+def why_not_cuda_sizes(call: Call) -> str:
+    """ "" where the cuda kernels' arithmetic and grids have room for the call's sizes."""
+    samples, channels, height, width = call.x.shape
+    # a row's end and a warp's step beyond it; 64 times a grid's blocks, of 64 elements at least but for a sample's last
+    return _too_large("cuda", "W + 32", width + 32) or _too_large(
+        "cuda", "N (C H W + 64)", samples * (channels * height * width + 64), BITS + 6
+    )
+
+
 def _why_not_sizes(call: Call) -> str:
     _, channels, height, width = call.x.shape
     gh, gw = call.grid
     # the largest numbers that a kernel computes in 32 bits: cell x size, and the end of a group of 16 channels' pixels
-    for name, size in (("C", channels), ("16 H W", 16 * height * width), ("gh H", gh * height), ("gw W", gw * width)):
-        if size >= LARGEST:
-            return f"the triton backend needs {name} below 2^31, and it is {size}"
+    numbers = (("C", channels), ("16 H W", 16 * height * width), ("gh H", gh * height), ("gw W", gw * width))
+    for name, size in numbers:
+        if reason := _too_large("triton", name, size):
+            return reason
     if call.channel_weight.shape[1] > LARGEST_WEIGHT:
         return (
             f"the triton backend takes an embed_dim of {LARGEST_WEIGHT} at most, and it is "

@@ -54,8 +54,12 @@ using Place = std::source_location;
 inline std::mt19937_64 random_order{0};
 inline int64_t shared_memory_limit = 99 << 10;
 inline int64_t failing_launch = 0;  // which one is refused, counted from 1
+inline bool only_plans = false;     // launches are written down, and not run
 // What it may look at.
-inline int64_t launches = 0;
+struct Launch {
+  int64_t blocks, threads, shared_bytes;
+};
+inline std::vector<Launch> launches;
 
 constexpr unsigned kWarp = 32;
 constexpr size_t kStackBytes = 128 << 10;
@@ -398,13 +402,15 @@ inline void run_block(Block& b, const Stacks& stacks, const Place& place) {
 template <class... Parameters, class... Args>
 void launch(const Place& place, void (*kernel)(Parameters...), unsigned grid, unsigned size, size_t shared,
             const Args&... args) {
-  const bool refused = ++launches == failing_launch;
+  launches.push_back({grid, size, static_cast<int64_t>(shared)});
+  const bool refused = static_cast<int64_t>(launches.size()) == failing_launch;
   const auto limit = shared_memory_of.find(reinterpret_cast<const void*>(kernel));
   const int64_t allowed = limit == shared_memory_of.end() ? 48 << 10 : limit->second;
   if (refused || grid == 0 || size == 0 || size > 1024 || static_cast<int64_t>(shared) > allowed) {
     last_error = kInvalidValue;
     return;
   }
+  if (only_plans) return;
   const std::tuple<void (*)(Parameters...), Parameters...> call{kernel, args...};
   using Call = decltype(call);
 #if defined(__SANITIZE_THREAD__)

@@ -23,28 +23,55 @@ enum Mistake {
   kMisalignedPack,
   kTooMuchShared,
   kRaceOfBlocks,
+  kBarriersApart,
+  kMaskWithoutSource,
+  kTooLittleShared,
+  kPiecesApart,
+  kUnaskedShared,
+  kBlockReadsOther,
+  kOrderOfBlocks,
+  kOrderOfThreads,
+  kOffsetOverflow,
+  kShiftTooFar,
+  kConversionOutOfRange,
 };
 
-// Each block reverses its part of x and adds the sum of each warp's numbers.
-__global__ void planted(Mistake mistake, const float* x, float* y, int count) {
+// Each block reverses its part of x and adds the sum of each warp's numbers. `chain` is what no mistake but two writes.
+__global__ void planted(Mistake mistake, const float* x, float* y, float* chain, int count) {
   SharedMemory shared;
-  float* room = shared.take<float>(mistake == kTooMuchShared ? kThreads + 4 : kThreads);
   const int t = static_cast<int>(threadIdx.x), first = static_cast<int>(blockIdx.x) * kThreads, i = first + t;
+  const int more = mistake == kTooMuchShared ? 4 : mistake == kPiecesApart && t == kThreads - 1 ? -1 : 0;
+  float* room = shared.take<float>(kThreads + more);
   room[mistake == kSharedOverrun ? t + 1 : t] = x[mistake == kGlobalOverrun ? i + 1 : i];
   if (mistake == kDivergentBarrier) {
     if (t < 40) __syncthreads();
+  } else if (mistake == kBarriersApart) {
+    if (t < 40) {
+      __syncthreads();
+    } else {
+      __syncthreads();
+    }
   } else if (mistake != kMissingBarrier) {
     __syncthreads();
   }
   float v = room[kThreads - 1 - t];
   if (mistake == kBadMask) {
     v += __shfl_xor_sync(0x0000ffffu, v, 1);
+  } else if (mistake == kMaskWithoutSource) {
+    if (t % 2 == 0) v += __shfl_xor_sync(0x55555555u, v, 1);
   } else if (mistake != kDivergentShuffle || t % 32 < 31) {
     v += __shfl_xor_sync(0xffffffffu, v, 1);
   }
   if (mistake == kMisalignedPack && t == 0) v += steam::load_pack<4>(x + first + 1).at[0];
   if (mistake == kUnwrittenOutput && i == count - 1) return;
   y[mistake == kRaceOfBlocks ? t : i] = v;
+  if (mistake == kBlockReadsOther) y[i] += y[(i + kThreads) % count];
+  // Every order has a result of its own.
+  if ((mistake == kOrderOfBlocks && t == 0) || (mistake == kOrderOfThreads && first == 0)) *chain = *chain / 2 + v;
+  // What does not fit, by numbers that the compiler does not know.
+  if (mistake == kOffsetOverflow) y[i] += static_cast<float>((t + 1) * (INT32_MAX / count * 4));
+  if (mistake == kShiftTooFar) y[i] += static_cast<float>(1 << (count + t));
+  if (mistake == kConversionOutOfRange) y[i] += static_cast<float>(static_cast<int>(v * 1e9f));
 }
 
 }  // namespace
@@ -58,7 +85,14 @@ int main(int, char** arguments) {
     x[i] = static_cast<float>(i);
     y[i] = NAN;
   }
-  STEAM_LAUNCH(planted, kBlocks, kThreads, sizeof(float) * kThreads, nullptr, mistake, x.get(), y.get(), kCount);
+  const size_t more = mistake == kTooLittleShared ? 16 : mistake == kUnaskedShared ? 48 << 10 : 0;
+  float chain = 0;
+  STEAM_LAUNCH(planted, kBlocks, kThreads, sizeof(float) * kThreads + more, nullptr, mistake, x.get(), y.get(), &chain,
+               kCount);
+  if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) {
+    std::printf("the launch failed: %s\n", cudaGetErrorString(error));
+    return 1;
+  }
   for (int i = 0; i < kCount; ++i) {
     const int first = i / kThreads * kThreads, reversed = first + kThreads - 1 - (i - first);
     const float expected = static_cast<float>(reversed + (reversed ^ 1));
@@ -67,5 +101,6 @@ int main(int, char** arguments) {
       return 1;
     }
   }
+  if (mistake == kOrderOfBlocks || mistake == kOrderOfThreads) std::printf("%a\n", static_cast<double>(chain));
   return 0;
 }

@@ -1,7 +1,8 @@
 // Runs the CUDA kernels on this machine's memory: reads calls from standard input, writes results to standard output.
 //
 // A call is a Call and then, for each of its arrays that the call reads, its bytes. The reply is an int64 and as many
-// characters of error; where there are none, the number of launches and the bytes of each array that is written.
+// characters of error; where there are none, the number of launches, these, and the bytes of each array that is
+// written. A call that only plans has arrays by name alone: their memory is nowhere, and the kernels are not run.
 #include <unistd.h>
 
 #include <cstdio>
@@ -38,6 +39,7 @@ struct Call {
   uint64_t seed;
   int64_t shared_memory_limit;
   int64_t failing_launch;
+  int64_t only_plans;
   struct {
     int64_t role, bytes, offset;  // offset: bytes between a 16-byte boundary and the array
   } arrays[kArrays];
@@ -79,7 +81,7 @@ std::string run(const Call& call, const std::vector<void*>& at) {
   const Weight channel{at[kChannelWeight], call.weight_dtype}, spatial{at[kSpatialWeight], call.weight_dtype};
   const size_t bytes =
       call.backward ? cuda::backward_workspace_bytes(call.problem) : cuda::forward_workspace_bytes(call.problem);
-  const Memory workspace(static_cast<int64_t>(bytes), 0);
+  const Memory workspace(call.only_plans ? 0 : static_cast<int64_t>(bytes), 0);
   void* room = bytes ? workspace.data() : nullptr;
   if (!call.backward) {
     return cuda::forward({call.problem, channel, spatial, at[kX], at[kResidual], at[kY], at[kSaved], room}, nullptr);
@@ -108,7 +110,8 @@ int main() {
     cuda_on_host::random_order.seed(call.seed);
     cuda_on_host::shared_memory_limit = call.shared_memory_limit;
     cuda_on_host::failing_launch = call.failing_launch;
-    cuda_on_host::launches = 0;
+    cuda_on_host::only_plans = call.only_plans != 0;
+    cuda_on_host::launches.clear();
     std::vector<std::unique_ptr<Memory>> memory(kArrays);
     std::vector<std::vector<unsigned char>> given(kArrays);
     std::vector<void*> at(kArrays);
@@ -116,6 +119,10 @@ int main() {
       const auto& array = call.arrays[k];
       if (array.role == kIsX) at[k] = at[kX];
       if (array.role != kRead && array.role != kWritten) continue;
+      if (call.only_plans) {
+        at[k] = reinterpret_cast<void*>(uintptr_t{4096});
+        continue;
+      }
       memory[k] = std::make_unique<Memory>(array.bytes, array.offset);
       at[k] = memory[k]->data();
       if (array.role != kRead) continue;
@@ -124,7 +131,7 @@ int main() {
     }
     std::string error = run(call, at);
     const bool in_place = call.arrays[kY].role == kIsX;
-    for (int k = 0; k < kArrays; ++k) {
+    for (int k = 0; k < kArrays && !call.only_plans; ++k) {
       if (call.arrays[k].role == kRead && !(in_place && k == kX) &&
           std::memcmp(given[k].data(), at[k], given[k].size()) != 0) {
         error = "array " + std::to_string(k) + " was written into";
@@ -134,8 +141,11 @@ int main() {
     write_all(&length, sizeof(length));
     write_all(error.data(), error.size());
     if (!error.empty()) continue;
-    write_all(&cuda_on_host::launches, sizeof(cuda_on_host::launches));
-    for (int k = 0; k < kArrays; ++k) {
+    const auto& launches = cuda_on_host::launches;
+    const int64_t count = static_cast<int64_t>(launches.size());
+    write_all(&count, sizeof(count));
+    write_all(launches.data(), launches.size() * sizeof(launches[0]));
+    for (int k = 0; k < kArrays && !call.only_plans; ++k) {
       const bool is_y_in_place = in_place && k == kY;
       if (call.arrays[k].role != kWritten && !is_y_in_place) continue;
       write_all(at[k], is_y_in_place ? memory[kX]->bytes() : memory[k]->bytes());
