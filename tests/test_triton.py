@@ -315,6 +315,93 @@ def test_flops_are_the_cpu_operators() -> None:
     assert count("triton") == count("cpu") > 0
 
 
+# ---- the module's own functions, called directly ---------------------------------------------------------------------
+
+DIRECT = Case(space=(3, 4), channels=3, grid=2, batch=2, attention=(2, 1), tail="residual_relu")
+NEITHER = [layout for layout in cases.LAYOUTS if layout not in cases.DENSE_LAYOUTS]
+
+
+def nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton.runtime.interpreter import InterpretedFunction
+
+    monkeypatch.setattr(InterpretedFunction, "run", lambda *args, **kwargs: pytest.fail("a kernel was launched"))
+
+
+@pytest.mark.parametrize("layout", NEITHER)
+def test_direct_calls_refuse_x_of_other_strides(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels know two layouts: any other x must not be read as one of them."""
+    kernels = gpu.triton_kernels().module
+    given = forward_arguments(DIRECT)
+    x, (channel_weight, spatial_weight, residual, *options, relu, _) = given[0], given[1:]
+    y, saved = kernels.forward(*given)
+    bad = cases.lay_out(x, layout)
+    nothing_runs(monkeypatch)
+    allowed = r"x must be dense in NCHW or channels_last.*strides"
+    with pytest.raises(ValueError, match=allowed):
+        kernels.forward(bad, *given[1:])
+    with pytest.raises(ValueError, match=allowed):
+        kernels.forward_(bad, *given[1:-1])
+    with pytest.raises(ValueError, match=allowed):
+        kernels.backward(y, bad, y, channel_weight, spatial_weight, saved, *options, *[True] * 4)
+
+
+def test_direct_calls_refuse_maps_unlike_x(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A residual, dy or y of other strides, shape or dtype, what forward did not save, a residual's gradient that is
+    dy."""
+    kernels = gpu.triton_kernels().module
+    given = forward_arguments(DIRECT)
+    x, (channel_weight, spatial_weight, residual, *options, relu, _) = given[0], given[1:]
+    y, saved = kernels.forward(*given)
+    arguments = {"dy": y, "x": x, "y": y, "channel_weight": channel_weight, "spatial_weight": spatial_weight}
+    arguments["saved"] = saved
+    nothing_runs(monkeypatch)
+    others = [cases.lay_out(y, layout) for layout in ("nhwc", *NEITHER)] + [y[:1], y[..., :2], y.expand(2, 2, 3, 3, 4)]
+    for error, found in [(ValueError, other) for other in others] + [(TypeError, y.half())]:
+        with pytest.raises(error, match="residual must"):
+            kernels.forward(x, channel_weight, spatial_weight, found, *options, relu, True)
+        with pytest.raises(error, match="residual must"):
+            kernels.forward_(x, channel_weight, spatial_weight, found, *options, relu)
+        for name in ("dy", "y"):
+            with pytest.raises(error, match=f"{name} must"):
+                kernels.backward(*(arguments | {name: found}).values(), *options, *[True] * 4)
+    for wrong in (saved[:1], saved.new_empty(0), saved.double(), saved.t().contiguous().t()):
+        with pytest.raises(ValueError, match="saved must be what forward returned"):
+            kernels.backward(*(arguments | {"saved": wrong}).values(), *options, *[True] * 4)
+    with pytest.raises(ValueError, match="need_residual must be False"):
+        kernels.backward(*(arguments | {"y": None}).values(), *options, *[True] * 4)
+
+
+@pytest.mark.parametrize(
+    "shape,strides,others",
+    [
+        ((1, 1, 3, 4), (99, 77, 4, 1), (5, 1, 4, 1)),
+        ((2, 3, 1, 1), (3, 1, 55, 7), (3, 1, 3, 3)),
+        ((1, 3, 1, 4), (2, 1, 9, 3), (12, 1, 12, 3)),
+        ((0, 3, 4, 5), (7, 1, 99, 2), (60, 20, 5, 1)),
+    ],
+)
+def test_strides_of_axes_of_length_1_mean_nothing(
+    launches: str, shape: tuple[int, ...], strides: tuple[int, ...], others: tuple[int, ...]
+) -> None:
+    """Nor does any stride of an empty batch: the same numbers as of plain maps."""
+    kernels = gpu.triton_kernels().module
+    case = DIRECT.but(batch=shape[0], channels=shape[1], space=shape[2:])
+    plain = forward_arguments(case)
+    y, saved = kernels.forward(*plain)
+    options = plain[4:-2]
+    needs = [True] * 4
+    expected = kernels.backward(y, plain[0], y, *plain[1:3], saved, *options, *needs)
+
+    def strided(t: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
+        return t.new_empty(200).as_strided(shape, strides).copy_(t)
+
+    x, residual = strided(plain[0], strides), strided(plain[3], others)
+    found, again = kernels.forward(x, *plain[1:3], residual, *plain[4:])
+    got = kernels.backward(strided(y, others), x, strided(y, strides), *plain[1:3], again, *options, *needs)
+    for a, b in zip((found, again, *got), (y, saved, *expected), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
 # ---- choice ----------------------------------------------------------------------------------------------------------
 
 
