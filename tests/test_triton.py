@@ -332,7 +332,7 @@ def test_direct_calls_refuse_x_of_other_strides(layout: str, monkeypatch: pytest
     """The kernels know two layouts: any other x must not be read as one of them."""
     kernels = gpu.triton_kernels().module
     given = forward_arguments(DIRECT)
-    x, (channel_weight, spatial_weight, residual, *options, relu, _) = given[0], given[1:]
+    x, channel_weight, spatial_weight, _, *options, _, _ = given
     y, saved = kernels.forward(*given)
     bad = cases.lay_out(x, layout)
     nothing_runs(monkeypatch)
@@ -350,7 +350,7 @@ def test_direct_calls_refuse_maps_unlike_x(monkeypatch: pytest.MonkeyPatch) -> N
     dy."""
     kernels = gpu.triton_kernels().module
     given = forward_arguments(DIRECT)
-    x, (channel_weight, spatial_weight, residual, *options, relu, _) = given[0], given[1:]
+    x, channel_weight, spatial_weight, _, *options, relu, _ = given
     y, saved = kernels.forward(*given)
     arguments = {"dy": y, "x": x, "y": y, "channel_weight": channel_weight, "spatial_weight": spatial_weight}
     arguments["saved"] = saved
@@ -422,9 +422,9 @@ def test_the_interpreter_is_never_chosen(monkeypatch: pytest.MonkeyPatch) -> Non
     assert operators() == {"steam_kernels::triton_forward"}
 
 
-def call_of(x: torch.Tensor, embed_dim: int = 8) -> backends.Call:
+def call_of(x: torch.Tensor, embed_dim: int = 8, **options: Any) -> backends.Call:
     weight = torch.empty(4, embed_dim)
-    unit = steam_kernels.config.Unit()
+    unit = steam_kernels.config.Unit(**options)
     return backends.Call(x, weight, weight, None, unit, unit.grid(*x.shape[2:]))
 
 
@@ -432,7 +432,19 @@ def test_why_not_sizes() -> None:
     one = torch.zeros(1)
     assert gpu.why_not_triton(call_of(one.expand(1, 1, 10_000, 10_000))) == ""
     assert "16 H W below 2^31" in gpu.why_not_triton(call_of(one.expand(1, 1, 20_000, 20_000)))
-    assert "C below 2^31" in gpu.why_not_triton(call_of(one.expand(1, 2**31, 1, 1)))
+    # C + 1 + 1 + 2^15: a block beyond the last channel, the ring, one cell's number
+    assert gpu.why_not_triton(call_of(one.expand(1, 2**31 - 2**15 - 3, 1, 1))) == ""
+    for size in (2**31 - 2**15 - 2, 2**31):
+        assert "C + gh gw + channel_radius + 2^15 below 2^31" in gpu.why_not_triton(call_of(one.expand(1, size, 1, 1)))
+    wide = one.expand(1, 2**30, 1, 1)
+    assert gpu.why_not_triton(call_of(wide, channel_radius=2**28)) == ""
+    assert gpu.why_not_triton(call_of(one.expand(1, 3 * 2**29, 1, 1), channel_radius=2**31)) != ""
+    for space, name in (((2**25, 1), "gh (H + 1)"), ((1, 2**25), "gw (W + 1)")):
+        # 63 cells of 2^25 pixels fit; with 64, one pixel less leaves the product below 2^31 and not what ends a cell
+        assert gpu.why_not_triton(call_of(one.expand(1, 1, *space), grid_size=63)) == ""
+        assert f"{name} below 2^31" in gpu.why_not_triton(call_of(one.expand(1, 1, *space), grid_size=64))
+        under = tuple(max(1, size - 1) for size in space)
+        assert f"{name} below 2^31" in gpu.why_not_triton(call_of(one.expand(1, 1, *under), grid_size=64))
     assert "embed_dim of 16384" in gpu.why_not_triton(call_of(one.expand(1, 1, 1, 1), embed_dim=16385))
 
 
@@ -515,6 +527,33 @@ def test_the_gpu_key_runs_the_first_backend_that_can(name: str, monkeypatch: pyt
     assert run(*given) == "plain"
 
 
+@pytest.mark.parametrize("name", ops.Operators._fields)
+def test_the_launch_is_on_the_device_of_x(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The operator makes the device of its first argument the current one around the kernels, told of its family."""
+    from contextlib import contextmanager
+    from types import SimpleNamespace
+
+    current = [0]
+    seen: list[tuple[Any, ...]] = []
+
+    @contextmanager
+    def device(wanted: torch.device) -> Any:
+        current.append(wanted.index)
+        yield
+        current.pop()
+
+    def kernel(*args: Any, **kwargs: Any) -> str:
+        seen.append((args, kwargs, current[-1]))
+        return "result"
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(gpu, "triton_kernels", lambda: gpu.Kernels(SimpleNamespace(**{name: kernel})))
+    monkeypatch.setattr(gpu, "family", {0: "sm70", 3: "sm90"}.get)
+    x = SimpleNamespace(device=torch.device("cuda", 3))
+    assert ops._triton(name)(x, 1, 2) == "result"
+    assert seen == [((x, 1, 2), {"family": "sm90"}, 3)] and current == [0]
+
+
 # ---- the launch table ------------------------------------------------------------------------------------------------
 
 
@@ -557,6 +596,12 @@ def test_launch_table() -> None:
         assert graphs.constants["RUN"] <= 8192 and graphs.programs == p.samples
         told = gating.constants
         assert told["ROWS"] * told["RUN"] <= 4096
+        for how in (pooling, graphs, gating):
+            if how is not None:
+                told, group = how.constants, how.constants.get("GROUP", 1)
+                walked = told.get("CHANNELS", told.get("ROWS", 1)) * told.get("STEPS", 1) * group
+                assert max(walked, told.get("NODES", 1)) <= gpu.LARGEST_BLOCK
+        told = gating.constants
         covered = gating.programs // p.samples * told["ROWS"] * told["RUN"] * told["STEPS"]
         assert covered >= p.channels * p.area
 
