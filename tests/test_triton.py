@@ -73,8 +73,18 @@ MAPS = [
     Case(space=(5, 4), channels=21, batch=1, radius=10, attention=(2, 1)),
     Case(space=(3, 3), channels=4, radius=9, self_loops=False),
 ]
+#: Levels that the CPU's grid of cases has and the one above lacks, each at least once.
+OTHERS = [
+    Case((6, 5), 7, 3, 3, "channel_slice", attention=(8, 2), radius=3, tail="other_relu", dy_layout="expanded"),
+    Case((5, 4), 5, 1, 2, "channel_slice_nhwc", torch.bfloat16, attention=(8, 8), tail="other_relu", dy_layout="other"),
+    Case((4, 6), 6, 2, (3, 2), "transposed", torch.float16, attention=(16, 4), radius=3, dy_layout="expanded"),
+    Case((3, 4), 130, 1, (2, 2), "nhwc", torch.float64, attention=(8, 2), tail="other_relu", dy_layout="expanded"),
+    Case((3, 5), 130, 1, (3, 5), "offset_nchw", attention=(16, 4), order="parallel", scale=4.0, tail="residual_relu"),
+]
 SMALL = Case(space=(9, 8), channels=6, grid=(3, 5), batch=2)
 PAIRS = cases.all_pairs(FACTORS)
+#: Radii beyond 2 where there are few channels: the cost of interpreting grows with the square of the neighbours.
+RANDOM = [c for c in cases.random_cases(40, seed=77) if c.radius < 3 or c.channels < 8][:14]
 
 
 @pytest.fixture(params=["whole", "stages"])
@@ -102,6 +112,19 @@ def test_pairs(index: int, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_maps(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "SMALL", 0)
     cases.check(case, "triton", *cases.make(case))
+
+
+@pytest.mark.parametrize("case", OTHERS, ids=lambda c: c.id)
+def test_other_levels(case: Case, launches: str) -> None:
+    cases.check(case, "triton", *cases.make(case))
+
+
+def test_every_level_of_the_cpu_kernels_is_met() -> None:
+    """Of each factor but the sizes and scale, on some case; and random units have radii beyond 2."""
+    for name, levels in cases.FACTORS.items():
+        if name not in ("where", "channels", "scale", "batch"):
+            assert {getattr(case, name) for case in [*PAIRS, *MAPS, *OTHERS]} >= set(levels), name
+    assert max(case.radius for case in RANDOM) > 2
 
 
 def test_maps_reach_every_kernel_and_loop() -> None:
@@ -133,7 +156,7 @@ def test_maps_reach_every_kernel_and_loop() -> None:
         assert seen[f"nhwc {direction}"] >= both | {"graph x 3"}, direction
 
 
-@pytest.mark.parametrize("case", [c for c in cases.random_cases(40, seed=77) if c.radius < 3][:14], ids=lambda c: c.id)
+@pytest.mark.parametrize("case", RANDOM, ids=lambda c: c.id)
 def test_random_unit_against_the_oracle(case: Case) -> None:
     inputs, dy = cases.make(case)
     bounds = cases.bounds_by_oracle(case, inputs, dy)
