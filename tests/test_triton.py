@@ -11,6 +11,8 @@ from typing import Any
 
 import cases
 import pytest
+import test_nonfinite
+import test_numerics
 import torch
 from cases import Case
 
@@ -71,8 +73,18 @@ MAPS = [
     Case(space=(5, 4), channels=21, batch=1, radius=10, attention=(2, 1)),
     Case(space=(3, 3), channels=4, radius=9, self_loops=False),
 ]
+#: Levels that the CPU's grid of cases has and the one above lacks, each at least once.
+OTHERS = [
+    Case((6, 5), 7, 3, 3, "channel_slice", attention=(8, 2), radius=3, tail="other_relu", dy_layout="expanded"),
+    Case((5, 4), 5, 1, 2, "channel_slice_nhwc", torch.bfloat16, attention=(8, 8), tail="other_relu", dy_layout="other"),
+    Case((4, 6), 6, 2, (3, 2), "transposed", torch.float16, attention=(16, 4), radius=3, dy_layout="expanded"),
+    Case((3, 4), 130, 1, (2, 2), "nhwc", torch.float64, attention=(8, 2), tail="other_relu", dy_layout="expanded"),
+    Case((3, 5), 130, 1, (3, 5), "offset_nchw", attention=(16, 4), order="parallel", scale=4.0, tail="residual_relu"),
+]
 SMALL = Case(space=(9, 8), channels=6, grid=(3, 5), batch=2)
 PAIRS = cases.all_pairs(FACTORS)
+#: Radii beyond 2 where there are few channels: the cost of interpreting grows with the square of the neighbours.
+RANDOM = [c for c in cases.random_cases(40, seed=77) if c.radius < 3 or c.channels < 8][:14]
 
 
 @pytest.fixture(params=["whole", "stages"])
@@ -100,6 +112,19 @@ def test_pairs(index: int, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_maps(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "SMALL", 0)
     cases.check(case, "triton", *cases.make(case))
+
+
+@pytest.mark.parametrize("case", OTHERS, ids=lambda c: c.id)
+def test_other_levels(case: Case, launches: str) -> None:
+    cases.check(case, "triton", *cases.make(case))
+
+
+def test_every_level_of_the_cpu_kernels_is_met() -> None:
+    """Of each factor but the sizes and scale, on some case; and random units have radii beyond 2."""
+    for name, levels in cases.FACTORS.items():
+        if name not in ("where", "channels", "scale", "batch"):
+            assert {getattr(case, name) for case in [*PAIRS, *MAPS, *OTHERS]} >= set(levels), name
+    assert max(case.radius for case in RANDOM) > 2
 
 
 def test_maps_reach_every_kernel_and_loop() -> None:
@@ -131,7 +156,7 @@ def test_maps_reach_every_kernel_and_loop() -> None:
         assert seen[f"nhwc {direction}"] >= both | {"graph x 3"}, direction
 
 
-@pytest.mark.parametrize("case", [c for c in cases.random_cases(40, seed=77) if c.radius < 3][:14], ids=lambda c: c.id)
+@pytest.mark.parametrize("case", RANDOM, ids=lambda c: c.id)
 def test_random_unit_against_the_oracle(case: Case) -> None:
     inputs, dy = cases.make(case)
     bounds = cases.bounds_by_oracle(case, inputs, dy)
@@ -193,6 +218,57 @@ def test_non_finite_stays_in_its_sample(launches: str, layout: str) -> None:
             expected = steam_kernels.reference.steam(**inputs, **case.options)
         assert torch.equal(y[0], clean[0]) and torch.equal(y[2], clean[2])
         assert torch.equal(y.isnan(), expected.isnan()) and y[1].isnan().any()
+
+
+# ---- numerics and what is not finite, as promised of every backend with kernels --------------------------------------
+
+STRAIGHT = pytest.mark.parametrize("launches,layout", [("whole", "nchw"), ("stages", "nhwc")], indirect=["launches"])
+CROSSED = pytest.mark.parametrize("launches,layout", [("whole", "nhwc"), ("stages", "nchw")], indirect=["launches"])
+CENTRED = {"whole": {}, "stages": {"order": "parallel", "neighbors": 8, "self_loops": False, "attention": (8, 1)}}
+BAD = Case(space=(5, 6), channels=5, grid=(3, 4), batch=3, attention=(2, 1))
+
+
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+def test_variances_are_centred(launches: str, layout: str) -> None:
+    """Tokens of 50 that differ by 0.01; equal ones, whose variance is 0."""
+    options = CENTRED[launches]
+    test_numerics.test_far_from_zero("triton", 50.0, 0.01, (9, 8), 11, layout, options, torch.float32)
+    test_numerics.test_constant_maps_are_not_noisy("triton", (5, 3), 7, layout, -50.0, 0.0)
+
+
+@STRAIGHT
+def test_saturated_gates(launches: str, layout: str) -> None:
+    sign = -1.0 if layout == "nchw" else 1.0
+    test_numerics.test_saturated_gates("triton", torch.float32, layout, "both", sign, 40.0)
+
+
+@CROSSED
+def test_sharp_attention(launches: str, layout: str) -> None:
+    test_numerics.test_sharp_attention("triton", layout, 1.0 if layout == "nchw" else -1.0)
+
+
+@CROSSED
+def test_one_bad_value(launches: str, layout: str) -> None:
+    """In x, then in dy: every result is finite where the reference's is, and the other samples keep their bits."""
+    sequential = launches == "stages"
+    order, tail = ("sequential", "residual_relu") if sequential else ("parallel", "none")
+    case = BAD.but(layout=layout, order=order, tail=tail)
+    test_nonfinite.test_one_bad_value_in_x(case, "triton", float("nan" if sequential else "-inf"))
+    test_nonfinite.test_one_bad_value_in_dy(case, "triton", float("inf" if sequential else "nan"))
+
+
+@CROSSED
+def test_nan_spreads_only_along_the_graphs(launches: str, layout: str) -> None:
+    test_nonfinite.test_nan_spreads_only_along_the_graphs("triton", (14, 14), (7, 7), layout)
+
+
+@STRAIGHT
+def test_relu_keeps_nan(launches: str, layout: str) -> None:
+    test_nonfinite.test_relu_keeps_nan("triton", layout)
+
+
+def test_float16_overflow_is_inf(launches: str) -> None:
+    test_nonfinite.test_float16_overflow_in_y_is_inf("triton")
 
 
 @pytest.mark.parametrize("wanted", [("x",), ("channel_weight",), ("spatial_weight",), ("residual",), ("x", "residual")])
@@ -315,6 +391,93 @@ def test_flops_are_the_cpu_operators() -> None:
     assert count("triton") == count("cpu") > 0
 
 
+# ---- the module's own functions, called directly ---------------------------------------------------------------------
+
+DIRECT = Case(space=(3, 4), channels=3, grid=2, batch=2, attention=(2, 1), tail="residual_relu")
+NEITHER = [layout for layout in cases.LAYOUTS if layout not in cases.DENSE_LAYOUTS]
+
+
+def nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton.runtime.interpreter import InterpretedFunction
+
+    monkeypatch.setattr(InterpretedFunction, "run", lambda *args, **kwargs: pytest.fail("a kernel was launched"))
+
+
+@pytest.mark.parametrize("layout", NEITHER)
+def test_direct_calls_refuse_x_of_other_strides(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels know two layouts: any other x must not be read as one of them."""
+    kernels = gpu.triton_kernels().module
+    given = forward_arguments(DIRECT)
+    x, channel_weight, spatial_weight, _, *options, _, _ = given
+    y, saved = kernels.forward(*given)
+    bad = cases.lay_out(x, layout)
+    nothing_runs(monkeypatch)
+    allowed = r"x must be dense in NCHW or channels_last.*strides"
+    with pytest.raises(ValueError, match=allowed):
+        kernels.forward(bad, *given[1:])
+    with pytest.raises(ValueError, match=allowed):
+        kernels.forward_(bad, *given[1:-1])
+    with pytest.raises(ValueError, match=allowed):
+        kernels.backward(y, bad, y, channel_weight, spatial_weight, saved, *options, *[True] * 4)
+
+
+def test_direct_calls_refuse_maps_unlike_x(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A residual, dy or y of other strides, shape or dtype, what forward did not save, a residual's gradient that is
+    dy."""
+    kernels = gpu.triton_kernels().module
+    given = forward_arguments(DIRECT)
+    x, channel_weight, spatial_weight, _, *options, relu, _ = given
+    y, saved = kernels.forward(*given)
+    arguments = {"dy": y, "x": x, "y": y, "channel_weight": channel_weight, "spatial_weight": spatial_weight}
+    arguments["saved"] = saved
+    nothing_runs(monkeypatch)
+    others = [cases.lay_out(y, layout) for layout in ("nhwc", *NEITHER)] + [y[:1], y[..., :2], y.expand(2, 2, 3, 3, 4)]
+    for error, found in [(ValueError, other) for other in others] + [(TypeError, y.half())]:
+        with pytest.raises(error, match="residual must"):
+            kernels.forward(x, channel_weight, spatial_weight, found, *options, relu, True)
+        with pytest.raises(error, match="residual must"):
+            kernels.forward_(x, channel_weight, spatial_weight, found, *options, relu)
+        for name in ("dy", "y"):
+            with pytest.raises(error, match=f"{name} must"):
+                kernels.backward(*(arguments | {name: found}).values(), *options, *[True] * 4)
+    for wrong in (saved[:1], saved.new_empty(0), saved.double(), saved.t().contiguous().t()):
+        with pytest.raises(ValueError, match="saved must be what forward returned"):
+            kernels.backward(*(arguments | {"saved": wrong}).values(), *options, *[True] * 4)
+    with pytest.raises(ValueError, match="need_residual must be False"):
+        kernels.backward(*(arguments | {"y": None}).values(), *options, *[True] * 4)
+
+
+@pytest.mark.parametrize(
+    "shape,strides,others",
+    [
+        ((1, 1, 3, 4), (99, 77, 4, 1), (5, 1, 4, 1)),
+        ((2, 3, 1, 1), (3, 1, 55, 7), (3, 1, 3, 3)),
+        ((1, 3, 1, 4), (2, 1, 9, 3), (12, 1, 12, 3)),
+        ((0, 3, 4, 5), (7, 1, 99, 2), (60, 20, 5, 1)),
+    ],
+)
+def test_strides_of_axes_of_length_1_mean_nothing(
+    launches: str, shape: tuple[int, ...], strides: tuple[int, ...], others: tuple[int, ...]
+) -> None:
+    """Nor does any stride of an empty batch: the same numbers as of plain maps."""
+    kernels = gpu.triton_kernels().module
+    case = DIRECT.but(batch=shape[0], channels=shape[1], space=shape[2:])
+    plain = forward_arguments(case)
+    y, saved = kernels.forward(*plain)
+    options = plain[4:-2]
+    needs = [True] * 4
+    expected = kernels.backward(y, plain[0], y, *plain[1:3], saved, *options, *needs)
+
+    def strided(t: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
+        return t.new_empty(200).as_strided(shape, strides).copy_(t)
+
+    x, residual = strided(plain[0], strides), strided(plain[3], others)
+    found, again = kernels.forward(x, *plain[1:3], residual, *plain[4:])
+    got = kernels.backward(strided(y, others), x, strided(y, strides), *plain[1:3], again, *options, *needs)
+    for a, b in zip((found, again, *got), (y, saved, *expected), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
 # ---- choice ----------------------------------------------------------------------------------------------------------
 
 
@@ -335,9 +498,9 @@ def test_the_interpreter_is_never_chosen(monkeypatch: pytest.MonkeyPatch) -> Non
     assert operators() == {"steam_kernels::triton_forward"}
 
 
-def call_of(x: torch.Tensor, embed_dim: int = 8) -> backends.Call:
+def call_of(x: torch.Tensor, embed_dim: int = 8, **options: Any) -> backends.Call:
     weight = torch.empty(4, embed_dim)
-    unit = steam_kernels.config.Unit()
+    unit = steam_kernels.config.Unit(**options)
     return backends.Call(x, weight, weight, None, unit, unit.grid(*x.shape[2:]))
 
 
@@ -345,7 +508,19 @@ def test_why_not_sizes() -> None:
     one = torch.zeros(1)
     assert gpu.why_not_triton(call_of(one.expand(1, 1, 10_000, 10_000))) == ""
     assert "16 H W below 2^31" in gpu.why_not_triton(call_of(one.expand(1, 1, 20_000, 20_000)))
-    assert "C below 2^31" in gpu.why_not_triton(call_of(one.expand(1, 2**31, 1, 1)))
+    # C + 1 + 1 + 2^15: a block beyond the last channel, the ring, one cell's number
+    assert gpu.why_not_triton(call_of(one.expand(1, 2**31 - 2**15 - 3, 1, 1))) == ""
+    for size in (2**31 - 2**15 - 2, 2**31):
+        assert "C + gh gw + channel_radius + 2^15 below 2^31" in gpu.why_not_triton(call_of(one.expand(1, size, 1, 1)))
+    wide = one.expand(1, 2**30, 1, 1)
+    assert gpu.why_not_triton(call_of(wide, channel_radius=2**28)) == ""
+    assert gpu.why_not_triton(call_of(one.expand(1, 3 * 2**29, 1, 1), channel_radius=2**31)) != ""
+    for space, name in (((2**25, 1), "gh (H + 1)"), ((1, 2**25), "gw (W + 1)")):
+        # 63 cells of 2^25 pixels fit; with 64, one pixel less leaves the product below 2^31 and not what ends a cell
+        assert gpu.why_not_triton(call_of(one.expand(1, 1, *space), grid_size=63)) == ""
+        assert f"{name} below 2^31" in gpu.why_not_triton(call_of(one.expand(1, 1, *space), grid_size=64))
+        under = tuple(max(1, size - 1) for size in space)
+        assert f"{name} below 2^31" in gpu.why_not_triton(call_of(one.expand(1, 1, *under), grid_size=64))
     assert "embed_dim of 16384" in gpu.why_not_triton(call_of(one.expand(1, 1, 1, 1), embed_dim=16385))
 
 
@@ -428,6 +603,33 @@ def test_the_gpu_key_runs_the_first_backend_that_can(name: str, monkeypatch: pyt
     assert run(*given) == "plain"
 
 
+@pytest.mark.parametrize("name", ops.Operators._fields)
+def test_the_launch_is_on_the_device_of_x(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The operator makes the device of its first argument the current one around the kernels, told of its family."""
+    from contextlib import contextmanager
+    from types import SimpleNamespace
+
+    current = [0]
+    seen: list[tuple[Any, ...]] = []
+
+    @contextmanager
+    def device(wanted: torch.device) -> Any:
+        current.append(wanted.index)
+        yield
+        current.pop()
+
+    def kernel(*args: Any, **kwargs: Any) -> str:
+        seen.append((args, kwargs, current[-1]))
+        return "result"
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(gpu, "triton_kernels", lambda: gpu.Kernels(SimpleNamespace(**{name: kernel})))
+    monkeypatch.setattr(gpu, "family", {0: "sm70", 3: "sm90"}.get)
+    x = SimpleNamespace(device=torch.device("cuda", 3))
+    assert ops._triton(name)(x, 1, 2) == "result"
+    assert seen == [((x, 1, 2), {"family": "sm90"}, 3)] and current == [0]
+
+
 # ---- the launch table ------------------------------------------------------------------------------------------------
 
 
@@ -470,6 +672,12 @@ def test_launch_table() -> None:
         assert graphs.constants["RUN"] <= 8192 and graphs.programs == p.samples
         told = gating.constants
         assert told["ROWS"] * told["RUN"] <= 4096
+        for how in (pooling, graphs, gating):
+            if how is not None:
+                told, group = how.constants, how.constants.get("GROUP", 1)
+                walked = told.get("CHANNELS", told.get("ROWS", 1)) * told.get("STEPS", 1) * group
+                assert max(walked, told.get("NODES", 1)) <= gpu.LARGEST_BLOCK
+        told = gating.constants
         covered = gating.programs // p.samples * told["ROWS"] * told["RUN"] * told["STEPS"]
         assert covered >= p.channels * p.area
 

@@ -63,6 +63,23 @@ def test_offsets_are_64_bit(target: str, rows: list[dict[str, Any]]) -> None:
     assert {name(row): row["narrow"] for row in of(rows, target) if row["narrow"]} == {}
 
 
+def test_ptx_is_plain(rows: list[dict[str, Any]]) -> None:
+    """Every instruction of every launch, as compiled for sm_80."""
+    seen = {opcode for row in of(rows, "sm_80") for opcode in row["opcodes"]}
+    assert seen >= {"ld.global.v4.b32", "st.global.v4.b32", "fma.rn.f32", "bar.sync", "ex2.approx.f32", "ret"}
+    assert sorted(opcode for opcode in seen if not code.PLAIN_PTX.fullmatch(opcode)) == []
+
+
+def test_the_oldest_gpu_has_every_kernel() -> None:
+    """The least compute capability that ``why_not`` takes compiles, bfloat16 included."""
+    found = triton_aot.answer(triton_aot.worker("--oldest"))
+    assert min(found.values()) > 0
+    assert {key.split()[-1] for key in found} == {
+        "pool_runs", "pool_tiles", "graph", "gate", "whole",
+        "graph_backward", "gate_backward", "whole_backward", "weights_backward",
+    }  # fmt: skip
+
+
 def test_figures_are_those_recorded(rows: list[dict[str, Any]]) -> None:
     found, recorded = triton_record.compiled(rows), triton_record.load()["compiled"]
     changed = {k: (recorded.get(k), found.get(k)) for k in found | recorded if found.get(k) != recorded.get(k)}
@@ -119,6 +136,26 @@ def test_32_bit_offsets_are_seen(target: str, planted: dict[str, dict[str, Any]]
     """Also in a loop; an offset into what is no map does not matter, nor does a place within a tile."""
     assert len(planted[f"{target} narrow_copy"]["narrow"]) == 2
     assert len(planted[f"{target} narrow_walk"]["narrow"]) == 1
+
+
+def test_other_opcodes_are_seen() -> None:
+    """Behind a predicate, a label, a brace and a place in the source; a directive and data are none."""
+    ptx = """
+.visible .entry k(.param .u64 .ptr .global .align 1 k_param_0)
+{
+\t.reg .pred %p<2>;
+$L__BB0_1:
+\t.loc 1 2 3
+\t@%p1 atom.global.add.f32 %f1, [%rd1], %f2; // float atomics
+\t{ mma.sync.aligned.m16n8k8.row.col.f32 {%f1}, {%f2}; }
+\tmov.b32 {tmp, %rs1}, %r1;
+\tret;
+}
+.section .debug_abbrev { .b8 1 }
+"""
+    opcodes = code.ptx_opcodes(ptx)
+    assert opcodes == {"atom.global.add.f32", "mma.sync.aligned.m16n8k8.row.col.f32", "mov.b32", "ret"}
+    assert {o for o in opcodes if code.PLAIN_PTX.fullmatch(o)} == {"mov.b32", "ret"}
 
 
 def test_occupancy() -> None:

@@ -176,6 +176,8 @@ class Kernel(NamedTuple):
     #: All accesses of the machine code.
     machine: list[code.Access]
     ttir: str
+    #: Of the PTX; none on AMD.
+    opcodes: set[str]
 
 
 class Compiler:
@@ -213,15 +215,23 @@ class Compiler:
         if self.target.backend == "hip":
             text = assembly["amdgcn"]
             resources, machine = code.amd_resources(text, shared), code.amd_accesses(text)
-            accesses = code.llvm_accesses(assembly["llir"])
+            accesses, opcodes = code.llvm_accesses(assembly["llir"]), set[str]()
         else:
             usage = _tool("cuobjdump", "--dump-resource-usage", assembly["cubin"])
             text = _tool("nvdisasm", "-c", assembly["cubin"])
             resources, machine = code.nvidia_resources(usage, text, shared), code.sass_accesses(text)
-            accesses = code.ptx_accesses(assembly["ptx"])
+            accesses, opcodes = code.ptx_accesses(assembly["ptx"]), code.ptx_opcodes(assembly["ptx"])
         occupancy = code.occupancy(self.name, resources, warps)
         return Kernel(
-            compiled.metadata.name, warps, resources, occupancy, accesses, parameters, machine, assembly["ttir"]
+            compiled.metadata.name,
+            warps,
+            resources,
+            occupancy,
+            accesses,
+            parameters,
+            machine,
+            assembly["ttir"],
+            opcodes,
         )
 
 
@@ -263,6 +273,7 @@ def row_of(compiler: Compiler, launch: Recorded, maps: list[Tensor]) -> dict[str
         "wide_all": _rounded(code.wide_share(kernel.machine)),
         "untraced": sum(not a.parameters for a in kernel.accesses),
         "narrow": code.narrow_offsets(kernel.ttir, names),
+        "opcodes": sorted(kernel.opcodes),
     }
 
 
@@ -301,6 +312,33 @@ def planted_rows() -> dict[str, dict[str, Any]]:
         for name, run in runs.items():
             (launch,) = record(run)
             out[f"{compiler.name} {name}"] = row_of(compiler, launch, [x, y])
+    return out
+
+
+class _Oldest(Compiler):
+    """Compiles for the least compute capability that the backend takes; what is read is what machine code there is."""
+
+    def __init__(self) -> None:
+        from steam_kernels.backends import gpu
+
+        major, minor = gpu.LEAST_CAPABILITY
+        TARGETS[f"sm_{major}{minor}"] = "cuda", 10 * major + minor, 32, f"sm{major}0"
+        super().__init__(f"sm_{major}{minor}")
+
+    def _read(self, compiled: Any, *_: Any) -> Any:
+        return len(compiled.asm["cubin"])
+
+
+def oldest_rows() -> dict[str, int]:
+    """Bytes of machine code of every kernel, of bfloat16 too, for the oldest GPU."""
+    compiler, out = _Oldest(), {}
+    for case in (
+        Compiled("14", (32, *STAGES["14"]), torch.bfloat16, "nchw", tail=True),
+        Compiled("14", (32, *STAGES["14"]), torch.float16, "nhwc", sequential=False),
+        Compiled("7, small", (3, 37, 7, 7), torch.bfloat16, "nchw", vector=False),
+    ):
+        for direction, launch, _ in launches(case, TARGETS[compiler.name][3]):
+            out[f"{case.id} {direction} {launch.kernel.__name__}"] = compiler(launch)
     return out
 
 
@@ -343,10 +381,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rows", metavar="TARGETS", help="compile the cases for these targets and print the rows")
     parser.add_argument("--planted", action="store_true", help="compile the toy kernels for every target")
+    parser.add_argument("--oldest", action="store_true", help="compile every kernel for the least compute capability")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
-        json.dump(planted_rows() if args.planted else list(compiled_rows(args.rows.split(","))), sys.stdout)
+        if args.oldest:
+            found: Any = oldest_rows()
+        else:
+            found = planted_rows() if args.planted else list(compiled_rows(args.rows.split(",")))
+        json.dump(found, sys.stdout)
 
 
 if __name__ == "__main__":

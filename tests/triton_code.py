@@ -90,6 +90,26 @@ def ptx_accesses(ptx: str) -> list[Access]:
     return [Access(frozenset(trace.origins(address) & pointers), store, size) for address, store, size in pending]
 
 
+#: What a kernel may be made of, so that simple tools can execute its PTX: arithmetic, comparisons, conversions,
+#: accesses, barriers and exchanges within a warp. ldmatrix is Triton's, where a tile changes layout in shared memory.
+PLAIN_PTX = re.compile(
+    r"(abs|add|and|bfe|cvt|div|fma|mad|max|min|mov|mul|neg|not|or|prmt|rem|selp|setp|shf|shl|shr|sqrt|sub|xor)\.[.\w]+"
+    r"|bra(\.uni)?|ret|ex2\.approx(\.ftz)?\.f32|(ld|st)\.(global|shared(::cta)?|param)(\.v[24])?\.b\d+"
+    r"|bar(\.warp)?\.sync|shfl\.sync\.(bfly|idx)\.b32|ldmatrix\.sync\.aligned\.m8n8\.x[124]\.shared\.b16"
+)
+
+
+def ptx_opcodes(ptx: str) -> set[str]:
+    """Every opcode of a kernel with its suffixes."""
+    found = set()
+    for statement in re.sub(r"//.*|^\s*\.(?:loc|file)\b.*", "", ptx, flags=re.M).split(";"):
+        text = re.sub(r"^(\s|\$\w+:|\{|\}|@!?%\w+)*", "", statement)
+        opcode = re.match(r"[a-z][\w.:]*", text)
+        if opcode:
+            found.add(opcode[0])
+    return found
+
+
 # ---- LLVM IR, as AMD's backend is given it ---------------------------------------------------------------------------
 
 _LLVM_BITS = {"half": 16, "bfloat": 16, "float": 32, "double": 64}

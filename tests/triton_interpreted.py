@@ -1,7 +1,7 @@
 """Runs the Triton kernels in Triton's interpreter under the guard, in a process of its own, and prints what it saw.
 
     TRITON_INTERPRET=1 python tests/triton_interpreted.py cases [PART OF AN ID ...]     # guarded cases
-    TRITON_INTERPRET=1 python tests/triton_interpreted.py traffic ["56 nchw" ...]       # stages of a ResNet
+    TRITON_INTERPRET=1 python tests/triton_interpreted.py traffic ["56 nchw" ...]       # stages of a ResNet and more
     TRITON_INTERPRET=1 python tests/triton_interpreted.py offsets [nchw | nhwc]         # maps beyond 2**31 elements
 
 The interpreter is chosen when Triton is first imported, so no test process need be started for it. One JSON object a
@@ -18,7 +18,7 @@ import traceback
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import cases
 import torch
@@ -32,7 +32,26 @@ if TYPE_CHECKING:
     from triton_guard import Guard
 
 ROOT = Path(__file__).resolve().parent.parent
-STAGES = {"56": (256, 56), "28": (512, 28), "14": (1024, 14), "7": (2048, 7)}
+
+
+class Stage(NamedTuple):
+    """One sample's map and grid, both square."""
+
+    channels: int
+    size: int
+    grid: int = 7
+    order: str = "sequential"
+
+
+#: The stages of a ResNet at 224, and what else cells of one pixel have: the other order, more of them than a tile has.
+STAGES = {
+    "56": Stage(256, 56),
+    "28": Stage(512, 28),
+    "14": Stage(1024, 14),
+    "7": Stage(2048, 7),
+    "7 parallel": Stage(512, 7, order="parallel"),
+    "12 by pixels": Stage(128, 12, grid=12),
+}
 ORDERS = None, 1  # the interpreter's own order of programs, and a random one
 
 #: Both layouts, every dtype, odd sizes, slices and offsets, tails, orders, graphs; by one launch for all stages of a
@@ -167,16 +186,17 @@ def traffic(wanted: list[str]) -> Iterator[dict[str, Any]]:
 
     generic = launch.FAMILIES["generic"]
     launch.FAMILIES["sixteenth"] = replace(generic, processors=generic.processors // 16)
-    for stage, (channels, size) in STAGES.items():
+    for name, stage in STAGES.items():
         for layout in ("nchw", "nhwc"):
-            row: dict[str, Any] = {"id": f"{stage} {layout}"}
+            row: dict[str, Any] = {"id": f"{name} {layout}"}
             if wanted and row["id"] not in wanted:
                 continue
-            case = Case(space=(size, size), channels=channels, batch=1, layout=layout)
+            space = stage.size, stage.size
+            case = Case(space, stage.channels, 1, stage.grid, layout, order=stage.order)
             try:
                 row |= run(Call(case), 1, "sixteenth")[1]
                 row["plans"] = [
-                    [_plan(launch, channels, size, layout, backward, *batch) for backward in (False, True)]
+                    [_plan(launch, stage, layout, backward, *batch) for backward in (False, True)]
                     for batch in ((1, "sixteenth"), (16, "generic"))
                 ]
             except Exception:
@@ -184,8 +204,9 @@ def traffic(wanted: list[str]) -> Iterator[dict[str, Any]]:
             yield row
 
 
-def _plan(launch: Any, channels: int, size: int, layout: str, backward: bool, batch: int, family: str) -> list[Any]:
-    p = launch.Problem(batch, channels, size, size, 7, 7, 4, layout == "nhwc", backward, family)
+def _plan(launch: Any, stage: Stage, layout: str, backward: bool, batch: int, family: str) -> list[Any]:
+    channels, size, grid, _ = stage
+    p = launch.Problem(batch, channels, size, size, grid, grid, 4, layout == "nhwc", backward, family)
     pooling, gating = launch.pool(p), launch.gate(p)
     return [launch.is_small(p), pooling and pooling.options, gating.options]
 

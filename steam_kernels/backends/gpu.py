@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 LEAST_CAPABILITY = (7, 0)
 #: The bits that index arithmetic inside a sample has, of sizes and without a sign; offsets are of 64.
 BITS = 31
+#: Channels that the tiles of one program may have, all steps of its walk together.
+LARGEST_BLOCK = 2**15
 #: Elements that a tile may have which holds a whole weight's row.
 LARGEST_WEIGHT = 2**14
 
@@ -96,9 +98,15 @@ def why_not_cuda_sizes(call: Call) -> str:
 def _why_not_sizes(call: Call) -> str:
     _, channels, height, width = call.x.shape
     gh, gw = call.grid
-    # the largest numbers that a kernel computes in 32 bits: cell x size, and the end of a group of 16 channels' pixels
-    numbers = (("C", channels), ("16 H W", 16 * height * width), ("gh H", gh * height), ("gw W", gw * width))
-    for name, size in numbers:
+    # the largest numbers that a kernel computes in 32 bits: the end of a group of 16 channels' pixels, what is divided
+    # for the end of the last cell, and the farthest that a block, or a neighbour on the ring, reaches beyond all nodes
+    reach = min(call.unit.channel_radius, channels // 2) + LARGEST_BLOCK
+    for name, size in (
+        ("16 H W", 16 * height * width),
+        ("gh (H + 1)", gh * (height + 1)),
+        ("gw (W + 1)", gw * (width + 1)),
+        ("C + gh gw + channel_radius + 2^15", channels + gh * gw + reach),
+    ):
         if reason := _too_large("triton", name, size):
             return reason
     if call.channel_weight.shape[1] > LARGEST_WEIGHT:

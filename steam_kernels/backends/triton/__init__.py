@@ -2,6 +2,12 @@
 
 ``forward``, ``backward`` and ``forward_`` are the operators of ``steam_kernels.ops`` with their conventions. They know
 no device: they allocate beside x and launch. Importing this module imports Triton.
+
+What all three take: x (N, C, H, W) of float32, float64, float16 or bfloat16, dense in NCHW or channels_last; every
+other map of x's shape, dtype and strides; both weights (4, embed_dim) of float32 or x's dtype, in any strides, of an
+embed_dim that ``num_heads`` divides; ``grid`` the cells of each axis, at most H and W; all on one device. N may be 0,
+and the stride of an axis of length 1 means nothing. Maps that break this raise a ValueError or TypeError before
+anything is launched; shapes of weights and the options are ``steam_kernels.steam``'s to check.
 """
 
 from __future__ import annotations
@@ -67,6 +73,40 @@ class _Call(NamedTuple):
         )
 
 
+def _is_channels_last(x: Tensor) -> bool:
+    """The layout of x; raises where it has neither of the two that the kernels know."""
+    if x.is_contiguous():
+        return False
+    if x.is_contiguous(memory_format=torch.channels_last):
+        return True
+    raise ValueError(
+        "x must be dense in NCHW or channels_last, which steam_kernels.steam() makes of any other, got shape "
+        f"{tuple(x.shape)} and strides {x.stride()}"
+    )
+
+
+def _check_like(name: str, t: Tensor, x: Tensor) -> None:
+    """Raises unless t can be read by x's offsets."""
+    if t.dtype is not x.dtype:
+        raise TypeError(f"{name} must be of x's dtype {x.dtype}, got {t.dtype}")
+    if t.shape == x.shape:
+        own, wanted = t.stride(), x.stride()
+        if own == wanted or 0 in x.shape or all(a == b or n == 1 for a, b, n in zip(own, wanted, x.shape, strict=True)):
+            return
+    raise ValueError(
+        f"{name} must have x's shape {tuple(x.shape)} and strides {x.stride()}, got {tuple(t.shape)} and {t.stride()}"
+    )
+
+
+def _check_saved(saved: Tensor, p: launch.Problem, x: Tensor) -> None:
+    shape = p.samples, 2 * (p.channels + p.cells)
+    if saved.shape != shape or not saved.is_contiguous() or saved.dtype is not accumulation_dtype(x.dtype):
+        raise ValueError(
+            f"saved must be what forward returned with save=True, contiguous {shape} of {accumulation_dtype(x.dtype)}, "
+            f"got {tuple(saved.shape)} of {saved.dtype} and strides {saved.stride()}"
+        )
+
+
 def _call(
     x: Tensor,
     weight: Tensor,
@@ -80,6 +120,7 @@ def _call(
     family: str,
 ) -> _Call:
     samples, channels, height, width = x.shape
+    channels_last = _is_channels_last(x)
     problem = launch.Problem(
         samples,
         channels,
@@ -88,7 +129,7 @@ def _call(
         grid[0],
         grid[1],
         x.element_size(),
-        not x.is_contiguous(),
+        channels_last,
         backward,
         family,
     )
@@ -200,9 +241,15 @@ def forward(
     *,
     family: str = "generic",
 ) -> tuple[Tensor, Tensor]:
-    """``steam_kernels::forward``; ``family`` is a key of ``launch.FAMILIES``."""
+    """``steam_kernels::forward``: y, in x's layout, and what backward wants of it.
+
+    That is (N, 2 (C + gh gw)) in the accumulation dtype where ``save`` is set, else nothing, (0,). ``residual`` is None
+    or a map, ``sequential`` the order, ``relu`` the activation; ``family`` is a key of ``launch.FAMILIES``.
+    """
     options = num_heads, channel_radius, spatial_neighbors, self_loops, sequential
     call = _call(x, channel_weight, grid, *options, False, family)
+    if residual is not None:
+        _check_like("residual", residual, x)
     y = torch.empty_like(x)
     saved = _forward(x, channel_weight, spatial_weight, residual, y, call, scale, relu)
     return y, saved if save else saved.new_empty(0)
@@ -224,9 +271,14 @@ def forward_(
     *,
     family: str = "generic",
 ) -> None:
-    """``steam_kernels::forward_``: the gate's programs read the very elements that they write."""
+    """``steam_kernels::forward_``: ``forward`` into x itself, whose memory ``residual`` must not share.
+
+    The gate's programs read the very elements that they write.
+    """
     options = num_heads, channel_radius, spatial_neighbors, self_loops, sequential
     call = _call(x, channel_weight, grid, *options, False, family)
+    if residual is not None:
+        _check_like("residual", residual, x)
     _forward(x, channel_weight, spatial_weight, residual, x, call, scale, relu)
 
 
@@ -251,10 +303,21 @@ def backward(
     *,
     family: str = "generic",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``steam_kernels::backward``; ``family`` is a key of ``launch.FAMILIES``."""
+    """``steam_kernels::backward``: the gradients of x, both weights and the residual, (0,) where not asked for.
+
+    ``dy`` is the gradient of y, ``y`` what forward returned where there was a ReLU, else None, ``saved`` its second
+    result. Without a ReLU the residual's gradient is dy itself, and must not be asked for. The options are forward's;
+    gradients have the layouts and dtypes of what they are gradients of.
+    """
     options = num_heads, channel_radius, spatial_neighbors, self_loops, sequential
     call = _call(x, channel_weight, grid, *options, True, family)
     p = call.problem
+    _check_like("dy", dy, x)
+    if y is not None:
+        _check_like("y", y, x)
+    elif need_residual:
+        raise ValueError("need_residual must be False where y is None: without a ReLU the residual's gradient is dy")
+    _check_saved(saved, p, x)
     dx, dchannel, dspatial, dresidual = (
         torch.empty_like(t) if need else t.new_empty(0)
         for t, need in (

@@ -1,7 +1,7 @@
 """``python -m steam_kernels.backends.triton.tune``: times other entries of the launch table on this machine's GPU.
 
-Prints, for each stage of a ResNet, dtype, layout and direction, the table's launch of each kernel, the best one found
-and the gain, to be carried into ``launch.py`` by hand. Nothing at run time reads it. Needs a GPU.
+Prints, for each stage of a ResNet, dtype, layout and direction, the table's launch of the pool, graph and gate kernels,
+the best one found and the gain, to be carried into ``launch.py`` by hand. Nothing at run time reads it. Needs a GPU.
 """
 
 from __future__ import annotations
