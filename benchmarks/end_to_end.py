@@ -47,6 +47,8 @@ DEFAULT = ("resnet50", "mobilenet_v2")
 CONTENDERS = ("plain", "steam", "steam-reference", "se", "eca")
 MODES = ("eager", "compiled")
 TASKS = ("training", "inference")
+#: Rounds of a table at least, however slow they are: quartiles of fewer say nothing.
+ROUNDS = 9
 
 
 def make(network: str, contender: str, seed: int = 0) -> nn.Module:
@@ -203,7 +205,7 @@ def measure(
     blocks = {name: core.timed(task, call, warm=False) for name, call in calls.items()}
     times: dict[str, list[float]] = {name: [] for name in blocks}
     once = {name: block(1)[task] for name, block in blocks.items()}
-    for _ in range(max(3, min(60, int(seconds / sum(once.values()))))):
+    for _ in range(max(ROUNDS, min(60, int(seconds / sum(once.values()))))):
         for name, block in blocks.items():
             times[name].append(block(1)[task])
     if mode == "compiled":
@@ -267,7 +269,7 @@ def main() -> None:
     parser.add_argument("--mode", default="", help=f"comma list: {', '.join(MODES)}")
     parser.add_argument("--batch", type=int, default=0, help="images (8)")
     parser.add_argument("--size", type=int, default=0, help="their side in pixels (224)")
-    parser.add_argument("--seconds", type=float, default=25, help="to measure each table for (25)")
+    parser.add_argument("--seconds", type=float, default=25, help=f"to measure each table for, in at least {ROUNDS} rounds (25)")
     parser.add_argument("--quick", action="store_true", help="ResNet-18, eager, small: that it runs, not what it takes")
     parser.add_argument("--full", action="store_true", help="compiled training steps too")
     parser.add_argument("--json", type=Path, help="write the rows there")

@@ -312,9 +312,10 @@ def _price_section(rows: list[Row], images: str) -> list[str]:
                     f"**{_percent(r['time_over_plain'])}** ({100 * (low - 1):+.1f} to {100 * (high - 1):+.1f})",
                     f"{_percent(r['memory_over_plain'])}",
                     r["parameters"] - table["plain"]["parameters"],
+                    r["rounds"],
                 )
             )
-    head = ("network", "attention (layers)", "extra time", "extra peak memory", "extra parameters")
+    head = ("network", "attention (layers)", "extra time", "extra peak memory", "extra parameters", "rounds")
     return out + core.markdown_table(head, body)
 
 

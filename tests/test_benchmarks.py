@@ -81,6 +81,7 @@ def test_prices_are_over_the_plain_network(run: Path) -> None:
     }
     for r in rows:
         assert r["time_over_plain"] > 0 and r["peak_bytes"] > 0
+        assert r["rounds"] >= 9, "quartiles of fewer say nothing"
         assert r["layers"] == {"plain": 0, "steam": 4, "se": 8}[r["contender"]]
         if r["contender"] == "plain":
             assert r["time_over_plain"] == r["memory_over_plain"] == 1
@@ -135,6 +136,9 @@ def test_page_and_pictures(run: Path, tmp_path: Path) -> None:
         *("The price of attention", "Speed-ups of the fused unit", "Time over the floor", "Memory"),
         *("Host overhead", "Scaling"),
     ]
+    networks = json.loads((run / "end_to_end.json").read_text())["rows"]
+    prices = [line for line in page.splitlines() if line.startswith("| resnet18, ")]
+    assert [line.split(" | ")[-1] for line in prices] == [f"{r['rounds']} |" for r in networks if r["contender"] != "plain"]
     rows = json.loads((run / "unit.json").read_text())["rows"]
     with (run / "unit.csv").open() as file:
         assert len(list(csv.DictReader(file))) == len(rows)
@@ -381,6 +385,7 @@ def test_compiled_contenders_are_not_each_others(monkeypatch: pytest.MonkeyPatch
     judge.network, judge.bounds = "resnet", {c: {"inference": 1e-5} for c in ("plain", "steam")}
     rows = end_to_end.measure(judge, "inference", "compiled", ["plain", "steam"], images, 0.0)
     assert [r["layers"] for r in rows] == [0, 4]
+    assert [r["rounds"] for r in rows] == [9, 9], "no time to measure for is no reason for fewer"
     torch._dynamo.reset()
     with pytest.raises(AssertionError, match="steam, compiled: inference is off by"):
         judge.check_compiled("steam", "inference", make("", "plain"), images)
