@@ -703,7 +703,7 @@ def machine() -> dict[str, Any]:
         "backends": steam_kernels.available_backends(),
         "cpu_variant": cpu_variant(),
         "malloc": "benchmark setting" if malloc_is_set() else "stock",
-        "commit": _commit(),
+        "commit": commit_of(ROOT),
     }
 
 
@@ -728,11 +728,23 @@ def _processor() -> str:
     return f"{name} (family {fields.get('cpu family')}, model {fields.get('model')})"
 
 
-def _commit() -> str:
+#: What a figure depends on; a run rewrites the rest, its own results, page and pictures.
+CODE = (
+    "steam_kernels", "csrc", "include", "cmake", "CMakeLists.txt", "setup.py", "pyproject.toml", "Makefile",
+    "tests/tolerances.py", "benchmarks", ":(exclude)benchmarks/results",
+)  # fmt: skip
+
+
+def commit_of(root: Path) -> str:
+    """The commit that is checked out at ``root``, with ``-dirty`` where the code differs from it; "" where there is
+    none."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True).stdout.strip()
+
     try:
-        return subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
-        ).stdout.strip()
+        commit = git("rev-parse", "--short", "--verify", "HEAD")
+        return commit + ("-dirty" if commit and git("status", "--porcelain", "--", *CODE) else "")
     except OSError:
         return ""
 

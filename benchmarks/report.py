@@ -274,8 +274,28 @@ def draw_scaling(rows: list[Row], path: Path) -> None:
 # ---- page ------------------------------------------------------------------------------------------------------------
 
 
+def _facts(run: Run) -> tuple[list[tuple[str, str]], list[str]]:
+    """What the page says of the machine: one value where the parts of the run agree, else each part's; and the names
+    of those in which they differ. Parts run one after the other, so that dates are a span."""
+    table, differ = [], []
+    for key in FACTS:
+        values = {part: str(content["machine"].get(key, "not recorded")) for part, content in run.items()}
+        distinct = sorted(set(values.values()))
+        name = key.replace("_", " ")
+        if distinct == ["not recorded"]:
+            continue
+        if len(distinct) == 1:
+            table.append((name, distinct[0]))
+        elif key == "date":
+            table.append((name, f"{distinct[0]} to {distinct[-1]}"))
+        else:
+            differ.append(name)
+            table.append((name, "; ".join(f"{part}: {value}" for part, value in values.items())))
+    return table, differ
+
+
 def _header(run: Run) -> list[str]:
-    facts = next(iter(run.values()))["machine"]
+    facts, differ = _facts(run)
     out = [
         "# What a unit costs",
         "",
@@ -285,7 +305,11 @@ def _header(run: Run) -> list[str]:
     ]
     if any(content.get("quick") for content in run.values()):
         out += ["**A quick run: it shows that the benchmarks run, not what things take.**", ""]
-    out += core.markdown_table(("what", "value"), [(k.replace("_", " "), facts[k]) for k in FACTS if k in facts])
+    if differ:
+        out += [f"**Not one run: its parts differ in {', '.join(differ)}.**", ""]
+    if any(str(content["machine"].get("commit", "")).endswith("-dirty") for content in run.values()):
+        out += ["**Measured with changes that are in no commit.**", ""]
+    out += core.markdown_table(("what", "value"), facts)
     return out
 
 
