@@ -103,8 +103,19 @@ def _block(contender: str, direction: str) -> str:
 
 
 def measure(problem: core.Problem, names: list[str], effort: core.Effort, backend: str | None = None) -> Row:
-    """Judge and measure the contenders of one problem; ``backend`` is the one that "fused" runs on."""
+    """Judge and measure the contenders of one problem; ``backend`` is the one that "fused" runs on. What spoils all of
+    them, a compilation in the measurement among it, is each one's reason: nothing is measured a second time."""
     row = Row(problem)
+    try:
+        _measure(row, names, effort, backend)
+    except Exception as error:
+        row.measured = core.Measured()
+        row.wrong = dict.fromkeys(names, f"{type(error).__name__}: {error}") | row.wrong
+    return row
+
+
+def _measure(row: Row, names: list[str], effort: core.Effort, backend: str | None) -> None:
+    problem = row.problem
     tensors = problem.tensors()
     judge = core.judge(problem, tensors)
     peers = core.peers(judge)
@@ -139,7 +150,6 @@ def measure(problem: core.Problem, names: list[str], effort: core.Effort, backen
     steady = core.Steady()
     row.measured = core.interleaved(blocks, effort)
     steady.check()
-    return row
 
 
 @pytest.mark.benchmark(timer=CLOCK)

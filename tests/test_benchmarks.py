@@ -35,11 +35,14 @@ QUICK = {
 }
 
 
-def python(*arguments: str) -> str:
+def run_python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     alone = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}  # not a worker of pytest-xdist
-    done = subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, env=alone | {"OMP_NUM_THREADS": "1"}
-    )
+    env = alone | {"OMP_NUM_THREADS": "1"} | environment
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, env=env)
+
+
+def python(*arguments: str) -> str:
+    done = run_python(*arguments)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
 
@@ -396,6 +399,31 @@ def test_no_time_without_a_check(monkeypatch: pytest.MonkeyPatch, dtype: str, fa
     assert all("error" in why and "bound" in why for why in row.wrong.values())
     timed = {block.split()[0] for block in row.measured.samples}
     assert timed == {"fused", "gct", "floor-forward", "floor-backward"}
+
+
+PLANTED = """
+from benchmarks import core
+
+def check(self):
+    raise RuntimeError("planted")
+
+core.Steady.check = check
+"""
+
+
+def test_a_spoilt_measurement_is_made_once(tmp_path: Path) -> None:
+    """What was compiled while it was measured has no time, and all tests of the shape fail without measuring again."""
+    (tmp_path / "planted.py").write_text(PLANTED)
+    rows = tmp_path / "rows.json"
+    done = run_python(
+        *("-m", "pytest", "benchmarks", "--benchmark-only", "-q", "-p", "planted", "--quick", "--size", "m7"),
+        *("--dtype", "float32", "--layout", "nchw", "--contender", "fused,gct", "--json", str(rows)),
+        PYTHONPATH=os.pathsep.join((str(tmp_path), str(ROOT))),
+    )
+    assert done.returncode == 1, done.stdout[-3000:] + done.stderr[-3000:]
+    assert done.stdout.count("measuring 1x320x7x7-float32-nchw") == 1
+    assert "6 failed" in done.stdout and done.stdout.count("AssertionError: RuntimeError: planted") >= 6
+    assert not rows.exists(), "there is no time to be kept"
 
 
 def test_backend_of_the_fused_contender() -> None:
