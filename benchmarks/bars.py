@@ -135,6 +135,7 @@ def measure(bar: Bar, compiled: bool, check: bool, runs: int, effort: core.Effor
     row |= {
         "problem": problem.label,
         "checked": check,
+        "backend": fused.ran,
         "forward_bar": bar.forward,
         "backward_bar": bar.backward,
         "kernel": bar.kernel,

@@ -48,6 +48,8 @@ class Row:
     wrong: dict[str, str] = field(default_factory=dict)
     #: By contender, as :func:`benchmarks.core.memory_of`.
     memory: dict[str, dict[str, int]] = field(default_factory=dict)
+    #: The backend that ran, of those contenders that have one.
+    backends: dict[str, str] = field(default_factory=dict)
 
     def median(self, contender: str, direction: str) -> float | None:
         block = contender if contender.startswith("floor") else _block(contender, direction)
@@ -76,6 +78,7 @@ class Row:
                         "problem": self.problem.label,
                         "contender": contender,
                         "direction": direction,
+                        "backend": self.backends.get(contender),
                         "shape": self.problem.name,
                         "batch": self.problem.n,
                         "dtype": self.problem.dtype,
@@ -141,6 +144,8 @@ def _measure(row: Row, names: list[str], effort: core.Effort, backend: str | Non
                 block(1)
             if isinstance(unit, core.Compiled):
                 unit.warmed()
+            if isinstance(unit, core.Fused):
+                row.backends[name] = unit.ran
             row.memory[name] = core.memory_of(unit, problem, tensors)
         except Exception as error:  # the contender's own tests fail with it; the others go on
             row.wrong[name] = f"{type(error).__name__}: {error}"

@@ -1,5 +1,5 @@
-"""Two runs of the benchmarks compared by their ratios: ends with 1 where the newer is worse, with 2 where they cannot be
-compared.
+"""Two runs of the benchmarks compared by their ratios: ends with 1 where the newer is worse, with 2 where they cannot
+be compared.
 
     python -m benchmarks.compare OLD NEW [--row 1.35] [--mean 1.10] [--memory 1.10]
 

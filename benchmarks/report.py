@@ -55,6 +55,15 @@ NAMES = {
     "cbam": "CBAM",
     "gct": "Gaussian GCT",
 }
+
+
+def name_of(contender: str, backend: str | None = None) -> str:
+    """What the page calls a contender; the reference, where it was asked for, is not called fused."""
+    if contender in ("fused", "steam") and backend == "reference":
+        return "STEAM, backend reference"
+    return NAMES.get(contender, contender)
+
+
 DIRECTIONS = {"forward": "forward", "both": "forward + backward"}
 #: The rows that the pictures show.
 SHOWN = {"batch": 8, "dtype": "float32", "layout": "nchw"}
@@ -113,6 +122,15 @@ class Unit:
         self.at = {(r["problem"], r["contender"], r["direction"]): r for r in rows}
         self.problems = {r["problem"]: r for r in rows}
         self.contenders = list(dict.fromkeys(r["contender"] for r in rows))
+        self.backends = {r["contender"]: r.get("backend") for r in rows}
+
+    def name(self, contender: str) -> str:
+        return name_of(contender, self.backends.get(contender))
+
+    def column(self, contender: str) -> str:
+        """Its name in the head of a table."""
+        by_name = contender == "fused" and self.backends.get(contender) == "reference"
+        return f"{contender} (reference)" if by_name else contender
 
     def shown(self) -> list[Row]:
         """A row for each shape of the pictures: those of batch 8 if there are, else whatever was measured."""
@@ -305,6 +323,9 @@ def _header(run: Run) -> list[str]:
     ]
     if any(content.get("quick") for content in run.values()):
         out += ["**A quick run: it shows that the benchmarks run, not what things take.**", ""]
+    ours = {"fused", "steam"}
+    if any(r.get("contender") in ours and r.get("backend") == "reference" for c in run.values() for r in c["rows"]):
+        out += ["**Ours ran on the backend reference, which is plain PyTorch: no kernel is measured here.**", ""]
     if differ:
         out += [f"**Not one run: its parts differ in {', '.join(differ)}.**", ""]
     if any(str(content["machine"].get("commit", "")).endswith("-dirty") for content in run.values()):
@@ -332,7 +353,7 @@ def _price_section(rows: list[Row], images: str) -> list[str]:
             body.append(
                 (
                     f"{network}, {task}, {mode}",
-                    f"{NAMES.get(name, name)} ({r['layers']})",
+                    f"{name_of(name, r.get('backend'))} ({r['layers']})",
                     f"**{_percent(r['time_over_plain'])}** ({100 * (low - 1):+.1f} to {100 * (high - 1):+.1f})",
                     f"{_percent(r['memory_over_plain'])}",
                     r["parameters"] - table["plain"]["parameters"],
@@ -349,7 +370,7 @@ def _unit_section(unit: Unit, images: str) -> list[str]:
     for name in unit.contenders:
         if name == "fused":
             continue
-        cells: list[object] = [NAMES.get(name, name)]
+        cells: list[object] = [unit.name(name)]
         for direction in DIRECTIONS:
             found = unit.speedups(name, direction)
             cells.append(
@@ -374,7 +395,7 @@ def _unit_section(unit: Unit, images: str) -> list[str]:
             micro = "" if seconds is None else f"{seconds * 1e6:.0f} µs ± {100 * (spread or 0) / 2:.0f} %"
             body.append((problem, *map(_times, values), micro))
         out += [f"### {title[0].upper()}{title[1:]}", ""]
-        out += core.markdown_table(("map", *unit.contenders, "fused takes"), body)
+        out += core.markdown_table(("map", *map(unit.column, unit.contenders), "fused takes"), body)
     out += ["## Memory", "", f"![memory]({images}/memory.svg)", ""]
     out += [
         "Bytes over those of x: *kept* from forward for backward besides x and y; *peak* the most that is allocated",
@@ -390,7 +411,7 @@ def _unit_section(unit: Unit, images: str) -> list[str]:
             have = kept is not None and extra is not None
             cells.append(f"{kept / row['map_bytes']:.3f} / {extra / row['map_bytes']:.3f}" if have else "")  # type: ignore[operator]
         body.append(cells)
-    out += core.markdown_table(("map: kept / peak", *unit.contenders), body)
+    out += core.markdown_table(("map: kept / peak", *map(unit.column, unit.contenders)), body)
     counts = {c: next((r["parameters"] for r in unit.rows if r["contender"] == c), None) for c in unit.contenders}
     first = next(iter(unit.problems.values()))
     named = ", ".join(f"{c} {v}" for c, v in counts.items() if v is not None and not c.endswith("compiled"))

@@ -64,7 +64,7 @@ def measure(problem: Problem, check: bool, effort: core.Effort) -> dict[str, Any
         "backward": core.op_backward_block(problem, tensors),
     }
     m = core.interleaved(blocks, effort)
-    row: dict[str, Any] = {"problem": problem.label, "bytes": problem.map_bytes, "checked": check}
+    row: dict[str, Any] = {"problem": problem.label, "bytes": problem.map_bytes, "checked": check, "backend": fused.ran}
     for d in ("forward", "backward"):
         row[d], row[f"{d}_floor"] = m.median(d, d), m.median(f"floor-{d}", d)
         row[f"{d}_over_floor"] = row[d] / row[f"{d}_floor"]

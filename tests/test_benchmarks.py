@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import bench_unit, compare, conftest, core, end_to_end, gates, memory, report, scaling  # noqa: E402
+from steam_kernels.backends import native  # noqa: E402
 
 pytestmark = pytest.mark.xdist_group("benchmarks")
 
@@ -141,7 +142,9 @@ def test_page_and_pictures(run: Path, tmp_path: Path) -> None:
     ]
     networks = json.loads((run / "end_to_end.json").read_text())["rows"]
     prices = [line for line in page.splitlines() if line.startswith("| resnet18, ")]
-    assert [line.split(" | ")[-1] for line in prices] == [f"{r['rounds']} |" for r in networks if r["contender"] != "plain"]
+    assert [line.split(" | ")[-1] for line in prices] == [
+        f"{r['rounds']} |" for r in networks if r["contender"] != "plain"
+    ]
     rows = json.loads((run / "unit.json").read_text())["rows"]
     with (run / "unit.csv").open() as file:
         assert len(list(csv.DictReader(file))) == len(rows)
@@ -235,7 +238,13 @@ def made_up(
         for name, us in (("FusedSTEAM", host), ("x * 0.5 (built in)", 1.0))
     ]
     scaled = [
-        {"axis": "N", "value": n, "threads": t, "forward_over_floor": threads if t == 2 else 1.5, "backward_over_floor": 2}
+        {
+            "axis": "N",
+            "value": n,
+            "threads": t,
+            "forward_over_floor": threads if t == 2 else 1.5,
+            "backward_over_floor": 2,
+        }
         for n in (1, 2)
         for t in (1, 2)
     ]
@@ -296,7 +305,7 @@ def without(part: str, **values: Any) -> report.Run:
         (without("end_to_end", contender="steam"), "over the plain network, training: NEW has none of its 1 figures"),
         (without("host", layer="FusedSTEAM"), "host, module over x * 0.5: NEW has none of its 2 figures"),
         (without("host", layer="x * 0.5 (built in)"), "host, module over x * 0.5: NEW has none of its 2 figures"),
-        (without("scaling", value=2, threads=2), "scaling, backward over the floor, threads: 2, N = 2: NEW has no such"),
+        (without("scaling", value=2, threads=2), "backward over the floor, threads: 2, N = 2: NEW has no such figure"),
         *(({k: v for k, v in made_up().items() if k != part}, "NEW has none") for part in made_up()),
     ],
 )
@@ -430,10 +439,55 @@ def test_backend_of_the_fused_contender() -> None:
     """``--backend`` reaches the unit: a backend that cannot run is an error, not another's time."""
     row = bench_unit.measure(core.Problem(1, 8, 7, 7), ["fused"], core.Effort.quick(), "reference")
     assert not row.wrong
+    assert {line["backend"] for line in row.lines()} == {"reference"}
     assert row.memory["fused"]["kept_bytes"] > 8 * 7 * 7 * 4, "plain PyTorch keeps maps"
     if not torch.cuda.is_available():
         row = bench_unit.measure(core.Problem(1, 8, 7, 7), ["fused"], core.Effort.quick(), "cuda")
         assert "cuda" in row.wrong["fused"] and not row.measured.samples.get("fused forward")
+
+
+def test_without_kernels_nothing_is_called_fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither a row nor a network, though both would have run, on the reference."""
+    monkeypatch.setattr(native, "CPU", replace(native.CPU, reason="not built"))
+    row = bench_unit.measure(core.Problem(1, 8, 7, 7), ["fused", "gct"], core.Effort.quick())
+    assert set(row.wrong) == {"fused"} and "cpu: not built" in row.wrong["fused"]
+    assert {line["contender"] for line in row.lines()} == {"gct"}
+    judge = end_to_end.Judge("resnet18", torch.zeros(1))
+    monkeypatch.setattr(end_to_end, "results", lambda model, images: called(model))
+    with pytest.raises(RuntimeError, match="no kernel ran"):
+        judge.check("steam")
+    judge.check("steam-reference")
+    assert judge.backends == {"steam-reference": "reference"}
+
+
+def called(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Runs one unit of a network."""
+    unit = next(m for m in model.modules() if isinstance(m, end_to_end.FusedSTEAM))
+    dtype = torch.float64 if next(model.parameters()).dtype == torch.float64 else torch.float32
+    return {"y": unit(torch.zeros(1, unit.channels, 7, 7, dtype=dtype)).detach() + 1}
+
+
+def test_each_row_names_its_backend(run: Path) -> None:
+    rows = json.loads((run / "unit.json").read_text())["rows"]
+    assert {(r["contender"], r["backend"]) for r in rows} == {
+        ("fused", "cpu"),
+        *((c, None) for c in ("eager", *gates.GATES)),
+    }
+    networks = json.loads((run / "end_to_end.json").read_text())["rows"]
+    assert {(r["contender"], r["backend"]) for r in networks} == {("plain", None), ("steam", "cpu"), ("se", None)}
+    assert {r["backend"] for r in json.loads((run / "scaling.json").read_text())["rows"]} == {"cpu"}
+
+
+def test_the_page_does_not_call_the_reference_fused(run: Path) -> None:
+    parts = report.read(run)
+    page = report.page(parts, "images")
+    assert "STEAM, fused" in page and "no kernel is measured" not in page
+    for part in ("unit", "end_to_end"):
+        for row in parts[part]["rows"]:
+            row["backend"] = "reference" if row["contender"] in ("fused", "steam") else row["backend"]
+    page = report.page(parts, "images")
+    assert "STEAM, fused" not in page and "| map | fused (reference) |" in page
+    assert "STEAM, backend reference (4)" in page and "no kernel is measured here" in page
 
 
 def test_gaussian_gct_is_its_formula() -> None:
@@ -539,8 +593,8 @@ def test_compiled_contenders_are_not_each_others(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(end_to_end, "make", make)
     monkeypatch.setattr(torch, "compile", lambda model, **options: compile_(model, backend="eager", **options))
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    judge = end_to_end.Judge.__new__(end_to_end.Judge)
-    judge.network, judge.bounds = "resnet", {c: {"inference": 1e-5} for c in ("plain", "steam")}
+    judge = end_to_end.Judge("resnet", images)
+    judge.bounds = {c: {"inference": 1e-5} for c in ("plain", "steam")}
     rows = end_to_end.measure(judge, "inference", "compiled", ["plain", "steam"], images, 0.0)
     assert [r["layers"] for r in rows] == [0, 4]
     assert [r["rounds"] for r in rows] == [9, 9], "no time to measure for is no reason for fewer"
