@@ -35,8 +35,7 @@ COLOURS = {
     "steam": "#d62728",
     "eager": "#555555",
     "steam-reference": "#555555",
-    "compiled": "#999999",
-    "plain-compiled": "#cccccc",
+    "plain": "#17becf",
     "se": "#1f77b4",
     "eca": "#2ca02c",
     "cbam": "#9467bd",
@@ -54,7 +53,18 @@ NAMES = {
     "eca": "ECA",
     "cbam": "CBAM",
     "gct": "Gaussian GCT",
+    "se-compiled": "SE compiled",
+    "eca-compiled": "ECA compiled",
+    "cbam-compiled": "CBAM compiled",
+    "gct-compiled": "Gaussian GCT compiled",
+    "triton": "STEAM, Triton kernels",
+    "cuda": "STEAM, CUDA kernels",
 }
+#: The contenders of the pictures in their order, but for ours.
+PEERS = (
+    *("eager", "compiled", "plain", "plain-compiled"),
+    *("gct", "gct-compiled", "eca", "eca-compiled", "se", "se-compiled", "cbam", "cbam-compiled"),
+)
 
 
 def name_of(contender: str, backend: str | None = None) -> str:
@@ -154,77 +164,108 @@ class Unit:
 # ---- pictures --------------------------------------------------------------------------------------------------------
 
 
-def _bars(axis: Any, groups: list[str], series: dict[str, list[float | None]], colours: Callable[[str], str]) -> None:
-    """Grouped bars; a series without a value at a group has a gap there."""
-    width = 0.84 / max(len(series), 1)
-    for i, (name, values) in enumerate(series.items()):
-        pairs = [(g + (i + 0.5) * width - 0.42, v) for g, v in enumerate(values) if v is not None]
-        axis.bar([x for x, _ in pairs], [v for _, v in pairs], width, label=NAMES.get(name, name), color=colours(name))
-    axis.set_xticks(range(len(groups)), groups, rotation=30, ha="right")
+def _look(name: str) -> dict[str, Any]:
+    """A compiled contender has the colour of the eager one, hatched."""
+    colour = COLOURS["eager" if name == "compiled" else name.removesuffix("-compiled")]
+    return {"facecolor": colour, "edgecolor": "white", "linewidth": 0} | (
+        {"hatch": "//////"} if name.endswith("compiled") else {}
+    )
+
+
+def _bars(
+    axis: Any, groups: list[str], series: dict[str, list[float | None]], label: Callable[[str], str], bottom: float
+) -> None:
+    """Grouped bars from ``bottom``, side by side whatever is missing in a group."""
+    there = [[n for n, values in series.items() if values[g] is not None] for g in range(len(groups))]
+    width = 0.88 / max(map(len, there), default=1)
+    for name, values in series.items():
+        places, heights = [], []
+        for g, value in enumerate(values):
+            if value is not None:
+                places.append(g + (there[g].index(name) - (len(there[g]) - 1) / 2) * width)
+                heights.append(value - bottom)
+        axis.bar(places, heights, width, bottom=bottom, label=label(name), **_look(name))
+    axis.set_xticks(range(len(groups)), groups)
 
 
 def _factor_axis(axis: Any) -> None:
+    from matplotlib.ticker import LogLocator, NullLocator
+
     axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=30))
+    axis.yaxis.set_minor_locator(NullLocator())
     axis.yaxis.set_major_formatter(lambda v, _: f"{v:g}")
     axis.axhline(1, color="black", linewidth=0.8)
+    axis.grid(axis="y", linewidth=0.4, color="#dddddd")
+    axis.set_axisbelow(True)
 
 
 def _label(row: Row) -> str:
     return SHAPE_NAMES.get(row["shape"], row["shape"])
 
 
-def _two_panels(unit: Unit, names: list[str], value: Callable[[str, str, str], float | None], what: str) -> Any:
+def _legend(figure: Any, axis: Any, columns: int) -> None:
+    handles, labels = axis.get_legend_handles_labels()
+    figure.legend(
+        handles, labels, loc="outside lower center", ncols=min(columns, max(len(labels), 1)), frameon=False, fontsize=8
+    )
+
+
+def _two_panels(
+    unit: Unit,
+    names: Iterable[str],
+    panels: dict[str, str],
+    value: Callable[[Row, str, str], float | None],
+    what: str,
+    factors: bool,
+) -> Any:
+    """One panel over the other, by ``panels``' keys and titles: a group of bars for each shape."""
     from benchmarks.plots import new_figure
 
     shown = unit.shown()
-    figure, axes = new_figure(1, 2, (10.5, 3.6), sharey=True)
-    for axis, (direction, title) in zip(axes, DIRECTIONS.items(), strict=True):
-        series = {n: [value(r["problem"], n, direction) for r in shown] for n in names}
-        series = {n: v for n, v in series.items() if any(x is not None for x in v)}
-        _bars(axis, [_label(r) for r in shown], series, lambda n: COLOURS[n])
-        _factor_axis(axis)
+    names = [n for n in names if n in unit.contenders]
+    figure, axes = new_figure(2, 1, (10.5, 6.4), sharex=True, sharey=True)
+    for axis, (key, title) in zip(axes, panels.items(), strict=True):
+        series = {n: [value(r, n, key) for r in shown] for n in names}
+        _bars(axis, [_label(r) for r in shown], series, unit.name, 1 if factors else 0)
+        if factors:
+            _factor_axis(axis)
         axis.set_title(title, fontsize=9)
-    axes[0].set_ylabel(what)
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=8)
+        axis.set_ylabel(what)
+    _legend(figure, axes[0], 5)
     return figure
 
 
 def draw_over_floor(unit: Unit, path: Path) -> None:
     from benchmarks.plots import save_figure
 
-    names = ["fused", "gct", "eca", "se", "cbam", "compiled", "eager"]
-    save_figure(
-        _two_panels(unit, names, lambda p, c, d: unit.value(p, c, d, "over_floor"), "time over the memory floor"), path
-    )
+    def value(row: Row, name: str, direction: str) -> float | None:
+        return unit.value(row["problem"], name, direction, "over_floor")
+
+    what = "time over the memory floor"
+    save_figure(_two_panels(unit, ("fused", *PEERS), DIRECTIONS, value, what, factors=True), path)
 
 
 def draw_speedup(unit: Unit, path: Path) -> None:
     from benchmarks.plots import save_figure
 
-    names = ["eager", "compiled", "se", "eca", "cbam", "gct"]
-    save_figure(_two_panels(unit, names, unit.speedup, "time over that of fused STEAM"), path)
+    def value(row: Row, name: str, direction: str) -> float | None:
+        return unit.speedup(row["problem"], name, direction)
+
+    what = f"time over that of {unit.name('fused')}"
+    save_figure(_two_panels(unit, PEERS, DIRECTIONS, value, what, factors=True), path)
 
 
 def draw_memory(unit: Unit, path: Path) -> None:
-    from benchmarks.plots import new_figure, save_figure
+    from benchmarks.plots import save_figure
 
-    shown = unit.shown()
-    names = ["fused", "gct", "eca", "se", "cbam", "compiled", "eager"]
-    figure, axes = new_figure(1, 2, (10.5, 3.6), sharey=True)
+    def value(row: Row, name: str, key: str) -> float | None:
+        found = unit.value(row["problem"], name, "both", key)
+        return None if found is None else found / row["map_bytes"]
+
     panels = {"kept_bytes": "kept for backward, besides x", "extra_bytes": "most at once in training, besides x, y, dx"}
-    for axis, (key, title) in zip(axes, panels.items(), strict=True):
-        series = {}
-        for name in names:
-            values = [unit.value(r["problem"], name, "both", key) for r in shown]
-            if any(v is not None for v in values):
-                series[name] = [v if v is None else v / r["map_bytes"] for v, r in zip(values, shown, strict=True)]
-        _bars(axis, [_label(r) for r in shown], series, lambda n: COLOURS[n])
-        axis.set_title(title, fontsize=9)
-    axes[0].set_ylabel("bytes over those of x")
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=8)
-    save_figure(figure, path)
+    what = "bytes over those of x"
+    save_figure(_two_panels(unit, ("fused", *PEERS), panels, value, what, factors=False), path)
 
 
 def _tables(rows: list[Row]) -> dict[tuple[str, str, str], dict[str, Row]]:
@@ -241,7 +282,7 @@ def draw_price(rows: list[Row], path: Path) -> None:
     tables = _tables(rows)
     names = [n for n in dict.fromkeys(r["contender"] for r in rows) if n != "plain"]
     groups = [f"{network}\n{task}, {mode}" for network, task, mode in tables]
-    figure, axes = new_figure(1, 2, (10.5, 3.8))
+    figure, axes = new_figure(2, 1, (10.5, 6.4))
     panels = {"time_over_plain": "extra time", "memory_over_plain": "extra peak memory"}
     width = 0.84 / max(len(names), 1)
     for axis, (key, title) in zip(axes, panels.items(), strict=True):
@@ -249,15 +290,17 @@ def draw_price(rows: list[Row], path: Path) -> None:
             places = [(g + (i + 0.5) * width - 0.42, t[name]) for g, t in enumerate(tables.values()) if name in t]
             xs, heights = [x for x, _ in places], [100 * (r[key] - 1) for _, r in places]
             spans = [[100 * (q - 1) for q in r["time_over_plain_quartiles"]] for _, r in places]
-            axis.bar(xs, heights, width, label=NAMES.get(name, name.upper()), color=COLOURS[name])
+            axis.bar(xs, heights, width, label=name_of(name, places[0][1].get("backend")), **_look(name))
+            for x, height in zip(xs, heights, strict=True):
+                if abs(height) < 0.05:  # the page's +0.0 %: no bar to be seen
+                    axis.annotate("0", (x, 0), (0, 2), textcoords="offset points", ha="center", fontsize=8)
             if key == "time_over_plain":
                 axis.vlines(xs, [s[0] for s in spans], [s[1] for s in spans], color="black", linewidth=0.9)
         axis.axhline(0, color="black", linewidth=0.8)
-        axis.set_xticks(range(len(groups)), groups, fontsize=7)
+        axis.set_xticks(range(len(groups)), groups, fontsize=8)
         axis.set_ylabel("per cent of the plain network")
         axis.set_title(title, fontsize=9)
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=max(len(labels), 1), frameon=False, fontsize=8)
+    _legend(figure, axes[0], 8)
     save_figure(figure, path)
 
 
@@ -284,8 +327,7 @@ def draw_scaling(rows: list[Row], path: Path) -> None:
         axes[0][column].set_title(titles[name], fontsize=9)
     axes[0][0].set_ylabel("forward, µs")
     axes[1][0].set_ylabel("backward, µs")
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=8)
+    _legend(figure, axes[0][0], 8)
     save_figure(figure, path)
 
 
@@ -400,7 +442,8 @@ def _unit_section(unit: Unit, images: str) -> list[str]:
     out += [
         "Bytes over those of x: *kept* from forward for backward besides x and y; *peak* the most that is allocated",
         "at once in forward + backward, besides x, y and the gradients. By `torch.profiler`; what oneDNN and the CPU",
-        "kernels keep in scratch of their own is not in it.",
+        "kernels keep in scratch of their own is not in it. Where *peak* is below *kept*, Inductor has kept a copy of",
+        "x, in channels_last for the gate's convolution, and frees it before it allocates dx, which *peak* leaves out.",
         "",
     ]
     body = []
