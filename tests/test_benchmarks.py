@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -211,6 +212,63 @@ def test_a_dirty_tree_is_named(tmp_path: Path) -> None:
     (tmp_path / "csrc" / "new.h").write_text("1")  # not added, and compiled all the same
     assert core.commit_of(tmp_path).endswith("-dirty")
     assert "**Measured with changes that are in no commit.**" in header(unit=facts(), host=facts(commit="1-dirty"))
+
+
+# ---- make bench ------------------------------------------------------------------------------------------------------
+
+RECORDER = """#!/bin/sh
+echo "$@" >>"$CALLS"
+case "$*" in *"$FAILS"*) exit 3 ;; esac
+"""
+PLACES = ("benchmarks/results/latest", "docs/benchmarks.md", "docs/images")
+QUICK_PLACES = ("build/bench/results", "build/bench/benchmarks.md", "build/bench/images")
+
+
+def make_bench(tmp_path: Path, *variables: str, fails: str = "nothing") -> tuple[int, list[str], str]:
+    """``make bench`` in a folder of its own, by an interpreter that only notes what it is to run: make's exit status,
+    the commands, what was printed."""
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    recorder, calls = tmp_path / "recorder", tmp_path / "calls"
+    recorder.write_text(RECORDER)
+    recorder.chmod(0o755)
+    calls.write_text("")
+    done = subprocess.run(
+        ["make", "-o", "venv", "bench", f"PY={recorder}", *variables],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"CALLS": str(calls), "FAILS": fails},
+    )
+    return done.returncode, calls.read_text().splitlines(), done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "places"),
+    [
+        ((), PLACES),
+        (("BENCH_FLAGS=--quick --contender fused",), QUICK_PLACES),
+        (("BENCH_FLAGS=--quick", "RUN=r", "PAGE=p.md", "IMAGES=i"), ("r", "p.md", "i")),
+    ],
+)
+def test_make_bench_runs_every_part(tmp_path: Path, flags: tuple[str, ...], places: tuple[str, str, str]) -> None:
+    """And a quick run leaves the committed run, page and pictures alone."""
+    status, calls, printed = make_bench(tmp_path, *flags)
+    assert status == 0, printed
+    run, page, images = places
+    given = flags[0].partition("=")[2].split() if flags else []
+    quick = [flag for flag in given if flag == "--quick"]
+    expected = [["-m", "pytest", "benchmarks", "--benchmark-only", "-q", "--json", f"{run}/unit.json", *given]]
+    parts = ("end_to_end", "host", "scaling")
+    expected += [["-m", f"benchmarks.{part}", "--json", f"{run}/{part}.json", *quick] for part in parts]
+    expected += [["-m", "benchmarks.report", "--run", run, "--page", page, "--images", images]]
+    assert [call.split() for call in calls] == expected
+    assert (tmp_path / run).is_dir()
+
+
+@pytest.mark.parametrize(("fails", "named"), [("-m pytest", "unit"), ("benchmarks.host", "host"), ("report", "report")])
+def test_make_bench_goes_on_and_fails_at_its_end(tmp_path: Path, fails: str, named: str) -> None:
+    status, calls, printed = make_bench(tmp_path, fails=fails)
+    assert status != 0 and f"failed: {named}\n" in printed and len(calls) == 5
 
 
 # ---- comparing -------------------------------------------------------------------------------------------------------
