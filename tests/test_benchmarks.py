@@ -21,7 +21,19 @@ from torch import nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import bench_unit, compare, conftest, core, end_to_end, gates, memory, report, scaling  # noqa: E402
+from benchmarks import (  # noqa: E402
+    bars,
+    bench_unit,
+    compare,
+    conftest,
+    core,
+    end_to_end,
+    gates,
+    memory,
+    report,
+    scaling,
+    sweep,
+)
 from steam_kernels.backends import native  # noqa: E402
 
 pytestmark = pytest.mark.xdist_group("benchmarks")
@@ -113,8 +125,11 @@ def test_host_and_scaling(run: Path) -> None:
 def test_the_other_scripts(command: list[str], tmp_path: Path) -> None:
     """They run, and write their rows, each of which was judged before it was timed."""
     python("-m", f"benchmarks.{command[0]}", *command[1:], "--quick", "--json", str(tmp_path / "rows.json"))
-    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
-    assert rows and all(row.get("checked", True) for row in rows)
+    content = json.loads((tmp_path / "rows.json").read_text())
+    rows = content["rows"]
+    assert rows and all(row.get("checked", True) for row in rows) and content["quick"]
+    if command[0] == "sweep":
+        assert all(row["walk"] in ("kColumns", "kPixels", "kChannels", "kNarrow") and row["mbytes"] > 0 for row in rows)
 
 
 def test_page_and_pictures(run: Path, tmp_path: Path) -> None:
@@ -610,6 +625,82 @@ def test_a_wrong_point_does_not_lose_the_others(monkeypatch: pytest.MonkeyPatch)
     torch.set_num_threads(before)
     assert [r["value"] for r in rows] == [n for n in scaling.AXES["N"] if n != 2]
     assert wrong == ["the second is wrong"]
+
+
+def swept(name: str, mbytes: float, worst: float) -> dict[str, Any]:
+    row = {"problem": name, "bytes": int(mbytes * 1e6), "worst": worst, "walk": "kPixels"}
+    return row | {f"{d}{k}": worst for d in ("forward", "backward") for k in ("", "_floor", "_over_floor")}
+
+
+@pytest.mark.parametrize(
+    ("worst", "mbytes", "flags", "status"),
+    [(4.1, 1.1, (), "1 shapes of more than 1 MB are above 4 times the floor, the worst last"), (3.9, 1.1, (), None),
+     (4.1, 1.0, (), None), (4.1, 1.1, ("--quick",), None)],
+)  # fmt: skip
+def test_the_sweep_fails_where_a_large_map_falls(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, worst: float, mbytes: float, flags: tuple[str, ...], status: Any
+) -> None:
+    """And keeps every row, worst first."""
+    rows = iter([swept("first", 5, 1.5), swept("last", mbytes, worst)])
+    monkeypatch.setattr(sweep, "measure", lambda *_: next(rows))
+    monkeypatch.setattr(core, "restart_with_malloc", lambda: None)
+    path = tmp_path / "rows.json"
+    monkeypatch.setattr(sys, "argv", ["sweep", "--cases", "2", "--json", str(path), *flags])
+    if status:
+        with pytest.raises(SystemExit, match=status):
+            sweep.main()
+    else:
+        sweep.main()
+    content = json.loads(path.read_text())
+    assert [r["problem"] for r in content["rows"]] == ["last", "first"] and content["quick"] == bool(flags)
+
+
+def test_the_sweep_says_which_walk_served_a_shape() -> None:
+    """As ``make_unit`` of the CPU kernels chooses it, with its constants."""
+    problem = core.Problem(2, 17, 20, 20)
+    for changed, expected in (
+        ({}, "kColumns"),
+        ({"h": 16, "w": 16}, "kPixels"),
+        ({"h": 7, "w": 90}, "kPixels"),  # cells one row high
+        ({"layout": "channels_last"}, "kChannels"),
+        ({"layout": "channels_last", "c": 15}, "kNarrow"),
+        ({"layout": "channels_last", "c": 1}, "kColumns"),
+        ({"h": 1, "w": 1}, "kChannels"),
+        ({"h": 1, "w": 1, "c": 1}, "kNarrow"),
+    ):
+        assert sweep.walk(replace(problem, **changed), "avx512") == expected
+    assert sweep.walk(replace(problem, layout="channels_last", c=15), "avx2") == "kChannels"
+    unit, vectors = ((ROOT / "csrc" / "cpu" / name).read_text() for name in ("unit.h", "vec.h"))
+    assert f"constexpr int64_t kSmallMap = {sweep.SMALL_MAP};" in unit
+    for line in (
+        "p.channels < U::lanes ? Walk::kNarrow : Walk::kChannels;",
+        "u.pixels <= kSmallMap || p.grid_h == p.height ? Walk::kPixels : Walk::kColumns;",
+        "if (p.channels == 1) p.channels_last = false;",
+        "if (u.pixels == 1) p.channels_last = true;",
+    ):
+        assert line in unit
+    assert [int(n) // 4 for n in re.findall(r"constexpr int kVectorBytes = (\d+);", vectors)] == [*sweep.LANES.values()]
+    facts = sweep.facts_of(replace(problem, layout="channels_last"), "avx512")
+    assert facts["walk"] == "kChannels" and facts["grid"] == [7, 7] and facts["mbytes"] == 2 * 17 * 400 * 4 / 1e6
+    assert facts["sample_kbytes"] == 17 * 400 * 4 / 1e3 and (facts["n"], facts["c"], facts["h"]) == (2, 17, 20)
+
+
+def test_bars_say_which_share_meets_each() -> None:
+    row = {"forward_bar": 1.1, "backward_bar": 1.2, "kernel": False, "missed": []}
+    rows = [
+        row | {"forward_over_floor": 1.0, "backward_over_floor": 1.1, "speedup_forward": 1.9, "speedup_both": 2.0},
+        row | {"forward_over_floor": 1.2, "backward_over_floor": 1.2, "speedup_forward": 1.8, "missed": ["forward"]},
+        row | {"kernel": True, "forward_kernel_us": 1.0, "backward_kernel_us": 3.0, "missed": ["backward"]},
+    ]
+    assert bars.shares(rows) == [
+        "forward, over the floor: 1 of 2 rows (50 %)",
+        "forward, kernel alone: 1 of 1 rows (100 %)",
+        "backward, over the floor: 2 of 2 rows (100 %)",
+        "backward, kernel alone: 0 of 1 rows (0 %)",
+        "forward, 1.8 times as fast as the compiled baseline: 2 of 2 rows (100 %)",
+        "forward + backward, 3 times as fast as the compiled baseline: 0 of 1 rows (0 %)",
+        "all of these: 1 of 3 rows (33 %)",
+    ]
 
 
 def test_networks_of_all_contenders_have_the_same_convolutions() -> None:
