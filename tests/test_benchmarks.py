@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import cases
 import numpy as np
 import pytest
 import torch
@@ -30,6 +31,7 @@ from benchmarks import (  # noqa: E402
     end_to_end,
     gates,
     memory,
+    plain,
     report,
     scaling,
     sweep,
@@ -227,6 +229,121 @@ def test_a_dirty_tree_is_named(tmp_path: Path) -> None:
     (tmp_path / "csrc" / "new.h").write_text("1")  # not added, and compiled all the same
     assert core.commit_of(tmp_path).endswith("-dirty")
     assert "**Measured with changes that are in no commit.**" in header(unit=facts(), host=facts(commit="1-dirty"))
+
+
+@pytest.mark.slow
+def test_a_compiled_contender(tmp_path: Path) -> None:
+    """It is compiled, judged, measured, and its memory and speed-up are beside the fused unit's."""
+    rows = tmp_path / "rows.json"
+    python(
+        *("-m", "pytest", "benchmarks", "--benchmark-only", "--quick", "-q", "--size", "m7", "--dtype", "float32"),
+        *("--layout", "nchw", "--contender", "fused,eca-compiled", "--json", str(rows)),
+    )
+    found = {(r["contender"], r["direction"]): r for r in json.loads(rows.read_text())["rows"]}
+    assert set(found) == {(c, d) for c in ("fused", "eca-compiled") for d in core.DIRECTIONS}
+    assert all(r["seconds"] > 0 and r["parameters"] > 0 for r in found.values())
+
+
+# ---- the committed page ----------------------------------------------------------------------------------------------
+
+LATEST = ROOT / "benchmarks" / "results" / "latest"
+
+
+def test_the_committed_page_is_of_the_committed_run(tmp_path: Path) -> None:
+    """Page and table byte for byte; pictures too where this matplotlib drew them, else what is written in them."""
+    run = report.read(LATEST)
+    assert report.page(run, "images") == (ROOT / "docs" / "benchmarks.md").read_text()
+    report.write_csv(run["unit"]["rows"], tmp_path / "unit.csv")
+    assert (tmp_path / "unit.csv").read_bytes() == (LATEST / "unit.csv").read_bytes()
+    for path in report.draw(run, tmp_path):
+        made, kept = path.read_text(), (ROOT / "docs" / "images" / path.name).read_text()
+        drawn_by = [re.findall(r"<dc:title>(Matplotlib [^,<]*)", text) for text in (made, kept)]
+        assert drawn_by[1], f"{path.name} does not say which matplotlib drew it"
+        if drawn_by[0] == drawn_by[1]:
+            assert made == kept, path.name
+        words = [sorted(re.findall(r"<text [^>]*>([^<]*)</text>", text)) for text in (made, kept)]
+        assert words[0] == words[1] and words[0], path.name
+
+
+def tables_of(text: str) -> list[list[list[str]]]:
+    """The Markdown tables of a text, head first, as rows of cells."""
+    tables: list[list[list[str]]] = [[]]
+    for line in text.splitlines():
+        if line.startswith("|"):
+            cells = [cell.strip() for cell in line.strip("|").split("|")]
+            if set("".join(cells)) - set("-: "):
+                tables[-1].append(cells)
+        elif tables[-1]:
+            tables.append([])
+    return [table for table in tables if table]
+
+
+def agree(cell: str, printed: list[str], what: str) -> None:
+    """Each number of a cell is the page's, rounded to as many digits as are written."""
+    written = re.findall(r"[-+]?\d+(?:\.\d+)?", cell.replace("−", "-"))
+    assert len(written) == len(printed), f"{what}: {cell!r} for {printed}"
+    for text, number in zip(written, printed, strict=True):
+        half = 0.5 * 10.0 ** -len(text.partition(".")[2])
+        assert abs(float(text) - float(number)) <= half + 1e-9, f"{what}: {text} is written, the page has {number}"
+
+
+README_NAMES = {
+    "STEAM in plain PyTorch (the reference)": "eager",
+    "STEAM in the fastest plain PyTorch we could write": "plain",
+    "SE (timm)": "se",
+    "ECA (timm)": "eca",
+    "CBAM (timm)": "cbam",
+    "Gaussian GCT": "gct",
+}
+UNDER = " under `torch.compile`"
+
+
+def test_the_contenders_of_the_readme_are_of_the_committed_run() -> None:
+    unit = report.Unit(report.read(LATEST)["unit"]["rows"])
+    (table,) = [t for t in tables_of((ROOT / "README.md").read_text()) if t[0][0] == "contender"]
+    assert table[0] == ["contender", *report.DIRECTIONS.values()] and len(table) > 5
+    last = ""
+    for name, *cells in table[1:]:
+        compiled = name.endswith(UNDER)
+        name = name.removesuffix(UNDER)
+        last = last if name == "the same" else README_NAMES[name]
+        contender = last if not compiled else "compiled" if last == "eager" else f"{last}-compiled"
+        for cell, direction in zip(cells, report.DIRECTIONS, strict=True):
+            found = unit.speedups(contender, direction)
+            values = (report.geometric_mean(found), min(found), max(found))
+            agree(cell, [report._times(v) for v in values], f"{contender}, {direction}")
+
+
+def test_the_prices_of_the_readme_are_of_the_committed_run() -> None:
+    tables = report._tables(report.read(LATEST)["end_to_end"]["rows"])
+    (table,) = [t for t in tables_of((ROOT / "README.md").read_text()) if t[0][0] == "network"]
+    names = {report.NAMES[c]: c for c in end_to_end.CONTENDERS if c != "plain"}
+    columns = [names[name] for name in table[0][1:]]
+    assert {"steam", "steam-reference", "se", "eca"} == set(columns) and len(table) > 3
+    networks = {"ResNet-50": "resnet50", "MobileNetV2": "mobilenet_v2"}
+    own: dict[str, Any] = {}
+    for name, *cells in table[1:]:
+        memory_of = "memory" in name
+        if not memory_of:
+            network, _, task = name.partition(", ")
+            mode = "compiled" if "compiled" in task else "eager"
+            own = tables[networks[network], "training" if "training" in task else "inference", mode]
+        for contender, cell in zip(columns, cells, strict=True):
+            if cell in ("", "–", "-") and contender not in own:
+                continue
+            row = own[contender]
+            ratios = (
+                [row["memory_over_plain"]] if memory_of else [row["time_over_plain"], *row["time_over_plain_quartiles"]]
+            )
+            agree(cell, [report._percent(r).removesuffix(" %") for r in ratios], f"{name}, {contender}")
+
+
+def test_a_wrong_figure_of_the_readme_is_seen() -> None:
+    agree("26.7 (3.9 to 75)", ["26.7", "3.91", "75.0"], "right")
+    agree("3 (−2 to 6)", ["+3.0", "-1.9", "+6.0"], "right")
+    for cell in ("26.8 (3.9 to 75)", "26.7 (3.9 to 76)", "26.7 (3.9)"):
+        with pytest.raises(AssertionError, match="wrong"):
+            agree(cell, ["26.7", "3.91", "75.0"], "wrong")
 
 
 # ---- make bench ------------------------------------------------------------------------------------------------------
@@ -561,6 +678,38 @@ def test_the_page_does_not_call_the_reference_fused(run: Path) -> None:
     page = report.page(parts, "images")
     assert "STEAM, fused" not in page and "| map | fused (reference) |" in page
     assert "STEAM, backend reference (4)" in page and "no kernel is measured here" in page
+
+
+SERVED = cases.FACTORS | {
+    "where": tuple(s for s in cases.SPACES if s[0][0] * s[0][1] <= 900 and not isinstance(s[1], str)),
+    "channels": (1, 2, 3, 8, 17, 64),
+    "layout": ("nchw", "nhwc"),
+    "dtype": (torch.float64, torch.float32),
+    "scale": (1.0,),
+    "tail": ("none", "relu", "residual", "residual_relu"),
+    "dy_layout": ("same",),
+}
+
+
+def test_the_honest_baseline_is_the_unit() -> None:
+    """Output and gradients, over every pair of values of the options that it serves, by the tests' rule."""
+    chosen = cases.all_pairs(SERVED)
+    assert len(chosen) > 40
+    for case in chosen:
+        inputs, dy = cases.make(case)
+        options = case.options | {"grid_size": case.resolved_grid}
+        assert options.pop("scale") == 1
+        cases.bounds_of(case, inputs, dy).check(cases.forward_backward(plain.steam, inputs, dy, **options), case.id)
+
+
+def test_a_wrong_baseline_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rule above is narrow enough to see one neighbour too few."""
+    case = cases.Case(dtype=torch.float64)
+    inputs, dy = cases.make(case)
+    options = case.options | {"grid_size": case.resolved_grid, "self_loops": False}
+    del options["scale"]
+    with pytest.raises(AssertionError, match=r"y .*error"):
+        cases.bounds_of(case, inputs, dy).check(cases.forward_backward(plain.steam, inputs, dy, **options), case.id)
 
 
 def test_gaussian_gct_is_its_formula() -> None:
