@@ -3,7 +3,8 @@
 # make test    the tests                      (PYTEST_FLAGS="-k layouts" for some of them)
 # make test-slow   those that compile or interpret for minutes, which make test leaves out
 # make lint    ruff, clang-format, mypy, and the check that no CPU variant's code leaks into another
-# make bench   all benchmarks, and docs/benchmarks.md with its pictures from them (BENCH_FLAGS, RUN, PAGE, IMAGES)
+# make bench   all benchmarks, and docs/benchmarks.md with its pictures from them (BENCH_FLAGS, RUN, PAGE, IMAGES);
+#              with BENCH_FLAGS=--quick all of it goes to build/bench
 # make train   a small ResNet with and without attention on handwritten digits
 # make gpu-report   the GPU suite and the benchmarks on this machine's GPU, as one file in benchmarks/results/ (REPORT_FLAGS)
 # make clean   removes what was built, .venv too
@@ -25,9 +26,11 @@ NATIVE_SOURCES := $(shell find csrc include cmake -type f 2>/dev/null) CMakeList
 PYTEST_FLAGS ?=
 BENCH_FLAGS ?=
 REPORT_FLAGS ?=
-RUN ?= benchmarks/results/latest
-PAGE ?= docs/benchmarks.md
-IMAGES ?= docs/images
+# A quick run says nothing of what things take, so that it does not take the committed run's place.
+QUICK := $(filter --quick,$(BENCH_FLAGS))
+RUN ?= $(if $(QUICK),build/bench/results,benchmarks/results/latest)
+PAGE ?= $(if $(QUICK),build/bench/benchmarks.md,docs/benchmarks.md)
+IMAGES ?= $(if $(QUICK),build/bench/images,docs/images)
 
 .PHONY: venv demo test test-slow lint bench train gpu-report clean
 .DELETE_ON_ERROR:
@@ -69,7 +72,7 @@ bench: venv
 	@failed=; \
 	$(PY) -m pytest benchmarks --benchmark-only -q --json $(RUN)/unit.json $(BENCH_FLAGS) || failed="$$failed unit"; \
 	for part in end_to_end host scaling; do \
-		$(PY) -m benchmarks.$$part --json $(RUN)/$$part.json $(filter --quick,$(BENCH_FLAGS)) || failed="$$failed $$part"; \
+		$(PY) -m benchmarks.$$part --json $(RUN)/$$part.json $(QUICK) || failed="$$failed $$part"; \
 	done; \
 	$(PY) -m benchmarks.report --run $(RUN) --page $(PAGE) --images $(IMAGES) || failed="$$failed report"; \
 	if test -n "$$failed"; then echo "failed:$$failed"; exit 1; fi

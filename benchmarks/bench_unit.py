@@ -48,6 +48,8 @@ class Row:
     wrong: dict[str, str] = field(default_factory=dict)
     #: By contender, as :func:`benchmarks.core.memory_of`.
     memory: dict[str, dict[str, int]] = field(default_factory=dict)
+    #: The backend that ran, of those contenders that have one.
+    backends: dict[str, str] = field(default_factory=dict)
 
     def median(self, contender: str, direction: str) -> float | None:
         block = contender if contender.startswith("floor") else _block(contender, direction)
@@ -76,6 +78,7 @@ class Row:
                         "problem": self.problem.label,
                         "contender": contender,
                         "direction": direction,
+                        "backend": self.backends.get(contender),
                         "shape": self.problem.name,
                         "batch": self.problem.n,
                         "dtype": self.problem.dtype,
@@ -103,8 +106,19 @@ def _block(contender: str, direction: str) -> str:
 
 
 def measure(problem: core.Problem, names: list[str], effort: core.Effort, backend: str | None = None) -> Row:
-    """Judge and measure the contenders of one problem; ``backend`` is the one that "fused" runs on."""
+    """Judge and measure the contenders of one problem; ``backend`` is the one that "fused" runs on. What spoils all of
+    them, a compilation in the measurement among it, is each one's reason: nothing is measured a second time."""
     row = Row(problem)
+    try:
+        _measure(row, names, effort, backend)
+    except Exception as error:
+        row.measured = core.Measured()
+        row.wrong = dict.fromkeys(names, f"{type(error).__name__}: {error}") | row.wrong
+    return row
+
+
+def _measure(row: Row, names: list[str], effort: core.Effort, backend: str | None) -> None:
+    problem = row.problem
     tensors = problem.tensors()
     judge = core.judge(problem, tensors)
     peers = core.peers(judge)
@@ -130,6 +144,8 @@ def measure(problem: core.Problem, names: list[str], effort: core.Effort, backen
                 block(1)
             if isinstance(unit, core.Compiled):
                 unit.warmed()
+            if isinstance(unit, core.Fused):
+                row.backends[name] = unit.ran
             row.memory[name] = core.memory_of(unit, problem, tensors)
         except Exception as error:  # the contender's own tests fail with it; the others go on
             row.wrong[name] = f"{type(error).__name__}: {error}"
@@ -139,7 +155,6 @@ def measure(problem: core.Problem, names: list[str], effort: core.Effort, backen
     steady = core.Steady()
     row.measured = core.interleaved(blocks, effort)
     steady.check()
-    return row
 
 
 @pytest.mark.benchmark(timer=CLOCK)

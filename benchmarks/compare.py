@@ -1,18 +1,21 @@
-"""Two runs of the benchmarks compared by their ratios: ends with 1 where the newer is worse, with 2 where they share
-nothing.
+"""Two runs of the benchmarks compared by their ratios: ends with 1 where the newer is worse, with 2 where they cannot
+be compared.
 
     python -m benchmarks.compare OLD NEW [--row 1.35] [--mean 1.10] [--memory 1.10]
 
 OLD and NEW are folders as ``make bench`` writes them. No time is compared: each figure is a ratio within its own run,
 so that another machine, or another day, moves both sides of it. They are:
 
-* the fused unit's time over the floor, by shape and direction;
+* the fused unit's time over the floor, by shape and direction, a group for each dtype;
+* its time over the floor along the axes of scaling, a group for each number of threads;
 * the network with fused units over the plain network, by network, task and mode;
 * microseconds of ``FusedSTEAM`` over those of PyTorch's own ``x * 0.5``;
 * the fused unit's extra memory over x, in training.
 
-Worse is: one ratio more than ``--row`` times the old, the geometric mean of a group more than ``--mean`` times, or a
-memory more than ``--memory`` times the old plus a hundredth of x.
+Worse is: one ratio more than ``--row`` times the old, the geometric mean of a group more than ``--mean`` times, a
+memory more than ``--memory`` times the old plus a hundredth of x, or a figure of OLD that NEW has not, whether the row
+was wrong, was left out, or ran on another backend than in OLD. Runs that share nothing cannot be compared, nor a quick
+one with a full one.
 """
 
 from __future__ import annotations
@@ -35,16 +38,31 @@ def ratios(run: Run) -> Ratios:
 
     for row in run.get("unit", {}).get("rows", []):
         if row["contender"] == "fused":
-            add(f"over the floor, {row['direction']}", row["problem"], row["over_floor"])
+            add(f"over the floor, {row['direction']}, {row['dtype']}", row["problem"], row["over_floor"])
+    for row in run.get("scaling", {}).get("rows", []):
+        for direction in ("forward", "backward"):
+            group = f"scaling, {direction} over the floor, threads: {row['threads']}"
+            add(group, f"{row['axis']} = {row['value']}", row[f"{direction}_over_floor"])
     for row in run.get("end_to_end", {}).get("rows", []):
         if row["contender"] == "steam":
             name = f"{row['network']}, {row['mode']}, batch {row['batch']} at {row['size']}"
             add(f"over the plain network, {row['task']}", name, row["time_over_plain"])
     host = {r["layer"]: r for r in run.get("host", {}).get("rows", []) if r["section"] == "layers"}
-    if host:
+    if {"FusedSTEAM", "x * 0.5 (built in)"} <= set(host):
         for column in ("no grad", "forward + backward"):
             value = host["FusedSTEAM"][column] / host["x * 0.5 (built in)"][column]
             add("host, module over x * 0.5", column, value)
+    return out
+
+
+def backends(run: Run) -> dict[str, str]:
+    """What the fused unit and the networks with it ran on, by row, where it was recorded."""
+    out = {}
+    for part, ours in (("unit", "fused"), ("end_to_end", "steam")):
+        for row in run.get(part, {}).get("rows", []):
+            if row["contender"] == ours and row.get("backend"):
+                name = [row[k] for k in ("problem", "direction", "network", "task", "mode") if k in row]
+                out[", ".join([part, *name])] = row["backend"]
     return out
 
 
@@ -61,6 +79,10 @@ def compare(old: Run, new: Run, row: float, mean: float, memory: float) -> tuple
     before, after = ratios(old), ratios(new)
     for group in before:
         shared = [name for name in before[group] if name in after.get(group, {})]
+        if group not in after:
+            worse.append(f"{group}: NEW has none of its {len(before[group])} figures")
+        else:
+            worse += [f"{group}, {name}: NEW has no such figure" for name in before[group] if name not in shared]
         if not shared:
             continue
         changes = {name: after[group][name] / before[group][name] for name in shared}
@@ -76,6 +98,11 @@ def compare(old: Run, new: Run, row: float, mean: float, memory: float) -> tuple
     shared = [name for name in was if name in now]
     if shared:
         lines.append(f"extra memory over x: {len(shared)} shapes, at most {max(now[n] for n in shared):.4f}")
+    worse += [f"extra memory over x, {name}: NEW has no such figure" for name in was if name not in now]
+    ran, runs = backends(old), backends(new)
+    for name in ran:
+        if name in runs and ran[name] != runs[name]:
+            worse.append(f"{name}: ran on {ran[name]}, and in NEW on {runs[name]}")
     for name in shared:
         allowed = memory * was[name] + 0.01
         if now[name] > allowed:
@@ -98,7 +125,11 @@ def main() -> None:
         except FileNotFoundError as error:
             print(error, file=sys.stderr)
             sys.exit(2)
-    if any(part.get("quick") for run in runs for part in run.values()):
+    quick = [{name for name, part in run.items() if part.get("quick")} for run in runs]
+    if mixed := [name for name in runs[0] if name in runs[1] and (name in quick[0]) != (name in quick[1])]:
+        print(f"a quick run is not compared with a full one: {', '.join(mixed)}", file=sys.stderr)
+        sys.exit(2)
+    if any(quick):
         print("a quick run: that it runs, not what it takes")
     lines, worse = compare(runs[0], runs[1], args.row, args.mean, args.memory)
     if not lines:

@@ -11,11 +11,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import functools
 import gc
 import importlib.util
 import json
+import logging
 import math
 import os
 import platform
@@ -23,7 +25,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -217,18 +219,66 @@ DIRECTIONS: dict[str, tuple[str, ...]] = {
 Unit = Callable[..., Tensor]  # (x, channel_weight, spatial_weight, residual, **unit) -> y
 
 
-def fused(backend: str | None = None) -> Unit:
-    """``steam()`` itself, the package's choice of backend or a named one."""
-    from steam_kernels import steam
+@contextlib.contextmanager
+def backends_that_ran() -> Iterator[set[str]]:
+    """A set that fills with the names of the backends that calls of ``steam()`` run on meanwhile, as it logs them."""
+    names: set[str] = set()
 
-    def run(
-        x: Tensor, channel_weight: Tensor, spatial_weight: Tensor, residual: Tensor | None = None, **unit: Any
+    class Names(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if record.name == logger.name and record.msg == "%s %s on %s: %s":
+                assert isinstance(record.args, tuple)
+                names.add(str(record.args[3]))
+
+    logger, handler = logging.getLogger("steam_kernels"), Names()
+    level, propagate = logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG)
+    logger.propagate = False  # or each call would be printed where the user has logging set up
+    try:
+        yield names
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = propagate
+
+
+def check_kernels(ran: set[str], asked: str | None = None) -> str:
+    """The backend that ran; ``RuntimeError`` where it is plain PyTorch that nobody asked for."""
+    if "reference" in ran and asked != "reference":
+        import steam_kernels
+
+        why = "; ".join(f"{k}: {v}" for k, v in steam_kernels.available_backends().items() if v)
+        raise RuntimeError(f"no kernel ran, but the reference, in plain PyTorch, which is not fused ({why})")
+    if len(ran) != 1:
+        raise RuntimeError(f"one backend was to run, and there ran {', '.join(sorted(ran)) or 'none'}")
+    return next(iter(ran))
+
+
+class Fused:
+    """``steam()`` itself, on the package's choice of backend or a named one. ``ran`` is the backend of the first call,
+    which raises if that is the reference and was not named: it would be called fused, and is not."""
+
+    def __init__(self, backend: str | None = None) -> None:
+        from steam_kernels import steam
+
+        self.steam, self.backend, self.ran = steam, backend, ""
+
+    def __call__(
+        self, x: Tensor, channel_weight: Tensor, spatial_weight: Tensor, residual: Tensor | None = None, **unit: Any
     ) -> Tensor:
+        if not self.ran:
+            with backends_that_ran() as ran:
+                self.steam(x, channel_weight, spatial_weight, residual, backend=self.backend, **unit)
+            self.ran = check_kernels(ran, self.backend)
         if residual is not None:
-            return steam(x, channel_weight, spatial_weight, residual, backend=backend, **unit)
-        return steam(x, channel_weight, spatial_weight, backend=backend, **unit)
+            return self.steam(x, channel_weight, spatial_weight, residual, backend=self.backend, **unit)
+        return self.steam(x, channel_weight, spatial_weight, backend=self.backend, **unit)
 
-    return run
+
+def fused(backend: str | None = None) -> Fused:
+    """``steam()`` as a contender."""
+    return Fused(backend)
 
 
 def eager() -> Unit:
@@ -703,7 +753,7 @@ def machine() -> dict[str, Any]:
         "backends": steam_kernels.available_backends(),
         "cpu_variant": cpu_variant(),
         "malloc": "benchmark setting" if malloc_is_set() else "stock",
-        "commit": _commit(),
+        "commit": commit_of(ROOT),
     }
 
 
@@ -728,11 +778,23 @@ def _processor() -> str:
     return f"{name} (family {fields.get('cpu family')}, model {fields.get('model')})"
 
 
-def _commit() -> str:
+#: What a figure depends on; a run rewrites the rest, its own results, page and pictures.
+CODE = (
+    "steam_kernels", "csrc", "include", "cmake", "CMakeLists.txt", "setup.py", "pyproject.toml", "Makefile",
+    "tests/tolerances.py", "benchmarks", ":(exclude)benchmarks/results",
+)  # fmt: skip
+
+
+def commit_of(root: Path) -> str:
+    """The commit that is checked out at ``root``, with ``-dirty`` where the code differs from it; "" where there is
+    none."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True).stdout.strip()
+
     try:
-        return subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
-        ).stdout.strip()
+        commit = git("rev-parse", "--short", "--verify", "HEAD")
+        return commit + ("-dirty" if commit and git("status", "--porcelain", "--", *CODE) else "")
     except OSError:
         return ""
 

@@ -47,6 +47,8 @@ DEFAULT = ("resnet50", "mobilenet_v2")
 CONTENDERS = ("plain", "steam", "steam-reference", "se", "eca")
 MODES = ("eager", "compiled")
 TASKS = ("training", "inference")
+#: Rounds of a table at least, however slow they are: quartiles of fewer say nothing.
+ROUNDS = 9
 
 
 def make(network: str, contender: str, seed: int = 0) -> nn.Module:
@@ -109,6 +111,8 @@ class Judge:
     def __init__(self, network: str, images: Tensor) -> None:
         self.network, self.images = network, images
         self.bounds: dict[str, dict[str, float]] = {}
+        #: The backend that the units ran on, of those contenders that have units.
+        self.backends: dict[str, str] = {}
 
     def check(self, contender: str) -> None:
         """``AssertionError`` where the network is out of the bounds, which are kept for its compiled form."""
@@ -122,7 +126,10 @@ class Judge:
                     parameter.copy_(moved(parameter, generator))
             changes.append(results(other, moved(self.images.double(), generator)))
         bounds = {k: 4 * max(distance(c[k], v) for c in changes) for k, v in truth.items()}
-        found = results(make(self.network, contender), self.images)
+        with core.backends_that_ran() as ran:
+            found = results(make(self.network, contender), self.images)
+        if contender.startswith("steam"):
+            self.backends[contender] = core.check_kernels(ran, "reference" if contender != "steam" else None)
         for name, bound in bounds.items():
             self._within(contender, name, distance(found[name], truth[name]), bound)
         self.bounds[contender] = bounds
@@ -203,7 +210,7 @@ def measure(
     blocks = {name: core.timed(task, call, warm=False) for name, call in calls.items()}
     times: dict[str, list[float]] = {name: [] for name in blocks}
     once = {name: block(1)[task] for name, block in blocks.items()}
-    for _ in range(max(3, min(60, int(seconds / sum(once.values()))))):
+    for _ in range(max(ROUNDS, min(60, int(seconds / sum(once.values()))))):
         for name, block in blocks.items():
             times[name].append(block(1)[task])
     if mode == "compiled":
@@ -218,6 +225,7 @@ def measure(
                 "contender": name,
                 "task": task,
                 "mode": mode,
+                "backend": judge.backends.get(name),
                 "batch": images.shape[0],
                 "size": images.shape[2],
                 "layers": attention_layers(models[name]),
@@ -267,7 +275,9 @@ def main() -> None:
     parser.add_argument("--mode", default="", help=f"comma list: {', '.join(MODES)}")
     parser.add_argument("--batch", type=int, default=0, help="images (8)")
     parser.add_argument("--size", type=int, default=0, help="their side in pixels (224)")
-    parser.add_argument("--seconds", type=float, default=25, help="to measure each table for (25)")
+    parser.add_argument(
+        "--seconds", type=float, default=25, help=f"to measure each table for, in at least {ROUNDS} rounds (25)"
+    )
     parser.add_argument("--quick", action="store_true", help="ResNet-18, eager, small: that it runs, not what it takes")
     parser.add_argument("--full", action="store_true", help="compiled training steps too")
     parser.add_argument("--json", type=Path, help="write the rows there")
@@ -290,7 +300,7 @@ def main() -> None:
             try:
                 judge.check(contender)
                 right.append(contender)
-            except AssertionError as error:
+            except (AssertionError, RuntimeError) as error:  # out of bounds, or no kernel ran
                 wrong.append(str(error))
                 say(f"  WRONG {error}")
         if "plain" not in right:

@@ -276,7 +276,7 @@ def main() -> None:
     }
     rows = [{"section": name} | row for name in wanted for row in runs[name]()]
     if args.json:
-        core.write_json(args.json, "options", rows, facts)
+        core.write_json(args.json, "options", rows, facts, args.quick)
 
 
 if __name__ == "__main__":

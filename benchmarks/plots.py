@@ -31,6 +31,7 @@ def new_figure(rows: int, columns: int, size: tuple[float, float], **options: An
 def save_figure(figure: Any, path: Path) -> None:
     """As SVG or PNG, by the name's end."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    nameless = {"Date": None, "Creator": None} if path.suffix == ".svg" else {"Software": None}
-    figure.savefig(path, dpi=110, metadata=nameless)
+    # An SVG says which matplotlib drew it: another one may place things otherwise.
+    named = {"Date": None} if path.suffix == ".svg" else {"Software": None}
+    figure.savefig(path, dpi=110, metadata=named)
     plt.close(figure)

@@ -35,8 +35,7 @@ COLOURS = {
     "steam": "#d62728",
     "eager": "#555555",
     "steam-reference": "#555555",
-    "compiled": "#999999",
-    "plain-compiled": "#cccccc",
+    "plain": "#17becf",
     "se": "#1f77b4",
     "eca": "#2ca02c",
     "cbam": "#9467bd",
@@ -54,7 +53,27 @@ NAMES = {
     "eca": "ECA",
     "cbam": "CBAM",
     "gct": "Gaussian GCT",
+    "se-compiled": "SE compiled",
+    "eca-compiled": "ECA compiled",
+    "cbam-compiled": "CBAM compiled",
+    "gct-compiled": "Gaussian GCT compiled",
+    "triton": "STEAM, Triton kernels",
+    "cuda": "STEAM, CUDA kernels",
 }
+#: The contenders of the pictures in their order, but for ours.
+PEERS = (
+    *("eager", "compiled", "plain", "plain-compiled"),
+    *("gct", "gct-compiled", "eca", "eca-compiled", "se", "se-compiled", "cbam", "cbam-compiled"),
+)
+
+
+def name_of(contender: str, backend: str | None = None) -> str:
+    """What the page calls a contender; the reference, where it was asked for, is not called fused."""
+    if contender in ("fused", "steam") and backend == "reference":
+        return "STEAM, backend reference"
+    return NAMES.get(contender, contender)
+
+
 DIRECTIONS = {"forward": "forward", "both": "forward + backward"}
 #: The rows that the pictures show.
 SHOWN = {"batch": 8, "dtype": "float32", "layout": "nchw"}
@@ -113,6 +132,15 @@ class Unit:
         self.at = {(r["problem"], r["contender"], r["direction"]): r for r in rows}
         self.problems = {r["problem"]: r for r in rows}
         self.contenders = list(dict.fromkeys(r["contender"] for r in rows))
+        self.backends = {r["contender"]: r.get("backend") for r in rows}
+
+    def name(self, contender: str) -> str:
+        return name_of(contender, self.backends.get(contender))
+
+    def column(self, contender: str) -> str:
+        """Its name in the head of a table."""
+        by_name = contender == "fused" and self.backends.get(contender) == "reference"
+        return f"{contender} (reference)" if by_name else contender
 
     def shown(self) -> list[Row]:
         """A row for each shape of the pictures: those of batch 8 if there are, else whatever was measured."""
@@ -136,77 +164,108 @@ class Unit:
 # ---- pictures --------------------------------------------------------------------------------------------------------
 
 
-def _bars(axis: Any, groups: list[str], series: dict[str, list[float | None]], colours: Callable[[str], str]) -> None:
-    """Grouped bars; a series without a value at a group has a gap there."""
-    width = 0.84 / max(len(series), 1)
-    for i, (name, values) in enumerate(series.items()):
-        pairs = [(g + (i + 0.5) * width - 0.42, v) for g, v in enumerate(values) if v is not None]
-        axis.bar([x for x, _ in pairs], [v for _, v in pairs], width, label=NAMES.get(name, name), color=colours(name))
-    axis.set_xticks(range(len(groups)), groups, rotation=30, ha="right")
+def _look(name: str) -> dict[str, Any]:
+    """A compiled contender has the colour of the eager one, hatched."""
+    colour = COLOURS["eager" if name == "compiled" else name.removesuffix("-compiled")]
+    return {"facecolor": colour, "edgecolor": "white", "linewidth": 0} | (
+        {"hatch": "//////"} if name.endswith("compiled") else {}
+    )
+
+
+def _bars(
+    axis: Any, groups: list[str], series: dict[str, list[float | None]], label: Callable[[str], str], bottom: float
+) -> None:
+    """Grouped bars from ``bottom``, side by side whatever is missing in a group."""
+    there = [[n for n, values in series.items() if values[g] is not None] for g in range(len(groups))]
+    width = 0.88 / max(map(len, there), default=1)
+    for name, values in series.items():
+        places, heights = [], []
+        for g, value in enumerate(values):
+            if value is not None:
+                places.append(g + (there[g].index(name) - (len(there[g]) - 1) / 2) * width)
+                heights.append(value - bottom)
+        axis.bar(places, heights, width, bottom=bottom, label=label(name), **_look(name))
+    axis.set_xticks(range(len(groups)), groups)
 
 
 def _factor_axis(axis: Any) -> None:
+    from matplotlib.ticker import LogLocator, NullLocator
+
     axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=30))
+    axis.yaxis.set_minor_locator(NullLocator())
     axis.yaxis.set_major_formatter(lambda v, _: f"{v:g}")
     axis.axhline(1, color="black", linewidth=0.8)
+    axis.grid(axis="y", linewidth=0.4, color="#dddddd")
+    axis.set_axisbelow(True)
 
 
 def _label(row: Row) -> str:
     return SHAPE_NAMES.get(row["shape"], row["shape"])
 
 
-def _two_panels(unit: Unit, names: list[str], value: Callable[[str, str, str], float | None], what: str) -> Any:
+def _legend(figure: Any, axis: Any, columns: int) -> None:
+    handles, labels = axis.get_legend_handles_labels()
+    figure.legend(
+        handles, labels, loc="outside lower center", ncols=min(columns, max(len(labels), 1)), frameon=False, fontsize=8
+    )
+
+
+def _two_panels(
+    unit: Unit,
+    names: Iterable[str],
+    panels: dict[str, str],
+    value: Callable[[Row, str, str], float | None],
+    what: str,
+    factors: bool,
+) -> Any:
+    """One panel over the other, by ``panels``' keys and titles: a group of bars for each shape."""
     from benchmarks.plots import new_figure
 
     shown = unit.shown()
-    figure, axes = new_figure(1, 2, (10.5, 3.6), sharey=True)
-    for axis, (direction, title) in zip(axes, DIRECTIONS.items(), strict=True):
-        series = {n: [value(r["problem"], n, direction) for r in shown] for n in names}
-        series = {n: v for n, v in series.items() if any(x is not None for x in v)}
-        _bars(axis, [_label(r) for r in shown], series, lambda n: COLOURS[n])
-        _factor_axis(axis)
+    names = [n for n in names if n in unit.contenders]
+    figure, axes = new_figure(2, 1, (10.5, 6.4), sharex=True, sharey=True)
+    for axis, (key, title) in zip(axes, panels.items(), strict=True):
+        series = {n: [value(r, n, key) for r in shown] for n in names}
+        _bars(axis, [_label(r) for r in shown], series, unit.name, 1 if factors else 0)
+        if factors:
+            _factor_axis(axis)
         axis.set_title(title, fontsize=9)
-    axes[0].set_ylabel(what)
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=8)
+        axis.set_ylabel(what)
+    _legend(figure, axes[0], 5)
     return figure
 
 
 def draw_over_floor(unit: Unit, path: Path) -> None:
     from benchmarks.plots import save_figure
 
-    names = ["fused", "gct", "eca", "se", "cbam", "compiled", "eager"]
-    save_figure(
-        _two_panels(unit, names, lambda p, c, d: unit.value(p, c, d, "over_floor"), "time over the memory floor"), path
-    )
+    def value(row: Row, name: str, direction: str) -> float | None:
+        return unit.value(row["problem"], name, direction, "over_floor")
+
+    what = "time over the memory floor"
+    save_figure(_two_panels(unit, ("fused", *PEERS), DIRECTIONS, value, what, factors=True), path)
 
 
 def draw_speedup(unit: Unit, path: Path) -> None:
     from benchmarks.plots import save_figure
 
-    names = ["eager", "compiled", "se", "eca", "cbam", "gct"]
-    save_figure(_two_panels(unit, names, unit.speedup, "time over that of fused STEAM"), path)
+    def value(row: Row, name: str, direction: str) -> float | None:
+        return unit.speedup(row["problem"], name, direction)
+
+    what = f"time over that of {unit.name('fused')}"
+    save_figure(_two_panels(unit, PEERS, DIRECTIONS, value, what, factors=True), path)
 
 
 def draw_memory(unit: Unit, path: Path) -> None:
-    from benchmarks.plots import new_figure, save_figure
+    from benchmarks.plots import save_figure
 
-    shown = unit.shown()
-    names = ["fused", "gct", "eca", "se", "cbam", "compiled", "eager"]
-    figure, axes = new_figure(1, 2, (10.5, 3.6), sharey=True)
+    def value(row: Row, name: str, key: str) -> float | None:
+        found = unit.value(row["problem"], name, "both", key)
+        return None if found is None else found / row["map_bytes"]
+
     panels = {"kept_bytes": "kept for backward, besides x", "extra_bytes": "most at once in training, besides x, y, dx"}
-    for axis, (key, title) in zip(axes, panels.items(), strict=True):
-        series = {}
-        for name in names:
-            values = [unit.value(r["problem"], name, "both", key) for r in shown]
-            if any(v is not None for v in values):
-                series[name] = [v if v is None else v / r["map_bytes"] for v, r in zip(values, shown, strict=True)]
-        _bars(axis, [_label(r) for r in shown], series, lambda n: COLOURS[n])
-        axis.set_title(title, fontsize=9)
-    axes[0].set_ylabel("bytes over those of x")
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=8)
-    save_figure(figure, path)
+    what = "bytes over those of x"
+    save_figure(_two_panels(unit, ("fused", *PEERS), panels, value, what, factors=False), path)
 
 
 def _tables(rows: list[Row]) -> dict[tuple[str, str, str], dict[str, Row]]:
@@ -223,7 +282,7 @@ def draw_price(rows: list[Row], path: Path) -> None:
     tables = _tables(rows)
     names = [n for n in dict.fromkeys(r["contender"] for r in rows) if n != "plain"]
     groups = [f"{network}\n{task}, {mode}" for network, task, mode in tables]
-    figure, axes = new_figure(1, 2, (10.5, 3.8))
+    figure, axes = new_figure(2, 1, (10.5, 6.4))
     panels = {"time_over_plain": "extra time", "memory_over_plain": "extra peak memory"}
     width = 0.84 / max(len(names), 1)
     for axis, (key, title) in zip(axes, panels.items(), strict=True):
@@ -231,15 +290,17 @@ def draw_price(rows: list[Row], path: Path) -> None:
             places = [(g + (i + 0.5) * width - 0.42, t[name]) for g, t in enumerate(tables.values()) if name in t]
             xs, heights = [x for x, _ in places], [100 * (r[key] - 1) for _, r in places]
             spans = [[100 * (q - 1) for q in r["time_over_plain_quartiles"]] for _, r in places]
-            axis.bar(xs, heights, width, label=NAMES.get(name, name.upper()), color=COLOURS[name])
+            axis.bar(xs, heights, width, label=name_of(name, places[0][1].get("backend")), **_look(name))
+            for x, height in zip(xs, heights, strict=True):
+                if abs(height) < 0.05:  # the page's +0.0 %: no bar to be seen
+                    axis.annotate("0", (x, 0), (0, 2), textcoords="offset points", ha="center", fontsize=8)
             if key == "time_over_plain":
                 axis.vlines(xs, [s[0] for s in spans], [s[1] for s in spans], color="black", linewidth=0.9)
         axis.axhline(0, color="black", linewidth=0.8)
-        axis.set_xticks(range(len(groups)), groups, fontsize=7)
+        axis.set_xticks(range(len(groups)), groups, fontsize=8)
         axis.set_ylabel("per cent of the plain network")
         axis.set_title(title, fontsize=9)
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=max(len(labels), 1), frameon=False, fontsize=8)
+    _legend(figure, axes[0], 8)
     save_figure(figure, path)
 
 
@@ -266,16 +327,35 @@ def draw_scaling(rows: list[Row], path: Path) -> None:
         axes[0][column].set_title(titles[name], fontsize=9)
     axes[0][0].set_ylabel("forward, µs")
     axes[1][0].set_ylabel("backward, µs")
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=8)
+    _legend(figure, axes[0][0], 8)
     save_figure(figure, path)
 
 
 # ---- page ------------------------------------------------------------------------------------------------------------
 
 
+def _facts(run: Run) -> tuple[list[tuple[str, str]], list[str]]:
+    """What the page says of the machine: one value where the parts of the run agree, else each part's; and the names
+    of those in which they differ. Parts run one after the other, so that dates are a span."""
+    table, differ = [], []
+    for key in FACTS:
+        values = {part: str(content["machine"].get(key, "not recorded")) for part, content in run.items()}
+        distinct = sorted(set(values.values()))
+        name = key.replace("_", " ")
+        if distinct == ["not recorded"]:
+            continue
+        if len(distinct) == 1:
+            table.append((name, distinct[0]))
+        elif key == "date":
+            table.append((name, f"{distinct[0]} to {distinct[-1]}"))
+        else:
+            differ.append(name)
+            table.append((name, "; ".join(f"{part}: {value}" for part, value in values.items())))
+    return table, differ
+
+
 def _header(run: Run) -> list[str]:
-    facts = next(iter(run.values()))["machine"]
+    facts, differ = _facts(run)
     out = [
         "# What a unit costs",
         "",
@@ -285,7 +365,14 @@ def _header(run: Run) -> list[str]:
     ]
     if any(content.get("quick") for content in run.values()):
         out += ["**A quick run: it shows that the benchmarks run, not what things take.**", ""]
-    out += core.markdown_table(("what", "value"), [(k.replace("_", " "), facts[k]) for k in FACTS if k in facts])
+    ours = {"fused", "steam"}
+    if any(r.get("contender") in ours and r.get("backend") == "reference" for c in run.values() for r in c["rows"]):
+        out += ["**Ours ran on the backend reference, which is plain PyTorch: no kernel is measured here.**", ""]
+    if differ:
+        out += [f"**Not one run: its parts differ in {', '.join(differ)}.**", ""]
+    if any(str(content["machine"].get("commit", "")).endswith("-dirty") for content in run.values()):
+        out += ["**Measured with changes that are in no commit.**", ""]
+    out += core.markdown_table(("what", "value"), facts)
     return out
 
 
@@ -308,13 +395,14 @@ def _price_section(rows: list[Row], images: str) -> list[str]:
             body.append(
                 (
                     f"{network}, {task}, {mode}",
-                    f"{NAMES.get(name, name)} ({r['layers']})",
+                    f"{name_of(name, r.get('backend'))} ({r['layers']})",
                     f"**{_percent(r['time_over_plain'])}** ({100 * (low - 1):+.1f} to {100 * (high - 1):+.1f})",
                     f"{_percent(r['memory_over_plain'])}",
                     r["parameters"] - table["plain"]["parameters"],
+                    r["rounds"],
                 )
             )
-    head = ("network", "attention (layers)", "extra time", "extra peak memory", "extra parameters")
+    head = ("network", "attention (layers)", "extra time", "extra peak memory", "extra parameters", "rounds")
     return out + core.markdown_table(head, body)
 
 
@@ -324,7 +412,7 @@ def _unit_section(unit: Unit, images: str) -> list[str]:
     for name in unit.contenders:
         if name == "fused":
             continue
-        cells: list[object] = [NAMES.get(name, name)]
+        cells: list[object] = [unit.name(name)]
         for direction in DIRECTIONS:
             found = unit.speedups(name, direction)
             cells.append(
@@ -349,12 +437,13 @@ def _unit_section(unit: Unit, images: str) -> list[str]:
             micro = "" if seconds is None else f"{seconds * 1e6:.0f} µs ± {100 * (spread or 0) / 2:.0f} %"
             body.append((problem, *map(_times, values), micro))
         out += [f"### {title[0].upper()}{title[1:]}", ""]
-        out += core.markdown_table(("map", *unit.contenders, "fused takes"), body)
+        out += core.markdown_table(("map", *map(unit.column, unit.contenders), "fused takes"), body)
     out += ["## Memory", "", f"![memory]({images}/memory.svg)", ""]
     out += [
         "Bytes over those of x: *kept* from forward for backward besides x and y; *peak* the most that is allocated",
         "at once in forward + backward, besides x, y and the gradients. By `torch.profiler`; what oneDNN and the CPU",
-        "kernels keep in scratch of their own is not in it.",
+        "kernels keep in scratch of their own is not in it. Where *peak* is below *kept*, Inductor has kept a copy of",
+        "x, in channels_last for the gate's convolution, and frees it before it allocates dx, which *peak* leaves out.",
         "",
     ]
     body = []
@@ -365,7 +454,7 @@ def _unit_section(unit: Unit, images: str) -> list[str]:
             have = kept is not None and extra is not None
             cells.append(f"{kept / row['map_bytes']:.3f} / {extra / row['map_bytes']:.3f}" if have else "")  # type: ignore[operator]
         body.append(cells)
-    out += core.markdown_table(("map: kept / peak", *unit.contenders), body)
+    out += core.markdown_table(("map: kept / peak", *map(unit.column, unit.contenders)), body)
     counts = {c: next((r["parameters"] for r in unit.rows if r["contender"] == c), None) for c in unit.contenders}
     first = next(iter(unit.problems.values()))
     named = ", ".join(f"{c} {v}" for c, v in counts.items() if v is not None and not c.endswith("compiled"))

@@ -4,7 +4,7 @@
 
 The shapes are odd as often as even, with C below 8, C that is no multiple of a vector, maps from 1x1 up and grids that
 do not divide them, both memory formats and dtypes, x from 10 KB to 60 MB. Forward is ``steam()`` without gradients,
-backward the operator.
+backward the operator. It ends with 1 where a shape with x larger than 1 MB takes more than 4 times the floor.
 """
 
 from __future__ import annotations
@@ -49,6 +49,37 @@ def random_problem(pick: random.Random) -> Problem:
             return problem
 
 
+#: Maps of more pixels than this have column sums: kSmallMap of csrc/cpu/unit.h.
+SMALL_MAP = 256
+#: Float32 numbers in a vector, by CPU variant: kVectorBytes / 4 of csrc/cpu/vec.h.
+LANES = {"avx512": 16, "avx2": 8, "generic": 4}
+
+
+def walk(problem: Problem, variant: str) -> str:
+    """The walk of ``docs/performance.md`` that serves a problem in float32 or bfloat16, chosen as in ``make_unit`` of
+    ``csrc/cpu/unit.h``."""
+    c, pixels = problem.c, problem.h * problem.w
+    if pixels == 1 or (problem.layout == "channels_last" and c > 1):
+        return "kNarrow" if c < LANES[variant] else "kChannels"
+    return "kPixels" if pixels <= SMALL_MAP or problem.grid[0] == problem.h else "kColumns"
+
+
+def facts_of(problem: Problem, variant: str) -> dict[str, Any]:
+    """What explains a figure: the walk that served the shape, and the sizes that it depends on."""
+    return {
+        "n": problem.n,
+        "c": problem.c,
+        "h": problem.h,
+        "w": problem.w,
+        "grid": list(problem.grid),
+        "dtype": problem.dtype,
+        "layout": problem.layout,
+        "mbytes": problem.map_bytes / 1e6,
+        "sample_kbytes": problem.map_bytes / problem.n / 1e3,
+        "walk": walk(problem, variant) if variant in LANES else None,
+    }
+
+
 def measure(problem: Problem, check: bool, effort: core.Effort) -> dict[str, Any]:
     """Judge one problem, and time both passes beside their floors."""
     tensors = problem.tensors()
@@ -64,19 +95,26 @@ def measure(problem: Problem, check: bool, effort: core.Effort) -> dict[str, Any
         "backward": core.op_backward_block(problem, tensors),
     }
     m = core.interleaved(blocks, effort)
-    row: dict[str, Any] = {"problem": problem.label, "bytes": problem.map_bytes, "checked": check}
+    row: dict[str, Any] = {"problem": problem.label, "bytes": problem.map_bytes, "checked": check, "backend": fused.ran}
     for d in ("forward", "backward"):
         row[d], row[f"{d}_floor"] = m.median(d, d), m.median(f"floor-{d}", d)
         row[f"{d}_over_floor"] = row[d] / row[f"{d}_floor"]
+    row |= facts_of(problem, core.cpu_variant())
     return row | {"worst": max(row["forward_over_floor"], row["backward_over_floor"])}
 
 
 def line(row: dict[str, Any]) -> tuple[object, ...]:
     times = [core.micro(row[k]) for k in ("forward", "forward_floor", "backward", "backward_floor")]
-    return row["problem"], f"{row['bytes'] / 1e6:.2f} MB", row["forward_over_floor"], row["backward_over_floor"], *times
+    over = (row["forward_over_floor"], row["backward_over_floor"])
+    return row["problem"], row["walk"], f"{row['bytes'] / 1e6:.2f} MB", *over, *times
 
 
-HEAD = ("shape", "x", "fwd/floor", "bwd/floor", "t fwd", "floor", "t bwd", "floor")
+HEAD = ("shape", "walk", "x", "fwd/floor", "bwd/floor", "t fwd", "floor", "t bwd", "floor")
+
+
+def falls(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows that are above the bar, of those where x is larger than 1 MB."""
+    return [r for r in rows if r["bytes"] > LARGE and r["worst"] > BAR]
 
 
 def sweep(cases: int, seed: int, worst: int, check: bool, effort: core.Effort) -> tuple[list[dict[str, Any]], int]:
@@ -99,7 +137,7 @@ def sweep(cases: int, seed: int, worst: int, check: bool, effort: core.Effort) -
     say("\n" + core.table(f"== worst of {cases} random shapes, {state} ==", HEAD, map(line, rows[:worst])))
     if large:
         say("\n" + core.table("== worst where x is larger than 1 MB ==", HEAD, map(line, large[:worst])))
-        over = sum(r["worst"] > BAR for r in large)
+        over = len(falls(rows))
         medians = [statistics.median(r[f"{d}_over_floor"] for r in large) for d in ("forward", "backward")]
         say(
             f"\nx > 1 MB: {len(large)} shapes, {over} above {BAR:g}; median over floor {medians[0]:.2f} forward, "
@@ -124,9 +162,13 @@ def main() -> None:
     effort = core.Effort.quick() if args.quick else core.Effort(seconds=0.1, least=5, most=30)
     rows, wrong = sweep(args.cases, args.seed, args.worst, not args.no_check, effort)
     if args.json:
-        core.write_json(args.json, "sweep", rows, facts)
+        core.write_json(args.json, "sweep", rows, facts, args.quick)
     if wrong:
         raise SystemExit(f"{wrong} of {args.cases} shapes are out of bounds")
+    over = falls(rows)
+    if over and not args.quick:  # few rounds judge nothing
+        worst = over[0]["problem"]
+        raise SystemExit(f"{len(over)} shapes of more than 1 MB are above {BAR:g} times the floor, the worst {worst}")
 
 
 if __name__ == "__main__":

@@ -6,12 +6,14 @@ import csv
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import cases
 import numpy as np
 import pytest
 import torch
@@ -20,7 +22,21 @@ from torch import nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import bench_unit, compare, conftest, core, end_to_end, gates, memory, report, scaling  # noqa: E402
+from benchmarks import (  # noqa: E402
+    bars,
+    bench_unit,
+    compare,
+    conftest,
+    core,
+    end_to_end,
+    gates,
+    memory,
+    plain,
+    report,
+    scaling,
+    sweep,
+)
+from steam_kernels.backends import native  # noqa: E402
 
 pytestmark = pytest.mark.xdist_group("benchmarks")
 
@@ -35,11 +51,14 @@ QUICK = {
 }
 
 
-def python(*arguments: str) -> str:
+def run_python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     alone = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}  # not a worker of pytest-xdist
-    done = subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, env=alone | {"OMP_NUM_THREADS": "1"}
-    )
+    env = alone | {"OMP_NUM_THREADS": "1"} | environment
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, env=env)
+
+
+def python(*arguments: str) -> str:
+    done = run_python(*arguments)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
 
@@ -81,6 +100,7 @@ def test_prices_are_over_the_plain_network(run: Path) -> None:
     }
     for r in rows:
         assert r["time_over_plain"] > 0 and r["peak_bytes"] > 0
+        assert r["rounds"] >= 9, "quartiles of fewer say nothing"
         assert r["layers"] == {"plain": 0, "steam": 4, "se": 8}[r["contender"]]
         if r["contender"] == "plain":
             assert r["time_over_plain"] == r["memory_over_plain"] == 1
@@ -107,8 +127,11 @@ def test_host_and_scaling(run: Path) -> None:
 def test_the_other_scripts(command: list[str], tmp_path: Path) -> None:
     """They run, and write their rows, each of which was judged before it was timed."""
     python("-m", f"benchmarks.{command[0]}", *command[1:], "--quick", "--json", str(tmp_path / "rows.json"))
-    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
-    assert rows and all(row.get("checked", True) for row in rows)
+    content = json.loads((tmp_path / "rows.json").read_text())
+    rows = content["rows"]
+    assert rows and all(row.get("checked", True) for row in rows) and content["quick"]
+    if command[0] == "sweep":
+        assert all(row["walk"] in ("kColumns", "kPixels", "kChannels", "kNarrow") and row["mbytes"] > 0 for row in rows)
 
 
 def test_page_and_pictures(run: Path, tmp_path: Path) -> None:
@@ -135,6 +158,11 @@ def test_page_and_pictures(run: Path, tmp_path: Path) -> None:
         *("The price of attention", "Speed-ups of the fused unit", "Time over the floor", "Memory"),
         *("Host overhead", "Scaling"),
     ]
+    networks = json.loads((run / "end_to_end.json").read_text())["rows"]
+    prices = [line for line in page.splitlines() if line.startswith("| resnet18, ")]
+    assert [line.split(" | ")[-1] for line in prices] == [
+        f"{r['rounds']} |" for r in networks if r["contender"] != "plain"
+    ]
     rows = json.loads((run / "unit.json").read_text())["rows"]
     with (run / "unit.csv").open() as file:
         assert len(list(csv.DictReader(file))) == len(rows)
@@ -150,23 +178,267 @@ def test_a_run_is_no_worse_than_itself(run: Path) -> None:
     assert "nothing is worse" in python("-m", "benchmarks.compare", str(run), str(run))
 
 
+def facts(**changed: str) -> dict[str, Any]:
+    return {"processor": "a", "threads": 2, "commit": "1234567", "date": "2027-01-02T03:04:05"} | changed
+
+
+def header(**machines: dict[str, Any]) -> str:
+    return "\n".join(report._header({part: {"machine": m, "rows": []} for part, m in machines.items()}))
+
+
+def test_parts_of_one_run_have_one_header() -> None:
+    text = header(unit=facts(), host=facts(date="2027-01-02T03:05:00"))
+    assert "differ" not in text and "in no commit" not in text
+    assert "| commit | 1234567 |" in text and "| threads | 2 |" in text
+    assert "| date | 2027-01-02T03:04:05 to 2027-01-02T03:05:00 |" in text
+    assert "| date | 2027-01-02T03:04:05 |" in header(unit=facts())
+
+
+@pytest.mark.parametrize("fact", ["processor", "commit"])
+def test_parts_of_two_runs_are_named(fact: str) -> None:
+    """Also where the first part is not the one that differs."""
+    text = header(unit=facts(), host=facts(), scaling=facts(**{fact: "other"}))
+    assert f"**Not one run: its parts differ in {fact}.**" in text
+    assert f"| {fact} | unit: {facts()[fact]}; host: {facts()[fact]}; scaling: other |" in text
+    older = {k: v for k, v in facts().items() if k != fact}
+    assert f"host: not recorded; scaling: {facts()[fact]} |" in header(host=older, scaling=facts())
+
+
+def test_a_dirty_tree_is_named(tmp_path: Path) -> None:
+    def git(*arguments: str) -> None:
+        names = ("-c", "user.name=n", "-c", "user.email=e@example.org", "-c", "commit.gpgsign=false")
+        subprocess.run(["git", *names, *arguments], cwd=tmp_path, check=True, capture_output=True)
+
+    assert core.commit_of(tmp_path) == ""
+    git("init", "-q")
+    results = tmp_path / "benchmarks" / "results"
+    results.mkdir(parents=True)
+    for path in (tmp_path / "setup.py", results / "unit.json", tmp_path / "README.md"):
+        path.write_text("1")
+    git("add", ".")
+    git("commit", "-qm", "first")
+    clean = core.commit_of(tmp_path)
+    assert re.fullmatch("[0-9a-f]{7,}", clean)
+    (results / "unit.json").write_text("2")  # a run writes it while it is measured
+    (tmp_path / "README.md").write_text("2")
+    assert core.commit_of(tmp_path) == clean
+    (tmp_path / "setup.py").write_text("2")
+    assert core.commit_of(tmp_path) == f"{clean}-dirty"
+    git("commit", "-qam", "second")
+    (tmp_path / "csrc").mkdir()
+    (tmp_path / "csrc" / "new.h").write_text("1")  # not added, and compiled all the same
+    assert core.commit_of(tmp_path).endswith("-dirty")
+    assert "**Measured with changes that are in no commit.**" in header(unit=facts(), host=facts(commit="1-dirty"))
+
+
+@pytest.mark.slow
+def test_a_compiled_contender(tmp_path: Path) -> None:
+    """It is compiled, judged, measured, and its memory and speed-up are beside the fused unit's."""
+    rows = tmp_path / "rows.json"
+    python(
+        *("-m", "pytest", "benchmarks", "--benchmark-only", "--quick", "-q", "--size", "m7", "--dtype", "float32"),
+        *("--layout", "nchw", "--contender", "fused,eca-compiled", "--json", str(rows)),
+    )
+    found = {(r["contender"], r["direction"]): r for r in json.loads(rows.read_text())["rows"]}
+    assert set(found) == {(c, d) for c in ("fused", "eca-compiled") for d in core.DIRECTIONS}
+    assert all(r["seconds"] > 0 and r["parameters"] > 0 for r in found.values())
+
+
+# ---- the committed page ----------------------------------------------------------------------------------------------
+
+LATEST = ROOT / "benchmarks" / "results" / "latest"
+
+
+def test_the_committed_page_is_of_the_committed_run(tmp_path: Path) -> None:
+    """Page and table byte for byte; pictures too where this matplotlib drew them, else what is written in them."""
+    run = report.read(LATEST)
+    assert report.page(run, "images") == (ROOT / "docs" / "benchmarks.md").read_text()
+    report.write_csv(run["unit"]["rows"], tmp_path / "unit.csv")
+    assert (tmp_path / "unit.csv").read_bytes() == (LATEST / "unit.csv").read_bytes()
+    for path in report.draw(run, tmp_path):
+        made, kept = path.read_text(), (ROOT / "docs" / "images" / path.name).read_text()
+        drawn_by = [re.findall(r"<dc:title>(Matplotlib [^,<]*)", text) for text in (made, kept)]
+        assert drawn_by[1], f"{path.name} does not say which matplotlib drew it"
+        if drawn_by[0] == drawn_by[1]:
+            assert made == kept, path.name
+        words = [sorted(re.findall(r"<text [^>]*>([^<]*)</text>", text)) for text in (made, kept)]
+        assert words[0] == words[1] and words[0], path.name
+
+
+def tables_of(text: str) -> list[list[list[str]]]:
+    """The Markdown tables of a text, head first, as rows of cells."""
+    tables: list[list[list[str]]] = [[]]
+    for line in text.splitlines():
+        if line.startswith("|"):
+            cells = [cell.strip() for cell in line.strip("|").split("|")]
+            if set("".join(cells)) - set("-: "):
+                tables[-1].append(cells)
+        elif tables[-1]:
+            tables.append([])
+    return [table for table in tables if table]
+
+
+def agree(cell: str, printed: list[str], what: str) -> None:
+    """Each number of a cell is the page's, rounded to as many digits as are written."""
+    written = re.findall(r"[-+]?\d+(?:\.\d+)?", cell.replace("−", "-"))
+    assert len(written) == len(printed), f"{what}: {cell!r} for {printed}"
+    for text, number in zip(written, printed, strict=True):
+        half = 0.5 * 10.0 ** -len(text.partition(".")[2])
+        assert abs(float(text) - float(number)) <= half + 1e-9, f"{what}: {text} is written, the page has {number}"
+
+
+README_NAMES = {
+    "STEAM in plain PyTorch (the reference)": "eager",
+    "STEAM in the fastest plain PyTorch we could write": "plain",
+    "SE (timm)": "se",
+    "ECA (timm)": "eca",
+    "CBAM (timm)": "cbam",
+    "Gaussian GCT": "gct",
+}
+UNDER = " under `torch.compile`"
+
+
+def test_the_contenders_of_the_readme_are_of_the_committed_run() -> None:
+    unit = report.Unit(report.read(LATEST)["unit"]["rows"])
+    (table,) = [t for t in tables_of((ROOT / "README.md").read_text()) if t[0][0] == "contender"]
+    assert table[0] == ["contender", *report.DIRECTIONS.values()] and len(table) > 5
+    last = ""
+    for name, *cells in table[1:]:
+        compiled = name.endswith(UNDER)
+        name = name.removesuffix(UNDER)
+        last = last if name == "the same" else README_NAMES[name]
+        contender = last if not compiled else "compiled" if last == "eager" else f"{last}-compiled"
+        for cell, direction in zip(cells, report.DIRECTIONS, strict=True):
+            found = unit.speedups(contender, direction)
+            values = (report.geometric_mean(found), min(found), max(found))
+            agree(cell, [report._times(v) for v in values], f"{contender}, {direction}")
+
+
+def test_the_prices_of_the_readme_are_of_the_committed_run() -> None:
+    tables = report._tables(report.read(LATEST)["end_to_end"]["rows"])
+    (table,) = [t for t in tables_of((ROOT / "README.md").read_text()) if t[0][0] == "network"]
+    names = {report.NAMES[c]: c for c in end_to_end.CONTENDERS if c != "plain"}
+    columns = [names[name] for name in table[0][1:]]
+    assert {"steam", "steam-reference", "se", "eca"} == set(columns) and len(table) > 3
+    networks = {"ResNet-50": "resnet50", "MobileNetV2": "mobilenet_v2"}
+    own: dict[str, Any] = {}
+    for name, *cells in table[1:]:
+        memory_of = "memory" in name
+        if not memory_of:
+            network, _, task = name.partition(", ")
+            mode = "compiled" if "compiled" in task else "eager"
+            own = tables[networks[network], "training" if "training" in task else "inference", mode]
+        for contender, cell in zip(columns, cells, strict=True):
+            if cell in ("", "–", "-") and contender not in own:
+                continue
+            row = own[contender]
+            ratios = (
+                [row["memory_over_plain"]] if memory_of else [row["time_over_plain"], *row["time_over_plain_quartiles"]]
+            )
+            agree(cell, [report._percent(r).removesuffix(" %") for r in ratios], f"{name}, {contender}")
+
+
+def test_a_wrong_figure_of_the_readme_is_seen() -> None:
+    agree("26.7 (3.9 to 75)", ["26.7", "3.91", "75.0"], "right")
+    agree("3 (−2 to 6)", ["+3.0", "-1.9", "+6.0"], "right")
+    for cell in ("26.8 (3.9 to 75)", "26.7 (3.9 to 76)", "26.7 (3.9)"):
+        with pytest.raises(AssertionError, match="wrong"):
+            agree(cell, ["26.7", "3.91", "75.0"], "wrong")
+
+
+# ---- make bench ------------------------------------------------------------------------------------------------------
+
+RECORDER = """#!/bin/sh
+echo "$@" >>"$CALLS"
+case "$*" in *"$FAILS"*) exit 3 ;; esac
+"""
+PLACES = ("benchmarks/results/latest", "docs/benchmarks.md", "docs/images")
+QUICK_PLACES = ("build/bench/results", "build/bench/benchmarks.md", "build/bench/images")
+
+
+def make_bench(tmp_path: Path, *variables: str, fails: str = "nothing") -> tuple[int, list[str], str]:
+    """``make bench`` in a folder of its own, by an interpreter that only notes what it is to run: make's exit status,
+    the commands, what was printed."""
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    recorder, calls = tmp_path / "recorder", tmp_path / "calls"
+    recorder.write_text(RECORDER)
+    recorder.chmod(0o755)
+    calls.write_text("")
+    done = subprocess.run(
+        ["make", "-o", "venv", "bench", f"PY={recorder}", *variables],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"CALLS": str(calls), "FAILS": fails},
+    )
+    return done.returncode, calls.read_text().splitlines(), done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "places"),
+    [
+        ((), PLACES),
+        (("BENCH_FLAGS=--quick --contender fused",), QUICK_PLACES),
+        (("BENCH_FLAGS=--quick", "RUN=r", "PAGE=p.md", "IMAGES=i"), ("r", "p.md", "i")),
+    ],
+)
+def test_make_bench_runs_every_part(tmp_path: Path, flags: tuple[str, ...], places: tuple[str, str, str]) -> None:
+    """And a quick run leaves the committed run, page and pictures alone."""
+    status, calls, printed = make_bench(tmp_path, *flags)
+    assert status == 0, printed
+    run, page, images = places
+    given = flags[0].partition("=")[2].split() if flags else []
+    quick = [flag for flag in given if flag == "--quick"]
+    expected = [["-m", "pytest", "benchmarks", "--benchmark-only", "-q", "--json", f"{run}/unit.json", *given]]
+    parts = ("end_to_end", "host", "scaling")
+    expected += [["-m", f"benchmarks.{part}", "--json", f"{run}/{part}.json", *quick] for part in parts]
+    expected += [["-m", "benchmarks.report", "--run", run, "--page", page, "--images", images]]
+    assert [call.split() for call in calls] == expected
+    assert (tmp_path / run).is_dir()
+
+
+@pytest.mark.parametrize(("fails", "named"), [("-m pytest", "unit"), ("benchmarks.host", "host"), ("report", "report")])
+def test_make_bench_goes_on_and_fails_at_its_end(tmp_path: Path, fails: str, named: str) -> None:
+    status, calls, printed = make_bench(tmp_path, fails=fails)
+    assert status != 0 and f"failed: {named}\n" in printed and len(calls) == 5
+
+
 # ---- comparing -------------------------------------------------------------------------------------------------------
 
 
-def made_up(over_floor: float = 2.0, plain: float = 1.05, host: float = 9.0, memory: float = 0.01) -> report.Run:
-    """A run of two shapes, one network and one layer."""
+def made_up(
+    over_floor: float = 2.0,
+    plain: float = 1.05,
+    host: float = 9.0,
+    memory: float = 0.01,
+    bfloat16: float = 1.5,
+    threads: float = 1.5,
+) -> report.Run:
+    """A run of two shapes in two dtypes, one network, one layer and one point of scaling."""
     unit = []
-    for problem in ("a", "b"):
+    for problem, dtype in (("a", "float32"), ("b", "float32"), ("c", "bfloat16")):
         for direction in core.DIRECTIONS:
-            row = {"problem": problem, "contender": "fused", "direction": direction, "over_floor": over_floor}
+            row = {"problem": problem, "dtype": dtype, "contender": "fused", "direction": direction, "backend": "cpu"}
+            row |= {"over_floor": over_floor if dtype == "float32" else bfloat16}
             unit.append(row | {"map_bytes": 1000, "extra_bytes": 1000 * memory if direction == "both" else None})
-    unit[-1]["over_floor"] = 2.0  # one of them never changes
+    unit[5]["over_floor"] = 2.0  # one of them never changes
     net = {"network": "n", "mode": "eager", "task": "training", "batch": 1, "size": 8, "contender": "steam"}
     layers = [
         {"section": "layers", "layer": name, "no grad": us, "forward + backward": us}
         for name, us in (("FusedSTEAM", host), ("x * 0.5 (built in)", 1.0))
     ]
-    rows = {"unit": unit, "end_to_end": [net | {"time_over_plain": plain}], "host": layers}
+    scaled = [
+        {
+            "axis": "N",
+            "value": n,
+            "threads": t,
+            "forward_over_floor": threads if t == 2 else 1.5,
+            "backward_over_floor": 2,
+        }
+        for n in (1, 2)
+        for t in (1, 2)
+    ]
+    rows = {"unit": unit, "end_to_end": [net | {"time_over_plain": plain}], "host": layers, "scaling": scaled}
     return {name: {"rows": r, "machine": {}} for name, r in rows.items()}
 
 
@@ -184,8 +456,10 @@ def compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old: report.Run, n
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"over_floor": 2.4}, "over the floor, forward: the geometric mean is 1.200"),
-        ({"over_floor": 3.0}, "over the floor, both, a: 2.000 -> 3.000, 1.50 times the old"),
+        ({"over_floor": 2.4}, "over the floor, forward, float32: the geometric mean is 1.200"),
+        ({"over_floor": 3.0}, "over the floor, both, float32, a: 2.000 -> 3.000, 1.50 times the old"),
+        ({"bfloat16": 1.95}, "over the floor, backward, bfloat16: the geometric mean is 1.300"),
+        ({"threads": 1.95}, "scaling, forward over the floor, threads: 2: the geometric mean is 1.300"),
         ({"plain": 1.2}, "over the plain network, training: the geometric mean is 1.143"),
         ({"host": 12.0}, "host, module over x * 0.5: the geometric mean is 1.333"),
         ({"memory": 0.1}, "extra memory over x, a: 0.0100 -> 0.1000"),
@@ -201,6 +475,68 @@ def test_a_worse_run_is_named(
 @pytest.mark.parametrize("change", [{}, {"over_floor": 1.0}, {"over_floor": 2.1, "plain": 1.06, "memory": 0.019}])
 def test_a_run_that_is_no_worse_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Any) -> None:
     assert compared(tmp_path, monkeypatch, made_up(), made_up(**change)) == 0
+
+
+def without(part: str, **values: Any) -> report.Run:
+    """The made-up run less the rows of a part that have these values."""
+    out = made_up()
+    rows = out[part]["rows"]
+    out[part]["rows"] = [r for r in rows if not all(r.get(k) == v for k, v in values.items())]
+    assert len(out[part]["rows"]) < len(rows)
+    return out
+
+
+@pytest.mark.parametrize(
+    ("new", "named"),
+    [
+        (without("unit", problem="a"), "over the floor, forward, float32, a: NEW has no such figure"),
+        (without("unit", problem="a"), "extra memory over x, a: NEW has no such figure"),
+        (without("unit", dtype="bfloat16"), "over the floor, both, bfloat16: NEW has none of its 1 figures"),
+        (without("end_to_end", contender="steam"), "over the plain network, training: NEW has none of its 1 figures"),
+        (without("host", layer="FusedSTEAM"), "host, module over x * 0.5: NEW has none of its 2 figures"),
+        (without("host", layer="x * 0.5 (built in)"), "host, module over x * 0.5: NEW has none of its 2 figures"),
+        (without("scaling", value=2, threads=2), "backward over the floor, threads: 2, N = 2: NEW has no such figure"),
+        *(({k: v for k, v in made_up().items() if k != part}, "NEW has none") for part in made_up()),
+    ],
+)
+def test_what_has_vanished_is_worse(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], new: report.Run, named: str
+) -> None:
+    assert compared(tmp_path, monkeypatch, made_up(), new) == 1
+    assert any(line.startswith("WORSE ") and named in line for line in capsys.readouterr().out.splitlines())
+
+
+def test_what_is_new_is_not_worse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert compared(tmp_path, monkeypatch, without("unit", problem="a"), made_up()) == 0
+
+
+def test_another_backend_is_worse(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    new = made_up()
+    new["unit"]["rows"][0]["backend"] = "reference"
+    assert compared(tmp_path, monkeypatch, made_up(), new) == 1
+    assert "WORSE unit, a, forward: ran on cpu, and in NEW on reference" in capsys.readouterr().out
+
+
+def test_quick_and_full_runs_are_not_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    new = made_up()
+    new["host"]["quick"] = True
+    assert compared(tmp_path, monkeypatch, made_up(), new) == 2
+    assert "a quick run is not compared with a full one: host" in capsys.readouterr().err
+
+
+def test_the_committed_run_is_no_worse_than_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And is worse without a single row of it."""
+    run = report.read(ROOT / "benchmarks" / "results" / "latest")
+    assert compare.compare(run, run, 1.35, 1.1, 1.1)[1] == []
+    fewer = json.loads(json.dumps(run))
+    ours = next(r for r in fewer["unit"]["rows"] if r["contender"] == "fused" and r["direction"] == "backward")
+    fewer["unit"]["rows"].remove(ours)
+    worse = compare.compare(run, fewer, 1.35, 1.1, 1.1)[1]
+    assert worse == [f"over the floor, backward, {ours['dtype']}, {ours['problem']}: NEW has no such figure"]
 
 
 def test_runs_that_share_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -264,14 +600,116 @@ def test_no_time_without_a_check(monkeypatch: pytest.MonkeyPatch, dtype: str, fa
     assert timed == {"fused", "gct", "floor-forward", "floor-backward"}
 
 
+PLANTED = """
+from benchmarks import core
+
+def check(self):
+    raise RuntimeError("planted")
+
+core.Steady.check = check
+"""
+
+
+def test_a_spoilt_measurement_is_made_once(tmp_path: Path) -> None:
+    """What was compiled while it was measured has no time, and all tests of the shape fail without measuring again."""
+    (tmp_path / "planted.py").write_text(PLANTED)
+    rows = tmp_path / "rows.json"
+    done = run_python(
+        *("-m", "pytest", "benchmarks", "--benchmark-only", "-q", "-p", "planted", "--quick", "--size", "m7"),
+        *("--dtype", "float32", "--layout", "nchw", "--contender", "fused,gct", "--json", str(rows)),
+        PYTHONPATH=os.pathsep.join((str(tmp_path), str(ROOT))),
+    )
+    assert done.returncode == 1, done.stdout[-3000:] + done.stderr[-3000:]
+    assert done.stdout.count("measuring 1x320x7x7-float32-nchw") == 1
+    assert "6 failed" in done.stdout and done.stdout.count("AssertionError: RuntimeError: planted") >= 6
+    assert not rows.exists(), "there is no time to be kept"
+
+
 def test_backend_of_the_fused_contender() -> None:
     """``--backend`` reaches the unit: a backend that cannot run is an error, not another's time."""
     row = bench_unit.measure(core.Problem(1, 8, 7, 7), ["fused"], core.Effort.quick(), "reference")
     assert not row.wrong
+    assert {line["backend"] for line in row.lines()} == {"reference"}
     assert row.memory["fused"]["kept_bytes"] > 8 * 7 * 7 * 4, "plain PyTorch keeps maps"
     if not torch.cuda.is_available():
         row = bench_unit.measure(core.Problem(1, 8, 7, 7), ["fused"], core.Effort.quick(), "cuda")
         assert "cuda" in row.wrong["fused"] and not row.measured.samples.get("fused forward")
+
+
+def test_without_kernels_nothing_is_called_fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither a row nor a network, though both would have run, on the reference."""
+    monkeypatch.setattr(native, "CPU", replace(native.CPU, reason="not built"))
+    row = bench_unit.measure(core.Problem(1, 8, 7, 7), ["fused", "gct"], core.Effort.quick())
+    assert set(row.wrong) == {"fused"} and "cpu: not built" in row.wrong["fused"]
+    assert {line["contender"] for line in row.lines()} == {"gct"}
+    judge = end_to_end.Judge("resnet18", torch.zeros(1))
+    monkeypatch.setattr(end_to_end, "results", lambda model, images: called(model))
+    with pytest.raises(RuntimeError, match="no kernel ran"):
+        judge.check("steam")
+    judge.check("steam-reference")
+    assert judge.backends == {"steam-reference": "reference"}
+
+
+def called(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Runs one unit of a network."""
+    unit = next(m for m in model.modules() if isinstance(m, end_to_end.FusedSTEAM))
+    dtype = torch.float64 if next(model.parameters()).dtype == torch.float64 else torch.float32
+    return {"y": unit(torch.zeros(1, unit.channels, 7, 7, dtype=dtype)).detach() + 1}
+
+
+def test_each_row_names_its_backend(run: Path) -> None:
+    rows = json.loads((run / "unit.json").read_text())["rows"]
+    assert {(r["contender"], r["backend"]) for r in rows} == {
+        ("fused", "cpu"),
+        *((c, None) for c in ("eager", *gates.GATES)),
+    }
+    networks = json.loads((run / "end_to_end.json").read_text())["rows"]
+    assert {(r["contender"], r["backend"]) for r in networks} == {("plain", None), ("steam", "cpu"), ("se", None)}
+    assert {r["backend"] for r in json.loads((run / "scaling.json").read_text())["rows"]} == {"cpu"}
+
+
+def test_the_page_does_not_call_the_reference_fused(run: Path) -> None:
+    parts = report.read(run)
+    page = report.page(parts, "images")
+    assert "STEAM, fused" in page and "no kernel is measured" not in page
+    for part in ("unit", "end_to_end"):
+        for row in parts[part]["rows"]:
+            row["backend"] = "reference" if row["contender"] in ("fused", "steam") else row["backend"]
+    page = report.page(parts, "images")
+    assert "STEAM, fused" not in page and "| map | fused (reference) |" in page
+    assert "STEAM, backend reference (4)" in page and "no kernel is measured here" in page
+
+
+SERVED = cases.FACTORS | {
+    "where": tuple(s for s in cases.SPACES if s[0][0] * s[0][1] <= 900 and not isinstance(s[1], str)),
+    "channels": (1, 2, 3, 8, 17, 64),
+    "layout": ("nchw", "nhwc"),
+    "dtype": (torch.float64, torch.float32),
+    "scale": (1.0,),
+    "tail": ("none", "relu", "residual", "residual_relu"),
+    "dy_layout": ("same",),
+}
+
+
+def test_the_honest_baseline_is_the_unit() -> None:
+    """Output and gradients, over every pair of values of the options that it serves, by the tests' rule."""
+    chosen = cases.all_pairs(SERVED)
+    assert len(chosen) > 40
+    for case in chosen:
+        inputs, dy = cases.make(case)
+        options = case.options | {"grid_size": case.resolved_grid}
+        assert options.pop("scale") == 1
+        cases.bounds_of(case, inputs, dy).check(cases.forward_backward(plain.steam, inputs, dy, **options), case.id)
+
+
+def test_a_wrong_baseline_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rule above is narrow enough to see one neighbour too few."""
+    case = cases.Case(dtype=torch.float64)
+    inputs, dy = cases.make(case)
+    options = case.options | {"grid_size": case.resolved_grid, "self_loops": False}
+    del options["scale"]
+    with pytest.raises(AssertionError, match=r"y .*error"):
+        cases.bounds_of(case, inputs, dy).check(cases.forward_backward(plain.steam, inputs, dy, **options), case.id)
 
 
 def test_gaussian_gct_is_its_formula() -> None:
@@ -338,6 +776,82 @@ def test_a_wrong_point_does_not_lose_the_others(monkeypatch: pytest.MonkeyPatch)
     assert wrong == ["the second is wrong"]
 
 
+def swept(name: str, mbytes: float, worst: float) -> dict[str, Any]:
+    row = {"problem": name, "bytes": int(mbytes * 1e6), "worst": worst, "walk": "kPixels"}
+    return row | {f"{d}{k}": worst for d in ("forward", "backward") for k in ("", "_floor", "_over_floor")}
+
+
+@pytest.mark.parametrize(
+    ("worst", "mbytes", "flags", "status"),
+    [(4.1, 1.1, (), "1 shapes of more than 1 MB are above 4 times the floor, the worst last"), (3.9, 1.1, (), None),
+     (4.1, 1.0, (), None), (4.1, 1.1, ("--quick",), None)],
+)  # fmt: skip
+def test_the_sweep_fails_where_a_large_map_falls(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, worst: float, mbytes: float, flags: tuple[str, ...], status: Any
+) -> None:
+    """And keeps every row, worst first."""
+    rows = iter([swept("first", 5, 1.5), swept("last", mbytes, worst)])
+    monkeypatch.setattr(sweep, "measure", lambda *_: next(rows))
+    monkeypatch.setattr(core, "restart_with_malloc", lambda: None)
+    path = tmp_path / "rows.json"
+    monkeypatch.setattr(sys, "argv", ["sweep", "--cases", "2", "--json", str(path), *flags])
+    if status:
+        with pytest.raises(SystemExit, match=status):
+            sweep.main()
+    else:
+        sweep.main()
+    content = json.loads(path.read_text())
+    assert [r["problem"] for r in content["rows"]] == ["last", "first"] and content["quick"] == bool(flags)
+
+
+def test_the_sweep_says_which_walk_served_a_shape() -> None:
+    """As ``make_unit`` of the CPU kernels chooses it, with its constants."""
+    problem = core.Problem(2, 17, 20, 20)
+    for changed, expected in (
+        ({}, "kColumns"),
+        ({"h": 16, "w": 16}, "kPixels"),
+        ({"h": 7, "w": 90}, "kPixels"),  # cells one row high
+        ({"layout": "channels_last"}, "kChannels"),
+        ({"layout": "channels_last", "c": 15}, "kNarrow"),
+        ({"layout": "channels_last", "c": 1}, "kColumns"),
+        ({"h": 1, "w": 1}, "kChannels"),
+        ({"h": 1, "w": 1, "c": 1}, "kNarrow"),
+    ):
+        assert sweep.walk(replace(problem, **changed), "avx512") == expected
+    assert sweep.walk(replace(problem, layout="channels_last", c=15), "avx2") == "kChannels"
+    unit, vectors = ((ROOT / "csrc" / "cpu" / name).read_text() for name in ("unit.h", "vec.h"))
+    assert f"constexpr int64_t kSmallMap = {sweep.SMALL_MAP};" in unit
+    for line in (
+        "p.channels < U::lanes ? Walk::kNarrow : Walk::kChannels;",
+        "u.pixels <= kSmallMap || p.grid_h == p.height ? Walk::kPixels : Walk::kColumns;",
+        "if (p.channels == 1) p.channels_last = false;",
+        "if (u.pixels == 1) p.channels_last = true;",
+    ):
+        assert line in unit
+    assert [int(n) // 4 for n in re.findall(r"constexpr int kVectorBytes = (\d+);", vectors)] == [*sweep.LANES.values()]
+    facts = sweep.facts_of(replace(problem, layout="channels_last"), "avx512")
+    assert facts["walk"] == "kChannels" and facts["grid"] == [7, 7] and facts["mbytes"] == 2 * 17 * 400 * 4 / 1e6
+    assert facts["sample_kbytes"] == 17 * 400 * 4 / 1e3 and (facts["n"], facts["c"], facts["h"]) == (2, 17, 20)
+
+
+def test_bars_say_which_share_meets_each() -> None:
+    row = {"forward_bar": 1.1, "backward_bar": 1.2, "kernel": False, "missed": []}
+    rows = [
+        row | {"forward_over_floor": 1.0, "backward_over_floor": 1.1, "speedup_forward": 1.9, "speedup_both": 2.0},
+        row | {"forward_over_floor": 1.2, "backward_over_floor": 1.2, "speedup_forward": 1.8, "missed": ["forward"]},
+        row | {"kernel": True, "forward_kernel_us": 1.0, "backward_kernel_us": 3.0, "missed": ["backward"]},
+    ]
+    assert bars.shares(rows) == [
+        "forward, over the floor: 1 of 2 rows (50 %)",
+        "forward, kernel alone: 1 of 1 rows (100 %)",
+        "backward, over the floor: 2 of 2 rows (100 %)",
+        "backward, kernel alone: 0 of 1 rows (0 %)",
+        "forward, 1.8 times as fast as the compiled baseline: 2 of 2 rows (100 %)",
+        "forward + backward, 3 times as fast as the compiled baseline: 0 of 1 rows (0 %)",
+        "all of these: 1 of 3 rows (33 %)",
+    ]
+
+
 def test_networks_of_all_contenders_have_the_same_convolutions() -> None:
     plain, gated, steam = (end_to_end.make("resnet18", c).state_dict() for c in ("plain", "se", "steam"))
     convolutions = {k: v for k, v in plain.items() if v.ndim == 4}
@@ -377,13 +891,75 @@ def test_compiled_contenders_are_not_each_others(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(end_to_end, "make", make)
     monkeypatch.setattr(torch, "compile", lambda model, **options: compile_(model, backend="eager", **options))
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    judge = end_to_end.Judge.__new__(end_to_end.Judge)
-    judge.network, judge.bounds = "resnet", {c: {"inference": 1e-5} for c in ("plain", "steam")}
+    judge = end_to_end.Judge("resnet", images)
+    judge.bounds = {c: {"inference": 1e-5} for c in ("plain", "steam")}
     rows = end_to_end.measure(judge, "inference", "compiled", ["plain", "steam"], images, 0.0)
     assert [r["layers"] for r in rows] == [0, 4]
+    assert [r["rounds"] for r in rows] == [9, 9], "no time to measure for is no reason for fewer"
     torch._dynamo.reset()
     with pytest.raises(AssertionError, match="steam, compiled: inference is off by"):
         judge.check_compiled("steam", "inference", make("", "plain"), images)
+
+
+def drawn(monkeypatch: pytest.MonkeyPatch, draw: Any, part: str) -> Any:
+    """A picture of the committed run, as a figure."""
+    from benchmarks import plots
+
+    figures: list[Any] = []
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: figures.append(figure))
+    rows = report.read(ROOT / "benchmarks" / "results" / "latest")[part]["rows"]
+    draw(report.Unit(rows) if part == "unit" else rows, Path("unused.svg"))
+    (figure,) = figures
+    figure.canvas.draw()
+    return figure
+
+
+PICTURES = [
+    (report.draw_speedup, "unit"),
+    (report.draw_over_floor, "unit"),
+    (report.draw_memory, "unit"),
+    (report.draw_price, "end_to_end"),
+]
+
+
+@pytest.mark.parametrize(("draw", "part"), PICTURES, ids=lambda value: getattr(value, "__name__", None))
+def test_pictures_can_be_read(monkeypatch: pytest.MonkeyPatch, draw: Any, part: str) -> None:
+    """No tick's label is printed over another, and the legend has proper names."""
+    figure = drawn(monkeypatch, draw, part)
+    for axis in figure.axes:
+        for ticks in (axis.get_xticklabels(), axis.get_yticklabels()):
+            boxes = [t.get_window_extent() for t in ticks if t.get_text() and t.get_visible()]
+            assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+    names = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert len(names) > 1 and set(names) <= set(report.NAMES.values())
+    extents = [text.get_window_extent() for text in figure.legends[0].get_texts()]
+    assert min(e.x0 for e in extents) >= 0 and max(e.x1 for e in extents) <= figure.get_window_extent().width
+
+
+@pytest.mark.parametrize("draw", [report.draw_speedup, report.draw_over_floor])
+def test_pictures_of_factors_show_every_contender(monkeypatch: pytest.MonkeyPatch, draw: Any) -> None:
+    figure = drawn(monkeypatch, draw, "unit")
+    names = {text.get_text() for text in figure.legends[0].get_texts()}
+    peers = {report.NAMES[c] for c in core.CONTENDERS if c not in core.OURS}
+    assert names - {"STEAM, fused"} == peers
+    for axis in figure.axes:
+        low, high = axis.get_ylim()
+        ticks = [t.get_text() for t in axis.get_yticklabels() if low <= t.get_position()[1] <= high]
+        assert {"1", "2", "5", "10", "20", "50"} <= set(ticks)
+        for bar in axis.patches:  # up from 1, or down: which is quicker is seen at once
+            assert 1 in (pytest.approx(bar.get_y()), pytest.approx(bar.get_y() + bar.get_height()))
+
+
+def test_no_price_is_a_printed_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    figure = drawn(monkeypatch, report.draw_price, "end_to_end")
+    rows = report.read(ROOT / "benchmarks" / "results" / "latest")["end_to_end"]["rows"]
+    for axis, key in zip(figure.axes, ("time_over_plain", "memory_over_plain"), strict=True):
+        none = sum(report._percent(r[key]) in ("+0.0 %", "-0.0 %") for r in rows if r["contender"] != "plain")
+        assert sum(text.get_text() == "0" for text in axis.texts) == none
+
+
+def test_every_contender_has_a_name() -> None:
+    assert {*core.CONTENDERS, *end_to_end.CONTENDERS} - {"plain"} <= set(report.NAMES)
 
 
 def test_page_has_mobile_and_detection_names() -> None:
