@@ -202,6 +202,50 @@ def test_ultralytics_yaml(tmp_path: pathlib.Path) -> None:
     assert sum(isinstance(m, FusedSTEAM) for m in loaded.model.modules()) == 3
 
 
+FUSED = """
+nc: 1
+backbone:
+  - [-1, 1, Conv, [8, 3, 2]]
+  - [-1, 1, Conv, [16, 3, 2]]
+  - [-1, 1, C2f, [16, True]]
+  - [-1, 1, SPPF, [16, 5]]
+head:
+  - [[2, 3], 1, Detect, [nc]]
+"""
+
+
+def test_ultralytics_fuse_and_export_keep_units(tmp_path: pathlib.Path) -> None:
+    """fuse() puts forward_fuse in forward's place and drops norms, an export forward_split: such sites are refused."""
+    ultralytics = pytest.importorskip("ultralytics")
+    (tmp_path / "net.yaml").write_text(FUSED)
+    model = ultralytics.YOLO(str(tmp_path / "net.yaml")).model.eval()
+    for name in ("model.0", "model.0.conv", "model.0.bn"):
+        with pytest.raises(ValueError, match=rf"sites .*'{name}'.*forward_fuse"):
+            insert_steam(model, [name])
+    branches = nn.Sequential(ultralytics.nn.modules.RepConv(4, 4))
+    with pytest.raises(ValueError, match=r"sites .*'0\.conv1\.act'.*a RepConv .*forward_fuse"):
+        insert_steam(branches, ["0.conv1.act"])
+    with pytest.raises(ValueError, match=r"sites .*'model\.2', a C2f.*forward_split"):
+        insert_steam(model, ["model.2"])
+    assert not steam_sites(model)
+
+    insert_steam(model, ["model.2.m.0", "model.3"])
+    calls: list[nn.Module] = []
+    for unit in steam_sites(model).values():
+        unit.register_forward_hook(lambda unit, args, y: calls.append(unit))
+    x = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = model(x)[0]
+        model.fuse(verbose=False)
+        for module in model.modules():
+            if hasattr(module, "forward_split"):
+                module.forward = module.forward_split  # as the exporter does
+        calls.clear()
+        got = model(x)[0]
+    assert calls == list(steam_sites(model).values()) and len(calls) == 2
+    assert torch.allclose(got, expected, rtol=1e-4, atol=1e-4)
+
+
 # ---- segmentation_models_pytorch -------------------------------------------------------------------------------------
 
 

@@ -246,6 +246,15 @@ def _host(place: Place, model: nn.Module) -> Place:
         raise ValueError(
             f"sites must be modules with the forward of their class, got {name!r}, whose own forward was replaced"
         )
+    # Ultralytics puts these in forward's place, in fuse() and in an export; fuse() drops what the module holds too.
+    for owner in model.modules():
+        if (hasattr(owner, "forward_fuse") and module in owner.modules()) or (
+            hasattr(owner, "forward_split") and module is owner
+        ):
+            raise ValueError(
+                f"sites must be modules whose forward stays: {name!r}, a {type(module).__qualname__}, is or stands in a "
+                f"{type(owner).__qualname__} with a forward_fuse or forward_split, which replaces it without the unit"
+            )
     if hasattr(module, NAME):
         raise ValueError(f"sites must be modules without a {NAME!r} of their own, got {name!r} that has one")
     if place.module is not module and _parents(model, module) > 1:
