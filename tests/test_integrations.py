@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from steam_kernels import FusedSTEAM, insert_steam, remove_steam, steam_sites
+from steam_kernels.models import reattach_steam
 
 pytestmark = pytest.mark.usefixtures("environment")
 
@@ -301,3 +302,41 @@ def test_lightning_fit(tmp_path: pathlib.Path) -> None:
     assert all(
         torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), model.state_dict().values(), strict=True)
     )
+
+
+def test_lightning_sync_batchnorm(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lightning converts norms after the module is built and before on_fit_start, and converts them back at the end."""
+    # DDP would refuse SyncBatchNorm on a CPU; nothing is run through it here
+    monkeypatch.setattr(nn.parallel.DistributedDataParallel, "_passing_sync_batchnorm_handle", lambda *_: None)
+    lightning = pytest.importorskip("lightning")
+    torchvision = pytest.importorskip("torchvision")
+    block = torchvision.models.resnet.BasicBlock
+    acting: list[int] = []
+
+    class Classifier(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = insert_steam(torchvision.models.ResNet(block, [1, 1, 1, 1], num_classes=3), "blocks")
+
+        def on_fit_start(self) -> None:
+            assert isinstance(self.net.bn1, nn.SyncBatchNorm)
+            acting.append(len(steam_sites(reattach_steam(self))))
+
+        def training_step(self, batch: tuple[torch.Tensor, torch.Tensor], index: int) -> torch.Tensor:
+            raise AssertionError("SyncBatchNorm needs a GPU")
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.randn(4, 3, 33, 47)))
+    options = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_progress_bar": False}
+    options |= {"strategy": "ddp", "sync_batchnorm": True, "enable_checkpointing": False}
+    trainer = lightning.Trainer(max_steps=0, enable_model_summary=False, default_root_dir=tmp_path, **options)
+    model = Classifier()
+    try:
+        trainer.fit(model, loader)
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    assert acting == [4]
+    assert not isinstance(model.net.bn1, nn.SyncBatchNorm) and len(steam_sites(reattach_steam(model))) == 4

@@ -516,15 +516,60 @@ def test_a_replaced_forward_is_refused() -> None:
         insert_steam(model, ["layers.1"])
 
 
-def test_convert_sync_batchnorm_comes_first() -> None:
-    def make() -> nn.Module:
-        return models.ResNet(models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=3)
+def small_resnet() -> nn.Module:
+    return models.ResNet(models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=3)
 
-    model = insert_steam(nn.SyncBatchNorm.convert_sync_batchnorm(make()), "blocks")
+
+def test_convert_sync_batchnorm_comes_first() -> None:
+    model = insert_steam(nn.SyncBatchNorm.convert_sync_batchnorm(small_resnet()), "blocks")
     assert len(steam_sites(model)) == 4 and all(u.channels for u in steam_sites(model).values())
-    late = nn.SyncBatchNorm.convert_sync_batchnorm(insert_steam(make(), "blocks"))
-    assert not steam_sites(late) and len(units(late)) == 4
-    assert not units(remove_steam(late))
+    late = nn.SyncBatchNorm.convert_sync_batchnorm(insert_steam(small_resnet(), "blocks"))
+    with pytest.warns(UserWarning, match=r"4 units .*'layer1\.0\.bn2'.*replaced.*reattach_steam"):
+        assert not steam_sites(late)
+    assert len(units(late)) == 4
+    with pytest.raises(ValueError, match=r"4 units .*'layer1\.0\.bn2'.*replaced.*reattach_steam"):
+        insert_steam(late, "blocks")
+    assert not units(remove_steam(late)) and not steam_sites(late)
+
+
+@pytest.mark.parametrize("tool", ["torch", "timm", "lightning"])
+def test_units_of_converted_norms_are_put_back(tool: str) -> None:
+    """A conversion makes new norms, and has the old ones' units as children that nothing calls."""
+    if tool == "timm":
+        convert = pytest.importorskip("timm.layers").convert_sync_batchnorm
+        model = insert_steam(timm_model("efficientnet_lite0", num_classes=3), "blocks").eval()
+    elif tool == "lightning":
+        convert = pytest.importorskip("lightning").pytorch.plugins.TorchSyncBatchNorm().apply
+        model = insert_steam(small_resnet(), "blocks").eval()
+    else:
+        convert = nn.SyncBatchNorm.convert_sync_batchnorm
+        model = insert_steam(small_resnet(), "blocks").eval()
+    x = torch.randn(2, 3, 65, 97)
+    placed, expected = steam_sites(model), model(x)
+    converted = copy.deepcopy(convert(model))
+    assert not torch.allclose(converted(x), expected, rtol=1e-3)
+    assert steam_kernels.models.reattach_steam(converted) is converted
+    assert list(steam_sites(converted)) == list(placed)
+    assert all(isinstance(converted.get_submodule(name), nn.SyncBatchNorm) for name in placed)
+    # without a process group SyncBatchNorm is BatchNorm
+    assert torch.equal(converted(x), expected)
+    assert steam_kernels.models.reattach_steam(converted) is converted and len(steam_sites(converted)) == len(placed)
+    assert not units(remove_steam(converted))
+
+
+def test_a_norm_that_is_the_model_is_converted_too() -> None:
+    norm = insert_steam(nn.Sequential(nn.BatchNorm2d(4)), ["0"])[0]
+    converted = steam_kernels.models.reattach_steam(nn.SyncBatchNorm.convert_sync_batchnorm(norm))
+    assert list(steam_sites(converted)) == [""]
+
+
+def test_layers_of_ones_own_are_not_put_back() -> None:
+    """What a model was built with under the name ``steam`` is called by the model itself, which may call it elsewhere."""
+    own = Net()
+    own.both.steam = FusedSTEAM(8)
+    assert steam_kernels.models.reattach_steam(own) is own and not steam_sites(own) and type(own.both) is Both
+    with pytest.raises(TypeError, match="model .*int"):
+        steam_kernels.models.reattach_steam(3)
 
 
 class Wrapped(nn.Sequential):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -106,9 +107,9 @@ def insert_steam(
 
     Note:
         Insert units before the optimiser is made. What replaces modules, as
-        ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` does, leaves the units of the old ones behind: call it before,
-        or the units on norms ("blocks") do nothing. That a module walks over its children is seen in its class's
-        ``forward`` alone, not in what that calls.
+        ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` does to norms ("blocks"), moves their units to the new ones,
+        which do not call them: call it before, or :func:`steam_kernels.models.reattach_steam` after. That a module
+        walks over its children is seen in its class's ``forward`` alone, not in what that calls.
 
     Example:
         >>> model = insert_steam(torchvision.models.resnet50(), identity_init=True)
@@ -118,6 +119,8 @@ def insert_steam(
     _check_module(model)
     if "channels" in unit:
         raise TypeError(f"channels is set by each site, got channels={unit['channels']!r}")
+    if orphans := _orphans(model):
+        raise ValueError(_lost(orphans))
     present = next((name for name, module in model.named_modules() if isinstance(module, STEAM)), None)
     if present is not None:
         raise ValueError(f"model must be without STEAM units, got one that has them already, at {present!r}")
@@ -132,10 +135,11 @@ def insert_steam(
         if module in seen:
             raise ValueError(f"sites must name each place once, got {name!r} twice (also as {seen[module]!r})")
         seen[module] = name
-    units = [FusedSTEAM(channels, **{**_factory(model, name), **unit}) for name, _, channels in places]
+    units: list[Any] = [FusedSTEAM(channels, **{**_factory(model, name), **unit}) for name, _, channels in places]
     kinds: list[Any] = [type(module) for _, module, _ in places]
     for (_, module, _), made, kind in zip(places, units, [_with_unit(kind) for kind in kinds], strict=True):
         made.train(module.training)
+        made.inserted = True  # tells it from a layer of the model's own, should a tool move it to another module
         module.add_module(NAME, made)
         module.__class__ = kind
     _log.info(
@@ -151,12 +155,42 @@ def insert_steam(
 def steam_sites(model: nn.Module) -> dict[str, FusedSTEAM]:
     """The units that :func:`insert_steam` put into ``model`` and that act in it, by the name of the module they follow.
 
-    It reads the model itself, so that it holds for copies and for what has been unpickled.
+    It reads the model itself, so that it holds for copies and for what has been unpickled. It warns of units whose
+    modules were replaced since, which do nothing; :func:`steam_kernels.models.reattach_steam` puts them back.
 
     Raises:
         TypeError: ``model`` is no module.
     """
     _check_module(model)
+    if orphans := _orphans(model):
+        warnings.warn(_lost(orphans), stacklevel=2)
+    return _sites(model)
+
+
+def reattach_steam(model: nn.Module) -> nn.Module:
+    """Has units act again whose modules a tool has replaced by new ones, in place, and returns ``model``.
+
+    Conversions of norms (torch's ``SyncBatchNorm.convert_sync_batchnorm``, timm's, Lightning's ``sync_batchnorm=True``)
+    make new modules and give them the units of the old ones as children, which nothing calls. A model without such
+    units is left as it is.
+
+    Raises:
+        TypeError: ``model`` is no module.
+        ValueError: a new module is one that cannot have a unit. Nothing is changed then.
+
+    Example:
+        >>> model = reattach_steam(torch.nn.SyncBatchNorm.convert_sync_batchnorm(model))
+    """
+    _check_module(model)
+    orphans: dict[str, Any] = _orphans(model)
+    for name, module in orphans.items():
+        _check_host(name, module, model)
+    for module in orphans.values():
+        module.__class__ = _with_unit(type(module))
+    return model
+
+
+def _sites(model: nn.Module) -> dict[str, FusedSTEAM]:
     return {name: module.steam for name, module in model.named_modules() if hasattr(type(module), "without_unit")}
 
 
@@ -169,22 +203,38 @@ def remove_steam(model: nn.Module) -> nn.Module:
         ValueError: it has no units from :func:`insert_steam`, or a module with one was given another class since, as
             ``fully_shard`` and parametrizations do. Nothing is changed then.
     """
-    sites = steam_sites(model)
+    _check_module(model)
+    sites = _sites(model)
     for name in sites:
         kind = type(model.get_submodule(name))
         if "without_unit" not in vars(kind):
             raise ValueError(f"model must be as insert_steam left it, got {name!r} that has become a {kind.__name__}")
-    # What SyncBatchNorm's conversion makes of a norm has the unit as a child, and never calls it.
-    orphans = [m for m in model.modules() if isinstance(m, nn.SyncBatchNorm) and NAME in m._modules]
+    orphans = _orphans(model)
     if not sites and not orphans:
         raise ValueError(f"model must have units that insert_steam put there, got a {type(model).__qualname__} without")
     for name in sites:
         module: Any = model.get_submodule(name)
         module.__class__ = type(module).without_unit
         del module._modules[NAME]
-    for orphan in orphans:
-        orphan._modules.pop(NAME, None)
+    for orphan in orphans.values():
+        del orphan._modules[NAME]
     return model
+
+
+def _orphans(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules that have a unit of insert_steam's as a child, and not its class: made by a tool from one that had."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if hasattr(module._modules.get(NAME), "inserted") and not hasattr(type(module), "without_unit")
+    }
+
+
+def _lost(orphans: dict[str, nn.Module]) -> str:
+    return (
+        f"model has {len(orphans)} units that nothing calls, the first at {next(iter(orphans))!r}, since their modules "
+        "were replaced after insert_steam: steam_kernels.models.reattach_steam(model) puts them back"
+    )
 
 
 def _check_module(model: Any) -> None:
@@ -228,6 +278,17 @@ def _host(place: Place, model: nn.Module) -> Place:
     while isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward and len(module):
         last, module = list(module._modules.items())[-1]
         name = f"{name}.{last}"
+    _check_host(name, module, model)
+    if hasattr(module, NAME):
+        raise ValueError(f"sites must be modules without a {NAME!r} of their own, got {name!r} that has one")
+    if place.module is not module and _parents(model, module) > 1:
+        raise ValueError(
+            f"sites: {place.name!r} ends in {name!r}, which the model uses elsewhere too: name another module"
+        )
+    return Place(name, module, channels_of(module) if channels is None else channels)
+
+
+def _check_host(name: str, module: nn.Module, model: nn.Module) -> None:
     if isinstance(module, (torch.fx.GraphModule, torch.jit.ScriptModule, LazyModuleMixin)) or is_parametrized(module):
         raise ValueError(
             f"sites must be modules whose class stays: {name!r}, a {type(module).__qualname__}, is generated, lazy or "
@@ -255,13 +316,6 @@ def _host(place: Place, model: nn.Module) -> Place:
                 f"sites must be modules whose forward stays: {name!r}, a {type(module).__qualname__}, is or stands in a "
                 f"{type(owner).__qualname__} with a forward_fuse or forward_split, which replaces it without the unit"
             )
-    if hasattr(module, NAME):
-        raise ValueError(f"sites must be modules without a {NAME!r} of their own, got {name!r} that has one")
-    if place.module is not module and _parents(model, module) > 1:
-        raise ValueError(
-            f"sites: {place.name!r} ends in {name!r}, which the model uses elsewhere too: name another module"
-        )
-    return Place(name, module, channels_of(module) if channels is None else channels)
 
 
 def _parents(model: nn.Module, module: nn.Module) -> int:
