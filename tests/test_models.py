@@ -312,7 +312,7 @@ def build(library: str, name: str) -> nn.Module:
     return getattr(getattr(models, module) if module else models, function)(weights=None, **options)
 
 
-@pytest.mark.parametrize("library,rows", [("torchvision", 28), ("timm", 12)])
+@pytest.mark.parametrize("library,rows", [("torchvision", 28), ("timm", 13)])
 def test_documented_counts(library: str, rows: int) -> None:
     """The table of docs/models.md is what insert_steam does."""
     documented = [row[1:] for row in DOCUMENTED if row[0] == library]
@@ -333,8 +333,38 @@ def test_documented_counts(library: str, rows: int) -> None:
 
 def test_a_timm_model_of_few_known_blocks_is_not_known() -> None:
     """A GhostNet has one block that other timm models have too: a unit in it alone would pass for a placement."""
-    with torch.device("meta"), pytest.raises(TypeError, match=r"timm\.models\.ghostnet\.GhostNet"):
-        insert_steam(timm_model("ghostnet_050"))
+    with torch.device("meta"):
+        model = timm_model("ghostnet_050")
+    for sites in ("adaptive", "stages"):
+        insert_steam(model, sites)
+        assert [u.channels for u in steam_sites(model).values()] == [i["num_chs"] for i in model.feature_info]
+        remove_steam(model)
+    with pytest.raises(TypeError, match=r"'blocks'.*timm\.models\.ghostnet\.GhostNet.*'adaptive' or 'stages'"):
+        insert_steam(model, "blocks")
+
+
+def test_timm_features_that_cannot_have_a_unit() -> None:
+    """A DenseNet's stages are ModuleDicts: the norm that takes their output has the unit. Others are refused."""
+    model = timm_model("densenet121", num_classes=3).eval()
+    x = torch.randn(1, 3, 64, 96)
+    seen: dict[str, torch.Tensor] = {}
+    for i in (1, 2, 3):
+        block, norm = model.get_submodule(f"features.denseblock{i}"), model.get_submodule(f"features.transition{i}.norm")
+        block.register_forward_hook(lambda m, args, y, i=i: seen.update({f"given{i}": y}))
+        norm.register_forward_pre_hook(lambda m, args, i=i: seen.update({f"got{i}": args[0]}))
+    expected = model(x)
+    assert all(torch.equal(seen[f"given{i}"], seen[f"got{i}"]) for i in (1, 2, 3))
+    insert_steam(model, identity_init=True)
+    norms = [f"features.transition{i}.norm" for i in (1, 2, 3)]
+    assert list(steam_sites(model)) == ["features.norm0", *norms, "features.norm5"]
+    assert [u.channels for u in steam_sites(model).values()] == [i["num_chs"] for i in model.feature_info]
+    assert torch.equal(model(x), expected)
+    with torch.device("meta"):
+        lists, nested = timm_model("selecsls42b"), timm_model("halonet26t")
+    with pytest.raises(ValueError, match=r"'features\.\d', a SelecSlsBlock, returns a list"):
+        insert_steam(lists)
+    insert_steam(nested)  # its stem has a feature_info too
+    assert [u.channels for u in steam_sites(nested).values()] == [i["num_chs"] for i in nested.feature_info]
 
 
 def test_timm_stages_by_feature_info() -> None:
@@ -388,6 +418,11 @@ class Net(nn.Module):
 
 
 class Both(nn.Module):
+    def forward(self, x: torch.Tensor) -> Any:
+        return x, x
+
+
+class SaysBoth(Both):
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return x, x
 
@@ -454,6 +489,8 @@ def test_modules_that_cannot_have_a_unit() -> None:
     model = insert_steam(Net(), ["both"])
     with pytest.raises(TypeError, match=r"sites .*Both.*tuple"):
         model(torch.randn(1, 3, 8, 8))
+    with pytest.raises(ValueError, match=r"sites .*'0', a SaysBoth, returns a tuple"):
+        insert_steam(nn.Sequential(SaysBoth()), ["0"])
     relu = nn.ReLU()
     shared = nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 1), relu), nn.Sequential(nn.Conv2d(4, 4, 1), relu))
     with pytest.raises(ValueError, match=r"'0' ends in '0\.1'"):

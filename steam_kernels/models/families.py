@@ -98,6 +98,9 @@ def _width(module: nn.Module) -> int | None:
     return weight.shape[0] if isinstance(weight, Tensor) and weight.dim() == 1 else None
 
 
+_NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm)
+
+
 def kind_of(module: nn.Module) -> Kind | None:
     """The kind of block that ``module`` is, by its class or one that it derives from; None if of none."""
     classes = (f"{c.__module__}.{c.__qualname__}" for c in type(module).__mro__)
@@ -109,8 +112,7 @@ def channels_of(module: nn.Module) -> int | None:
     kind = kind_of(module)
     if kind is not None:
         return Block("", module, kind).output().channels
-    layers = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm)
-    return _width(module) if isinstance(module, layers) else None
+    return _width(module) if isinstance(module, (nn.modules.conv._ConvNd, *_NORMS)) else None
 
 
 def find_blocks(model: nn.Module) -> list[Block]:
@@ -148,13 +150,15 @@ class Feature(NamedTuple):
 def _timm_features(model: nn.Module) -> list[list[Feature]]:
     """The features of each timm model in ``model`` that has its modules under the names of its ``feature_info``."""
     modules = dict(model.named_modules())
-    found = []
+    found: list[list[Feature]] = []
     for name, module in modules.items():
         info = getattr(module, "feature_info", None)
         info = getattr(info, "info", info)
         if not isinstance(info, (list, tuple)) or not all(isinstance(i, dict) and i.get("module") for i in info):
             continue
         prefix = f"{name}." if name else ""
+        if any(prefix.startswith(features[0].prefix) for features in found):
+            continue  # a stem of byobnet's has features of its own, which are the model's
         if info and all(prefix + i["module"] in modules for i in info):
             found.append([Feature(prefix + i["module"], prefix, i["num_chs"]) for i in info])
     return found
@@ -174,9 +178,15 @@ def _all_hold(features: list[Feature], blocks: list[Block], model: nn.Module) ->
 
 
 def adaptive(model: nn.Module) -> Iterator[Place]:
-    """After blocks 3, 6, 9, ... of each stage and the last of a shorter one: 1 + 1 + 2 + 1 in ResNet-50 [ours]."""
-    for stage in stages(model):
+    """After blocks 3, 6, 9, ... of each stage and the last of a shorter one: 1 + 1 + 2 + 1 in ResNet-50 [ours].
+
+    Where blocks are not known, at least one per stage is one after each feature of a timm model.
+    """
+    found = stages(model)
+    for stage in found:
         yield from (block.output() for block in stage[2::3] or stage[-1:])
+    if not found:
+        yield from after_features(model)
 
 
 def after_stages(model: nn.Module) -> Iterator[Place]:
@@ -184,8 +194,21 @@ def after_stages(model: nn.Module) -> Iterator[Place]:
     found = stages(model)
     yield from (stage[-1].output() for stage in found)
     if not found:
-        features = (f for of_one in _timm_features(model) for f in of_one)
-        yield from (Place(f.name, model.get_submodule(f.name), f.channels) for f in features)
+        yield from after_features(model)
+
+
+def after_features(model: nn.Module) -> Iterator[Place]:
+    """After each feature of the timm models in ``model``."""
+    modules = dict(model.named_modules())
+    for feature in (f for features in _timm_features(model) for f in features):
+        name, module = feature.name, modules[feature.name]
+        if isinstance(module, (nn.ModuleDict, nn.ModuleList)):
+            # One that runs its children itself, as a DenseNet's: the next layer, where that is a norm of its output.
+            after = list(modules)[list(modules).index(list(dict(module.named_modules(prefix=name)))[-1]) + 1 :]
+            following = next((n for n in after if channels_of(modules[n]) is not None), name)
+            if isinstance(modules[following], _NORMS) and channels_of(modules[following]) == feature.channels:
+                name = following
+        yield Place(name, modules[name], feature.channels)
 
 
 def in_blocks(model: nn.Module) -> Iterator[Place]:

@@ -13,7 +13,7 @@ import inspect
 import logging
 import warnings
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -88,7 +88,7 @@ def insert_steam(
             a block is in each.
         sites: "adaptive": a unit after blocks 3, 6, 9, ... of each stage, and after the last block of a shorter stage,
             which gives the paper's five units in a ResNet-50 [second-hand: five; ours: where].
-            "stages": after each stage; also for a timm model of unknown blocks, by its ``feature_info``.
+            "stages": after each stage. In a timm model of unknown blocks both put one after each of its ``feature_info``.
             "blocks": in each block, at the end of its branch, before the addition (the concatenation in ShuffleNetV2).
             A list of module names (``model.named_modules()``), or a predicate ``(name, module) -> bool``, asked for
             each module below ``model``: after each of them. A module must return one tensor ``(N, C, H, W)``; for a
@@ -248,9 +248,11 @@ def _places(model: nn.Module, sites: Any) -> list[Place]:
             raise ValueError(f"{_SITES}, got {sites!r}")
         places = list(PLACEMENTS[sites](model))
         if not places:
+            others = [repr(name) for name, placement in PLACEMENTS.items() if any(placement(model))]
             raise TypeError(
                 f"model must have blocks that are known where sites is {sites!r} (see help(insert_steam)); got "
-                f"{type(model).__module__}.{type(model).__qualname__}: give sites as module names or as a predicate"
+                f"{type(model).__module__}.{type(model).__qualname__}: give sites as "
+                f"{''.join(f'{name} or ' for name in others)}module names or a predicate"
             )
         return places
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -281,6 +283,11 @@ def _host(place: Place, model: nn.Module) -> Place:
     _check_host(name, module, model)
     if hasattr(module, NAME):
         raise ValueError(f"sites must be modules without a {NAME!r} of their own, got {name!r} that has one")
+    if several := _returns_several(module):
+        raise ValueError(
+            f"sites must be modules that return one tensor (N, C, H, W): {name!r}, a {type(module).__qualname__}, returns "
+            f"a {several}"
+        )
     if place.module is not module and _parents(model, module) > 1:
         raise ValueError(
             f"sites: {place.name!r} ends in {name!r}, which the model uses elsewhere too: name another module"
@@ -316,6 +323,15 @@ def _check_host(name: str, module: nn.Module, model: nn.Module) -> None:
                 f"sites must be modules whose forward stays: {name!r}, a {type(module).__qualname__}, is or stands in a "
                 f"{type(owner).__qualname__} with a forward_fuse or forward_split, which replaces it without the unit"
             )
+
+
+def _returns_several(module: nn.Module) -> str:
+    """The container that forward returns, where its annotation says so; else empty."""
+    try:
+        returned = get_origin(get_type_hints(inspect.unwrap(type(module).forward)).get("return"))
+    except Exception:  # it names what only type checkers see
+        return ""
+    return returned.__name__ if returned in (tuple, list, dict) else ""
 
 
 def _parents(model: nn.Module, module: nn.Module) -> int:
