@@ -227,6 +227,21 @@ def test_every_family_in_every_placement(name: str) -> None:
             assert list(model.state_dict()) == list(state) and not steam_sites(model)
 
 
+@pytest.mark.parametrize("name", ["mobilenet_v2", "mobilenet_v3", "shufflenet_v2", "efficientnet", "timm mobilenet_v4"])
+def test_every_resolution_has_a_unit(name: str) -> None:
+    """A stage ends where the next block halves the map, equal in width or not: MobileNetV2 x0.25 has 8 channels in six."""
+    model = FAMILIES[name]().eval()
+    sizes: dict[str, tuple[int, ...]] = {}
+    for block in families.find_blocks(model):
+        block.module.register_forward_hook(lambda m, args, y, name=block.name: sizes.update({name: y.shape[2:]}))
+    with torch.no_grad():
+        model(torch.randn(1, 3, 128, 160))
+    for stage in families.stages(model):
+        assert len({sizes[block.name] for block in stage}) == 1
+    insert_steam(model)
+    assert {sizes[name] for name in steam_sites(model)} == set(sizes.values()) and len(set(sizes.values())) > 2
+
+
 def before_skip(block: Any, unit: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """For a block of timm that ends with its addition: the branch is what the block adds."""
     skip = block.shortcut(x) if hasattr(block, "shortcut") else x if block.has_skip else torch.zeros(())
@@ -297,9 +312,26 @@ def test_blocks_act_before_the_addition(name: str) -> None:
             assert changed > 0 and (got - expected).norm() < 1e-3 * changed, block.name
 
 
+def test_mobile_attention_acts_before_the_addition() -> None:
+    """The attention of MobileNetV4's hybrids, which are large; one block of one."""
+    blocks = pytest.importorskip("timm.models._efficientnet_blocks")
+    plain = blocks.MobileAttention(16, 16, num_heads=2, use_multi_query=True, layer_scale_init_value=0.5).eval()
+    block = insert_steam(copy.deepcopy(plain), "blocks")
+    x = torch.randn(2, 16, 12, 9)
+    expected = before_skip(plain, steam_sites(block)["layer_scale"], x)
+    assert torch.allclose(block(x), expected, rtol=1e-4, atol=1e-5) and not torch.allclose(plain(x), expected, rtol=0.01)
+
+
+def test_the_stages_of_an_hrnet() -> None:
+    with torch.device("meta"):
+        model = timm_model("hrnet_w18_small")
+    assert "14 stages in `hrnet_w18_small`" in PAGE and len(families.stages(model)) == 14
+
+
+PAGE = (pathlib.Path(__file__).parents[1] / "docs" / "models.md").read_text()
 DOCUMENTED = re.findall(
     r"^\| `(\w+)\.([\w.]+)` \| (\S+) \| (\S+) \| (\S+) \| (\S+) \|$",
-    (pathlib.Path(__file__).parents[1] / "docs" / "models.md").read_text(),
+    PAGE,
     re.MULTILINE,
 )
 
@@ -312,7 +344,7 @@ def build(library: str, name: str) -> nn.Module:
     return getattr(getattr(models, module) if module else models, function)(weights=None, **options)
 
 
-@pytest.mark.parametrize("library,rows", [("torchvision", 28), ("timm", 13)])
+@pytest.mark.parametrize("library,rows", [("torchvision", 28), ("timm", 14)])
 def test_documented_counts(library: str, rows: int) -> None:
     """The table of docs/models.md is what insert_steam does."""
     documented = [row[1:] for row in DOCUMENTED if row[0] == library]

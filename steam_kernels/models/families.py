@@ -2,14 +2,13 @@
 
 A network is known by its *blocks*, whatever holds them: a classifier, the backbone of a detector, an encoder. A kind of
 block is one line of :data:`BLOCKS`, by the name of its class, so that no library is imported for it. A *stage* is a run
-of blocks in one container that give the same number of channels; in a timm model it is what lies between two modules of
-its ``feature_info``. docs/models.md has the table by family.
+of blocks in one container that give the same number of channels, none but the first with a stride; in a timm model it
+is what lies between two modules of its ``feature_info``. docs/models.md has the table by family.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import groupby
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -54,6 +53,7 @@ BLOCKS: dict[str, Kind] = {
     "timm.models._efficientnet_blocks.InvertedResidual": Kind(("bn3",)),
     "timm.models._efficientnet_blocks.EdgeResidual": Kind(("bn2",)),
     "timm.models._efficientnet_blocks.UniversalInvertedResidual": Kind(("layer_scale",), "pw_proj"),
+    "timm.models._efficientnet_blocks.MobileAttention": Kind(("layer_scale",), "norm"),
     # Inside a ConvNeXt block of timm's the map is NHWC until its layer scale, which is no module.
     "timm.models.convnext.ConvNeXtBlock": Kind(("drop_path",), "conv_dw"),
     "timm.models.regnet.Bottleneck": Kind(("conv3",)),
@@ -78,6 +78,11 @@ class Block(NamedTuple):
     def output(self) -> Place:
         """The block's output."""
         return Place(self.name, self.module, self._width() * self.kind.parts)
+
+    def strides(self) -> bool:
+        """Whether its output is smaller than its input, by the strides of its convolutions."""
+        convolutions = (m for m in self.module.modules() if isinstance(m, nn.modules.conv._ConvNd))
+        return any(max(convolution.stride) > 1 for convolution in convolutions)
 
     def _width(self) -> int:
         width = _width(getattr(self.module, self.kind.width or self.kind.end[-1]))
@@ -132,11 +137,16 @@ def stages(model: nn.Module) -> list[list[Block]]:
     for features in _timm_features(model):
         feature_of.update(_by_feature(features, blocks, model))
 
-    def key(block: Block) -> tuple[Any, ...]:
-        container = block.name.rpartition(".")[0]
-        return feature_of.get(block.name, (container, block.output().channels))
-
-    return [list(run) for _, run in groupby(blocks, key)]
+    runs: list[list[Block]] = []
+    last: tuple[Any, ...] | None = None
+    for block in blocks:
+        feature = feature_of.get(block.name)
+        key = feature or (block.name.rpartition(".")[0], block.output().channels)
+        if key != last or (feature is None and block.strides()):
+            runs.append([])
+        runs[-1].append(block)
+        last = key
+    return runs
 
 
 class Feature(NamedTuple):
