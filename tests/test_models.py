@@ -503,6 +503,13 @@ def test_names_and_predicates(any_backend: str) -> None:
         (["nowhere"], ValueError, "named_modules.*'nowhere'"),
         ([""], ValueError, "named_modules.*''"),
         (["stem", "stem.1.1"], ValueError, "once.*'stem.1.1'"),
+        (["stem", "stem.1"], ValueError, r"once, got 'stem' and 'stem\.1', .* 'stem\.1\.1'"),
+        pytest.param(
+            lambda name, module: name in ("stem", "stem.1"),
+            ValueError,
+            r"once, got 'stem' and 'stem\.1', .* 'stem\.1\.1'",
+            id="predicate of two",
+        ),
         (["layers"], ValueError, "'layers'.*ModuleList"),
         (["walker"], ValueError, "'walker'.*Walker"),
         pytest.param(lambda name, module: False, ValueError, "one module", id="predicate"),

@@ -129,12 +129,15 @@ def insert_steam(
         if wrapper := _WRAPPERS & {c.__name__ for c in type(module).__mro__}:
             raise ValueError(f"model must not be wrapped yet, got {wrapper.pop()} at {name!r}: insert units before")
 
-    places = [_host(place, model) for place in _places(model, sites)]
+    named = _places(model, sites)
+    places = [_host(place, model) for place in named]
     seen: dict[nn.Module, str] = {}
-    for name, module, _ in places:
+    for (given, _, _), (name, module, _) in zip(named, places, strict=True):
         if module in seen:
-            raise ValueError(f"sites must name each place once, got {name!r} twice (also as {seen[module]!r})")
-        seen[module] = name
+            raise ValueError(
+                f"sites must name each place once, got {seen[module]!r} and {given!r}, whose output is that of {name!r}"
+            )
+        seen[module] = given
     units: list[Any] = [FusedSTEAM(channels, **{**_factory(model, name), **unit}) for name, _, channels in places]
     kinds: list[Any] = [type(module) for _, module, _ in places]
     for (_, module, _), made, kind in zip(places, units, [_with_unit(kind) for kind in kinds], strict=True):
@@ -153,9 +156,10 @@ def insert_steam(
 
 
 def steam_sites(model: nn.Module) -> dict[str, FusedSTEAM]:
-    """The units that :func:`insert_steam` put into ``model`` and that act in it, by the name of the module they follow.
+    """The units that :func:`insert_steam` put into ``model``, by the name of the module that they follow.
 
-    It reads the model itself, so that it holds for copies and for what has been unpickled. It warns of units whose
+    Each acts whenever its module is called. Whether the model calls a module is not known here: a
+    ``TransformerEncoderLayer`` reads the weights of ``self_attn.out_proj`` and never calls it. It reads the model itself, so that it holds for copies and for what has been unpickled. It warns of units whose
     modules were replaced since, which do nothing; :func:`steam_kernels.models.reattach_steam` puts them back.
 
     Raises:
