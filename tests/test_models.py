@@ -592,6 +592,21 @@ def test_a_replaced_forward_is_refused() -> None:
         insert_steam(model, ["layers.1"])
 
 
+def test_frozen_norms_of_a_detectors_backbone() -> None:
+    """FrozenBatchNorm2d is no norm of torch's, and has buffers alone: the unit's dtype is that of the block around."""
+    norm = torchvision.ops.FrozenBatchNorm2d
+    plain = models.ResNet(models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=3, norm_layer=norm).eval().double()
+    model = insert_steam(copy.deepcopy(plain), "blocks", identity_init=True)
+    placed = steam_sites(model)
+    assert {name: u.channels for name, u in placed.items()} == {f"layer{i}.0.bn2": 32 * 2**i for i in (1, 2, 3, 4)}
+    assert all(isinstance(model.get_submodule(name), norm) for name in placed)
+    x = torch.randn(2, 3, 65, 97, dtype=torch.float64)
+    assert torch.equal(model(x), plain(x))
+    with torch.no_grad():
+        placed["layer1.0.bn2"].channel_weight.fill_(2)
+    assert not torch.equal(model(x), plain(x))
+
+
 def small_resnet() -> nn.Module:
     return models.ResNet(models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=3)
 
