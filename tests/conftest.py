@@ -28,7 +28,7 @@ _importorskip = pytest.importorskip
 
 
 def import_or_skip(name: str, *args: Any, **options: Any) -> Any:
-    """pytest's importorskip, but in CI, which installs them all, a package that is missing fails instead of skipping."""
+    """pytest's importorskip, but in CI, which installs all of them, a missing package fails instead of skipping."""
     return importlib.import_module(name) if os.environ.get("CI") else _importorskip(name, *args, **options)
 
 

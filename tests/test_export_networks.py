@@ -102,6 +102,7 @@ def test_jit_trace_of_resnet18() -> None:
 
 
 def test_jit_script_does_not_work() -> None:
+    """docs/use_it_in.md says so."""
     with warnings.catch_warnings(), pytest.raises((RuntimeError, ValueError, NotImplementedError)):
         warnings.simplefilter("ignore")  # jit.script calls itself deprecated
         torch.jit.script(FusedSTEAM(8))

@@ -229,7 +229,7 @@ def test_every_family_in_every_placement(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["mobilenet_v2", "mobilenet_v3", "shufflenet_v2", "efficientnet", "timm mobilenet_v4"])
 def test_every_resolution_has_a_unit(name: str) -> None:
-    """A stage ends where the next block halves the map, equal in width or not: MobileNetV2 x0.25 has 8 channels in six."""
+    """A stage ends where the next block halves the map, also where both have one width, as in MobileNetV2 x0.25."""
     model = FAMILIES[name]().eval()
     sizes: dict[str, tuple[int, ...]] = {}
     for block in families.find_blocks(model):
@@ -319,7 +319,8 @@ def test_mobile_attention_acts_before_the_addition() -> None:
     block = insert_steam(copy.deepcopy(plain), "blocks")
     x = torch.randn(2, 16, 12, 9)
     expected = before_skip(plain, steam_sites(block)["layer_scale"], x)
-    assert torch.allclose(block(x), expected, rtol=1e-4, atol=1e-5) and not torch.allclose(plain(x), expected, rtol=0.01)
+    assert torch.allclose(block(x), expected, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(plain(x), expected, rtol=0.01)
 
 
 def test_the_stages_of_an_hrnet() -> None:
@@ -381,7 +382,8 @@ def test_timm_features_that_cannot_have_a_unit() -> None:
     x = torch.randn(1, 3, 64, 96)
     seen: dict[str, torch.Tensor] = {}
     for i in (1, 2, 3):
-        block, norm = model.get_submodule(f"features.denseblock{i}"), model.get_submodule(f"features.transition{i}.norm")
+        block = model.get_submodule(f"features.denseblock{i}")
+        norm = model.get_submodule(f"features.transition{i}.norm")
         block.register_forward_hook(lambda m, args, y, i=i: seen.update({f"given{i}": y}))
         norm.register_forward_pre_hook(lambda m, args, i=i: seen.update({f"got{i}": args[0]}))
     expected = model(x)
@@ -655,11 +657,11 @@ def test_a_norm_that_is_the_model_is_converted_too() -> None:
 
 
 def test_layers_of_ones_own_are_not_put_back() -> None:
-    """What a model was built with under the name ``steam`` is called by the model itself, which may call it elsewhere."""
+    """What a model was built with under the name ``steam`` is called by the model itself, anywhere."""
     own = Net()
     own.both.steam = FusedSTEAM(8)
     assert steam_kernels.models.reattach_steam(own) is own and not steam_sites(own) and type(own.both) is Both
-    with pytest.raises(TypeError, match="model .*int"):
+    with pytest.raises(TypeError, match=r"model .*int"):
         steam_kernels.models.reattach_steam(3)
 
 

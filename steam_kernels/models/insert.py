@@ -88,7 +88,7 @@ def insert_steam(
             a block is in each.
         sites: "adaptive": a unit after blocks 3, 6, 9, ... of each stage, and after the last block of a shorter stage,
             which gives the paper's five units in a ResNet-50 [second-hand: five; ours: where].
-            "stages": after each stage. In a timm model of unknown blocks both put one after each of its ``feature_info``.
+            "stages": after each stage. Both are after each of its ``feature_info`` in a timm model of unknown blocks.
             "blocks": in each block, at the end of its branch, before the addition (the concatenation in ShuffleNetV2).
             A list of module names (``model.named_modules()``), or a predicate ``(name, module) -> bool``, asked for
             each module below ``model``: after each of them. A module must return one tensor ``(N, C, H, W)``; for a
@@ -159,8 +159,9 @@ def steam_sites(model: nn.Module) -> dict[str, FusedSTEAM]:
     """The units that :func:`insert_steam` put into ``model``, by the name of the module that they follow.
 
     Each acts whenever its module is called. Whether the model calls a module is not known here: a
-    ``TransformerEncoderLayer`` reads the weights of ``self_attn.out_proj`` and never calls it. It reads the model itself, so that it holds for copies and for what has been unpickled. It warns of units whose
-    modules were replaced since, which do nothing; :func:`steam_kernels.models.reattach_steam` puts them back.
+    ``TransformerEncoderLayer`` reads the weights of ``self_attn.out_proj`` and never calls it. The units are read from
+    the model itself, so that this holds for copies and for what has been unpickled. Units whose modules were replaced
+    since do nothing, and are warned of; :func:`steam_kernels.models.reattach_steam` puts them back.
 
     Raises:
         TypeError: ``model`` is no module.
@@ -190,7 +191,8 @@ def reattach_steam(model: nn.Module) -> nn.Module:
     for name, module in orphans.items():
         _check_host(name, module, model)
     for module in orphans.values():
-        module.__class__ = _with_unit(type(module))
+        kind: Any = type(module)
+        module.__class__ = _with_unit(kind)
     return model
 
 
@@ -226,7 +228,7 @@ def remove_steam(model: nn.Module) -> nn.Module:
 
 
 def _orphans(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules that have a unit of insert_steam's as a child, and not its class: made by a tool from one that had."""
+    """The modules that have a unit of insert_steam's as a child and not its class: a tool made them anew."""
     return {
         name: module
         for name, module in model.named_modules()
@@ -289,8 +291,8 @@ def _host(place: Place, model: nn.Module) -> Place:
         raise ValueError(f"sites must be modules without a {NAME!r} of their own, got {name!r} that has one")
     if several := _returns_several(module):
         raise ValueError(
-            f"sites must be modules that return one tensor (N, C, H, W): {name!r}, a {type(module).__qualname__}, returns "
-            f"a {several}"
+            f"sites must be modules that return one tensor (N, C, H, W): {name!r}, a {type(module).__qualname__}, "
+            f"returns a {several}"
         )
     if place.module is not module and _parents(model, module) > 1:
         raise ValueError(
@@ -324,8 +326,8 @@ def _check_host(name: str, module: nn.Module, model: nn.Module) -> None:
             hasattr(owner, "forward_split") and module is owner
         ):
             raise ValueError(
-                f"sites must be modules whose forward stays: {name!r}, a {type(module).__qualname__}, is or stands in a "
-                f"{type(owner).__qualname__} with a forward_fuse or forward_split, which replaces it without the unit"
+                f"sites must be modules whose forward stays: {name!r}, a {type(module).__qualname__}, is or stands in "
+                f"a {type(owner).__qualname__} with a forward_fuse or forward_split, which replaces it without the unit"
             )
 
 
