@@ -97,6 +97,22 @@ def test_sites(name: str, blocks: int) -> None:
     assert measured.adaptive == seen
 
 
+@pytest.mark.parametrize("name", ["counters", "networks"])
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import steam_kernels.cost.{0} as c",
+        "import steam_kernels.cost.{0}; c = steam_kernels.cost.{0}",
+        "from steam_kernels.cost import {0} as c",
+    ],
+)
+def test_modules_of_a_package_that_is_a_function_too(name: str, code: str) -> None:
+    """The function hides the package of its name: the modules are its attributes."""
+    names: dict[str, Any] = {}
+    exec(code.format(name), names)
+    assert names["c"].__name__ == f"steam_kernels.cost.{name}" and steam_kernels.cost(64, 7, 7).parameters == 64
+
+
 def test_steam_row_is_the_sum_of_cost() -> None:
     row = networks.table("resnet50", 224)[-1]
     shapes = ((256, 56), (512, 28), (1024, 14), (1024, 14), (2048, 7))

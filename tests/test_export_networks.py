@@ -99,3 +99,10 @@ def test_jit_trace_of_resnet18() -> None:
     assert "steam_kernels::" not in str(traced.inlined_graph)
     other = torch.randn(2, 3, 64, 96)
     assert close(traced(other), model(other))
+
+
+def test_jit_script_does_not_work() -> None:
+    """docs/use_it_in.md says so."""
+    with warnings.catch_warnings(), pytest.raises((RuntimeError, ValueError, NotImplementedError)):
+        warnings.simplefilter("ignore")  # jit.script calls itself deprecated
+        torch.jit.script(FusedSTEAM(8))

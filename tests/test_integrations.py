@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from steam_kernels import FusedSTEAM, insert_steam, remove_steam, steam_sites
+from steam_kernels.models import reattach_steam
 
 pytestmark = pytest.mark.usefixtures("environment")
 
@@ -202,6 +203,50 @@ def test_ultralytics_yaml(tmp_path: pathlib.Path) -> None:
     assert sum(isinstance(m, FusedSTEAM) for m in loaded.model.modules()) == 3
 
 
+FUSED = """
+nc: 1
+backbone:
+  - [-1, 1, Conv, [8, 3, 2]]
+  - [-1, 1, Conv, [16, 3, 2]]
+  - [-1, 1, C2f, [16, True]]
+  - [-1, 1, SPPF, [16, 5]]
+head:
+  - [[2, 3], 1, Detect, [nc]]
+"""
+
+
+def test_ultralytics_fuse_and_export_keep_units(tmp_path: pathlib.Path) -> None:
+    """fuse() puts forward_fuse in forward's place and drops norms, an export forward_split: such sites are refused."""
+    ultralytics = pytest.importorskip("ultralytics")
+    (tmp_path / "net.yaml").write_text(FUSED)
+    model = ultralytics.YOLO(str(tmp_path / "net.yaml")).model.eval()
+    for name in ("model.0", "model.0.conv", "model.0.bn"):
+        with pytest.raises(ValueError, match=rf"sites .*'{name}'.*forward_fuse"):
+            insert_steam(model, [name])
+    branches = nn.Sequential(ultralytics.nn.modules.RepConv(4, 4))
+    with pytest.raises(ValueError, match=r"sites .*'0\.conv1\.act'.*a RepConv .*forward_fuse"):
+        insert_steam(branches, ["0.conv1.act"])
+    with pytest.raises(ValueError, match=r"sites .*'model\.2', a C2f.*forward_split"):
+        insert_steam(model, ["model.2"])
+    assert not steam_sites(model)
+
+    insert_steam(model, ["model.2.m.0", "model.3"])
+    calls: list[nn.Module] = []
+    for unit in steam_sites(model).values():
+        unit.register_forward_hook(lambda unit, args, y: calls.append(unit))
+    x = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = model(x)[0]
+        model.fuse(verbose=False)
+        for module in model.modules():
+            if hasattr(module, "forward_split"):
+                module.forward = module.forward_split  # as the exporter does
+        calls.clear()
+        got = model(x)[0]
+    assert calls == list(steam_sites(model).values()) and len(calls) == 2
+    assert torch.allclose(got, expected, rtol=1e-4, atol=1e-4)
+
+
 # ---- segmentation_models_pytorch -------------------------------------------------------------------------------------
 
 
@@ -257,3 +302,41 @@ def test_lightning_fit(tmp_path: pathlib.Path) -> None:
     assert all(
         torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), model.state_dict().values(), strict=True)
     )
+
+
+def test_lightning_sync_batchnorm(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lightning converts norms after the module is built and before on_fit_start, and converts them back at the end."""
+    # DDP would refuse SyncBatchNorm on a CPU; nothing is run through it here
+    monkeypatch.setattr(nn.parallel.DistributedDataParallel, "_passing_sync_batchnorm_handle", lambda *_: None)
+    lightning = pytest.importorskip("lightning")
+    torchvision = pytest.importorskip("torchvision")
+    block = torchvision.models.resnet.BasicBlock
+    acting: list[int] = []
+
+    class Classifier(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = insert_steam(torchvision.models.ResNet(block, [1, 1, 1, 1], num_classes=3), "blocks")
+
+        def on_fit_start(self) -> None:
+            assert isinstance(self.net.bn1, nn.SyncBatchNorm)
+            acting.append(len(steam_sites(reattach_steam(self))))
+
+        def training_step(self, batch: tuple[torch.Tensor, torch.Tensor], index: int) -> torch.Tensor:
+            raise AssertionError("SyncBatchNorm needs a GPU")
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.randn(4, 3, 33, 47)))
+    options = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_progress_bar": False}
+    options |= {"strategy": "ddp", "sync_batchnorm": True, "enable_checkpointing": False}
+    trainer = lightning.Trainer(max_steps=0, enable_model_summary=False, default_root_dir=tmp_path, **options)
+    model = Classifier()
+    try:
+        trainer.fit(model, loader)
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    assert acting == [4]
+    assert not isinstance(model.net.bn1, nn.SyncBatchNorm) and len(steam_sites(reattach_steam(model))) == 4

@@ -227,6 +227,21 @@ def test_every_family_in_every_placement(name: str) -> None:
             assert list(model.state_dict()) == list(state) and not steam_sites(model)
 
 
+@pytest.mark.parametrize("name", ["mobilenet_v2", "mobilenet_v3", "shufflenet_v2", "efficientnet", "timm mobilenet_v4"])
+def test_every_resolution_has_a_unit(name: str) -> None:
+    """A stage ends where the next block halves the map, also where both have one width, as in MobileNetV2 x0.25."""
+    model = FAMILIES[name]().eval()
+    sizes: dict[str, tuple[int, ...]] = {}
+    for block in families.find_blocks(model):
+        block.module.register_forward_hook(lambda m, args, y, name=block.name: sizes.update({name: y.shape[2:]}))
+    with torch.no_grad():
+        model(torch.randn(1, 3, 128, 160))
+    for stage in families.stages(model):
+        assert len({sizes[block.name] for block in stage}) == 1
+    insert_steam(model)
+    assert {sizes[name] for name in steam_sites(model)} == set(sizes.values()) and len(set(sizes.values())) > 2
+
+
 def before_skip(block: Any, unit: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """For a block of timm that ends with its addition: the branch is what the block adds."""
     skip = block.shortcut(x) if hasattr(block, "shortcut") else x if block.has_skip else torch.zeros(())
@@ -297,9 +312,27 @@ def test_blocks_act_before_the_addition(name: str) -> None:
             assert changed > 0 and (got - expected).norm() < 1e-3 * changed, block.name
 
 
+def test_mobile_attention_acts_before_the_addition() -> None:
+    """The attention of MobileNetV4's hybrids, which are large; one block of one."""
+    blocks = pytest.importorskip("timm.models._efficientnet_blocks")
+    plain = blocks.MobileAttention(16, 16, num_heads=2, use_multi_query=True, layer_scale_init_value=0.5).eval()
+    block = insert_steam(copy.deepcopy(plain), "blocks")
+    x = torch.randn(2, 16, 12, 9)
+    expected = before_skip(plain, steam_sites(block)["layer_scale"], x)
+    assert torch.allclose(block(x), expected, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(plain(x), expected, rtol=0.01)
+
+
+def test_the_stages_of_an_hrnet() -> None:
+    with torch.device("meta"):
+        model = timm_model("hrnet_w18_small")
+    assert "14 stages in `hrnet_w18_small`" in PAGE and len(families.stages(model)) == 14
+
+
+PAGE = (pathlib.Path(__file__).parents[1] / "docs" / "models.md").read_text()
 DOCUMENTED = re.findall(
     r"^\| `(\w+)\.([\w.]+)` \| (\S+) \| (\S+) \| (\S+) \| (\S+) \|$",
-    (pathlib.Path(__file__).parents[1] / "docs" / "models.md").read_text(),
+    PAGE,
     re.MULTILINE,
 )
 
@@ -312,7 +345,7 @@ def build(library: str, name: str) -> nn.Module:
     return getattr(getattr(models, module) if module else models, function)(weights=None, **options)
 
 
-@pytest.mark.parametrize("library,rows", [("torchvision", 28), ("timm", 12)])
+@pytest.mark.parametrize("library,rows", [("torchvision", 28), ("timm", 14)])
 def test_documented_counts(library: str, rows: int) -> None:
     """The table of docs/models.md is what insert_steam does."""
     documented = [row[1:] for row in DOCUMENTED if row[0] == library]
@@ -333,8 +366,39 @@ def test_documented_counts(library: str, rows: int) -> None:
 
 def test_a_timm_model_of_few_known_blocks_is_not_known() -> None:
     """A GhostNet has one block that other timm models have too: a unit in it alone would pass for a placement."""
-    with torch.device("meta"), pytest.raises(TypeError, match=r"timm\.models\.ghostnet\.GhostNet"):
-        insert_steam(timm_model("ghostnet_050"))
+    with torch.device("meta"):
+        model = timm_model("ghostnet_050")
+    for sites in ("adaptive", "stages"):
+        insert_steam(model, sites)
+        assert [u.channels for u in steam_sites(model).values()] == [i["num_chs"] for i in model.feature_info]
+        remove_steam(model)
+    with pytest.raises(TypeError, match=r"'blocks'.*timm\.models\.ghostnet\.GhostNet.*'adaptive' or 'stages'"):
+        insert_steam(model, "blocks")
+
+
+def test_timm_features_that_cannot_have_a_unit() -> None:
+    """A DenseNet's stages are ModuleDicts: the norm that takes their output has the unit. Others are refused."""
+    model = timm_model("densenet121", num_classes=3).eval()
+    x = torch.randn(1, 3, 64, 96)
+    seen: dict[str, torch.Tensor] = {}
+    for i in (1, 2, 3):
+        block = model.get_submodule(f"features.denseblock{i}")
+        norm = model.get_submodule(f"features.transition{i}.norm")
+        block.register_forward_hook(lambda m, args, y, i=i: seen.update({f"given{i}": y}))
+        norm.register_forward_pre_hook(lambda m, args, i=i: seen.update({f"got{i}": args[0]}))
+    expected = model(x)
+    assert all(torch.equal(seen[f"given{i}"], seen[f"got{i}"]) for i in (1, 2, 3))
+    insert_steam(model, identity_init=True)
+    norms = [f"features.transition{i}.norm" for i in (1, 2, 3)]
+    assert list(steam_sites(model)) == ["features.norm0", *norms, "features.norm5"]
+    assert [u.channels for u in steam_sites(model).values()] == [i["num_chs"] for i in model.feature_info]
+    assert torch.equal(model(x), expected)
+    with torch.device("meta"):
+        lists, nested = timm_model("selecsls42b"), timm_model("halonet26t")
+    with pytest.raises(ValueError, match=r"'features\.\d', a SelecSlsBlock, returns a list"):
+        insert_steam(lists)
+    insert_steam(nested)  # its stem has a feature_info too
+    assert [u.channels for u in steam_sites(nested).values()] == [i["num_chs"] for i in nested.feature_info]
 
 
 def test_timm_stages_by_feature_info() -> None:
@@ -388,6 +452,11 @@ class Net(nn.Module):
 
 
 class Both(nn.Module):
+    def forward(self, x: torch.Tensor) -> Any:
+        return x, x
+
+
+class SaysBoth(Both):
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return x, x
 
@@ -436,6 +505,13 @@ def test_names_and_predicates(any_backend: str) -> None:
         (["nowhere"], ValueError, "named_modules.*'nowhere'"),
         ([""], ValueError, "named_modules.*''"),
         (["stem", "stem.1.1"], ValueError, "once.*'stem.1.1'"),
+        (["stem", "stem.1"], ValueError, r"once, got 'stem' and 'stem\.1', .* 'stem\.1\.1'"),
+        pytest.param(
+            lambda name, module: name in ("stem", "stem.1"),
+            ValueError,
+            r"once, got 'stem' and 'stem\.1', .* 'stem\.1\.1'",
+            id="predicate of two",
+        ),
         (["layers"], ValueError, "'layers'.*ModuleList"),
         (["walker"], ValueError, "'walker'.*Walker"),
         pytest.param(lambda name, module: False, ValueError, "one module", id="predicate"),
@@ -454,6 +530,8 @@ def test_modules_that_cannot_have_a_unit() -> None:
     model = insert_steam(Net(), ["both"])
     with pytest.raises(TypeError, match=r"sites .*Both.*tuple"):
         model(torch.randn(1, 3, 8, 8))
+    with pytest.raises(ValueError, match=r"sites .*'0', a SaysBoth, returns a tuple"):
+        insert_steam(nn.Sequential(SaysBoth()), ["0"])
     relu = nn.ReLU()
     shared = nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 1), relu), nn.Sequential(nn.Conv2d(4, 4, 1), relu))
     with pytest.raises(ValueError, match=r"'0' ends in '0\.1'"):
@@ -516,15 +594,75 @@ def test_a_replaced_forward_is_refused() -> None:
         insert_steam(model, ["layers.1"])
 
 
-def test_convert_sync_batchnorm_comes_first() -> None:
-    def make() -> nn.Module:
-        return models.ResNet(models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=3)
+def test_frozen_norms_of_a_detectors_backbone() -> None:
+    """FrozenBatchNorm2d is no norm of torch's, and has buffers alone: the unit's dtype is that of the block around."""
+    norm = torchvision.ops.FrozenBatchNorm2d
+    plain = models.ResNet(models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=3, norm_layer=norm).eval().double()
+    model = insert_steam(copy.deepcopy(plain), "blocks", identity_init=True)
+    placed = steam_sites(model)
+    assert {name: u.channels for name, u in placed.items()} == {f"layer{i}.0.bn2": 32 * 2**i for i in (1, 2, 3, 4)}
+    assert all(isinstance(model.get_submodule(name), norm) for name in placed)
+    x = torch.randn(2, 3, 65, 97, dtype=torch.float64)
+    assert torch.equal(model(x), plain(x))
+    with torch.no_grad():
+        placed["layer1.0.bn2"].channel_weight.fill_(2)
+    assert not torch.equal(model(x), plain(x))
 
-    model = insert_steam(nn.SyncBatchNorm.convert_sync_batchnorm(make()), "blocks")
+
+def small_resnet() -> nn.Module:
+    return models.ResNet(models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=3)
+
+
+def test_convert_sync_batchnorm_comes_first() -> None:
+    model = insert_steam(nn.SyncBatchNorm.convert_sync_batchnorm(small_resnet()), "blocks")
     assert len(steam_sites(model)) == 4 and all(u.channels for u in steam_sites(model).values())
-    late = nn.SyncBatchNorm.convert_sync_batchnorm(insert_steam(make(), "blocks"))
-    assert not steam_sites(late) and len(units(late)) == 4
-    assert not units(remove_steam(late))
+    late = nn.SyncBatchNorm.convert_sync_batchnorm(insert_steam(small_resnet(), "blocks"))
+    with pytest.warns(UserWarning, match=r"4 units .*'layer1\.0\.bn2'.*replaced.*reattach_steam"):
+        assert not steam_sites(late)
+    assert len(units(late)) == 4
+    with pytest.raises(ValueError, match=r"4 units .*'layer1\.0\.bn2'.*replaced.*reattach_steam"):
+        insert_steam(late, "blocks")
+    assert not units(remove_steam(late)) and not steam_sites(late)
+
+
+@pytest.mark.parametrize("tool", ["torch", "timm", "lightning"])
+def test_units_of_converted_norms_are_put_back(tool: str) -> None:
+    """A conversion makes new norms, and has the old ones' units as children that nothing calls."""
+    if tool == "timm":
+        convert = pytest.importorskip("timm.layers").convert_sync_batchnorm
+        model = insert_steam(timm_model("efficientnet_lite0", num_classes=3), "blocks").eval()
+    elif tool == "lightning":
+        convert = pytest.importorskip("lightning").pytorch.plugins.TorchSyncBatchNorm().apply
+        model = insert_steam(small_resnet(), "blocks").eval()
+    else:
+        convert = nn.SyncBatchNorm.convert_sync_batchnorm
+        model = insert_steam(small_resnet(), "blocks").eval()
+    x = torch.randn(2, 3, 65, 97)
+    placed, expected = steam_sites(model), model(x)
+    converted = copy.deepcopy(convert(model))
+    assert not torch.allclose(converted(x), expected, rtol=1e-3)
+    assert steam_kernels.models.reattach_steam(converted) is converted
+    assert list(steam_sites(converted)) == list(placed)
+    assert all(isinstance(converted.get_submodule(name), nn.SyncBatchNorm) for name in placed)
+    # without a process group SyncBatchNorm is BatchNorm
+    assert torch.equal(converted(x), expected)
+    assert steam_kernels.models.reattach_steam(converted) is converted and len(steam_sites(converted)) == len(placed)
+    assert not units(remove_steam(converted))
+
+
+def test_a_norm_that_is_the_model_is_converted_too() -> None:
+    norm = insert_steam(nn.Sequential(nn.BatchNorm2d(4)), ["0"])[0]
+    converted = steam_kernels.models.reattach_steam(nn.SyncBatchNorm.convert_sync_batchnorm(norm))
+    assert list(steam_sites(converted)) == [""]
+
+
+def test_layers_of_ones_own_are_not_put_back() -> None:
+    """What a model was built with under the name ``steam`` is called by the model itself, anywhere."""
+    own = Net()
+    own.both.steam = FusedSTEAM(8)
+    assert steam_kernels.models.reattach_steam(own) is own and not steam_sites(own) and type(own.both) is Both
+    with pytest.raises(TypeError, match=r"model .*int"):
+        steam_kernels.models.reattach_steam(3)
 
 
 class Wrapped(nn.Sequential):

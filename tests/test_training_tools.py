@@ -17,7 +17,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 from torch.utils.checkpoint import checkpoint
 
 import steam_kernels
-from steam_kernels import FusedSTEAM
+from steam_kernels import FusedSTEAM, insert_steam, steam_sites
 
 pytest.importorskip("torchvision")
 X = (2, 3, 64, 72)
@@ -247,4 +247,28 @@ def test_quantisation_aware_preparation_leaves_units_in_float() -> None:
         assert node.kwargs["scale"] == 4.0
     loss = prepared(x).square().mean()
     found = gradients(prepared, loss)
+    assert sum("steam" in name and g.abs().max() > 0 for name, g in found.items()) == 8
+
+
+def test_quantisation_aware_preparation_leaves_norms_with_units_in_float() -> None:
+    """With "blocks" a unit sits on a norm: neither is fused into the convolution before it, nor quantised."""
+    from torch.ao.quantization import get_default_qat_qconfig_mapping
+    from torch.ao.quantization.quantize_fx import prepare_qat_fx
+    from torchvision import models
+
+    torch.manual_seed(0)
+    block = models.resnet.BasicBlock
+    model = networks.strengthen(insert_steam(models.ResNet(block, [1, 1, 1, 1], num_classes=3), "blocks"))
+    x = torch.randn(*X)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.ao.quantization calls itself deprecated
+        prepared = prepare_qat_fx(model, get_default_qat_qconfig_mapping("x86"), (x,))
+    sites = steam_sites(prepared)
+    assert list(sites) == [f"layer{i}.0.bn2" for i in (1, 2, 3, 4)]
+    called = [node.target for node in prepared.graph.nodes if node.op == "call_module"]
+    for name, unit in sites.items():
+        norm = prepared.get_submodule(name)
+        assert called.count(name) == 1 and isinstance(norm, nn.BatchNorm2d) and norm.weight.dtype == torch.float32
+        assert [child for child, _ in norm.named_modules()] == ["", "steam"] and not unit._modules
+    found = gradients(prepared, prepared(x).square().mean())
     assert sum("steam" in name and g.abs().max() > 0 for name, g in found.items()) == 8

@@ -1,6 +1,6 @@
 """STEAM units put into models, and models that have them."""
 
-from .insert import insert_steam, remove_steam, steam_sites
+from .insert import insert_steam, reattach_steam, remove_steam, steam_sites
 from .ready import (
     steam_mobilenet_v2,
     steam_resnet18,
@@ -12,6 +12,7 @@ from .ready import (
 
 __all__ = [
     "insert_steam",
+    "reattach_steam",
     "remove_steam",
     "steam_mobilenet_v2",
     "steam_resnet18",

@@ -2,14 +2,13 @@
 
 A network is known by its *blocks*, whatever holds them: a classifier, the backbone of a detector, an encoder. A kind of
 block is one line of :data:`BLOCKS`, by the name of its class, so that no library is imported for it. A *stage* is a run
-of blocks in one container that give the same number of channels; in a timm model it is what lies between two modules of
-its ``feature_info``. docs/models.md has the table by family.
+of blocks in one container that give the same number of channels, none but the first with a stride; in a timm model it
+is what lies between two modules of its ``feature_info``. docs/models.md has the table by family.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import groupby
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -54,6 +53,7 @@ BLOCKS: dict[str, Kind] = {
     "timm.models._efficientnet_blocks.InvertedResidual": Kind(("bn3",)),
     "timm.models._efficientnet_blocks.EdgeResidual": Kind(("bn2",)),
     "timm.models._efficientnet_blocks.UniversalInvertedResidual": Kind(("layer_scale",), "pw_proj"),
+    "timm.models._efficientnet_blocks.MobileAttention": Kind(("layer_scale",), "norm"),
     # Inside a ConvNeXt block of timm's the map is NHWC until its layer scale, which is no module.
     "timm.models.convnext.ConvNeXtBlock": Kind(("drop_path",), "conv_dw"),
     "timm.models.regnet.Bottleneck": Kind(("conv3",)),
@@ -79,6 +79,11 @@ class Block(NamedTuple):
         """The block's output."""
         return Place(self.name, self.module, self._width() * self.kind.parts)
 
+    def strides(self) -> bool:
+        """Whether its output is smaller than its input, by the strides of its convolutions."""
+        convolutions = (m for m in self.module.modules() if isinstance(m, nn.modules.conv._ConvNd))
+        return any(max(convolution.stride) > 1 for convolution in convolutions)
+
     def _width(self) -> int:
         width = _width(getattr(self.module, self.kind.width or self.kind.end[-1]))
         if width is None:
@@ -98,6 +103,9 @@ def _width(module: nn.Module) -> int | None:
     return weight.shape[0] if isinstance(weight, Tensor) and weight.dim() == 1 else None
 
 
+_NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm)
+
+
 def kind_of(module: nn.Module) -> Kind | None:
     """The kind of block that ``module`` is, by its class or one that it derives from; None if of none."""
     classes = (f"{c.__module__}.{c.__qualname__}" for c in type(module).__mro__)
@@ -109,8 +117,7 @@ def channels_of(module: nn.Module) -> int | None:
     kind = kind_of(module)
     if kind is not None:
         return Block("", module, kind).output().channels
-    layers = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm)
-    return _width(module) if isinstance(module, layers) else None
+    return _width(module) if isinstance(module, (nn.modules.conv._ConvNd, *_NORMS)) else None
 
 
 def find_blocks(model: nn.Module) -> list[Block]:
@@ -130,11 +137,16 @@ def stages(model: nn.Module) -> list[list[Block]]:
     for features in _timm_features(model):
         feature_of.update(_by_feature(features, blocks, model))
 
-    def key(block: Block) -> tuple[Any, ...]:
-        container = block.name.rpartition(".")[0]
-        return feature_of.get(block.name, (container, block.output().channels))
-
-    return [list(run) for _, run in groupby(blocks, key)]
+    runs: list[list[Block]] = []
+    last: tuple[Any, ...] | None = None
+    for block in blocks:
+        feature = feature_of.get(block.name)
+        key = feature or (block.name.rpartition(".")[0], block.output().channels)
+        if key != last or (feature is None and block.strides()):
+            runs.append([])
+        runs[-1].append(block)
+        last = key
+    return runs
 
 
 class Feature(NamedTuple):
@@ -148,13 +160,15 @@ class Feature(NamedTuple):
 def _timm_features(model: nn.Module) -> list[list[Feature]]:
     """The features of each timm model in ``model`` that has its modules under the names of its ``feature_info``."""
     modules = dict(model.named_modules())
-    found = []
+    found: list[list[Feature]] = []
     for name, module in modules.items():
         info = getattr(module, "feature_info", None)
         info = getattr(info, "info", info)
         if not isinstance(info, (list, tuple)) or not all(isinstance(i, dict) and i.get("module") for i in info):
             continue
         prefix = f"{name}." if name else ""
+        if any(prefix.startswith(features[0].prefix) for features in found):
+            continue  # a stem of byobnet's has features of its own, which are the model's
         if info and all(prefix + i["module"] in modules for i in info):
             found.append([Feature(prefix + i["module"], prefix, i["num_chs"]) for i in info])
     return found
@@ -174,9 +188,15 @@ def _all_hold(features: list[Feature], blocks: list[Block], model: nn.Module) ->
 
 
 def adaptive(model: nn.Module) -> Iterator[Place]:
-    """After blocks 3, 6, 9, ... of each stage and the last of a shorter one: 1 + 1 + 2 + 1 in ResNet-50 [ours]."""
-    for stage in stages(model):
+    """After blocks 3, 6, 9, ... of each stage and the last of a shorter one: 1 + 1 + 2 + 1 in ResNet-50 [ours].
+
+    Where blocks are not known, at least one per stage is one after each feature of a timm model.
+    """
+    found = stages(model)
+    for stage in found:
         yield from (block.output() for block in stage[2::3] or stage[-1:])
+    if not found:
+        yield from after_features(model)
 
 
 def after_stages(model: nn.Module) -> Iterator[Place]:
@@ -184,8 +204,21 @@ def after_stages(model: nn.Module) -> Iterator[Place]:
     found = stages(model)
     yield from (stage[-1].output() for stage in found)
     if not found:
-        features = (f for of_one in _timm_features(model) for f in of_one)
-        yield from (Place(f.name, model.get_submodule(f.name), f.channels) for f in features)
+        yield from after_features(model)
+
+
+def after_features(model: nn.Module) -> Iterator[Place]:
+    """After each feature of the timm models in ``model``."""
+    modules = dict(model.named_modules())
+    for feature in (f for features in _timm_features(model) for f in features):
+        name, module = feature.name, modules[feature.name]
+        if isinstance(module, (nn.ModuleDict, nn.ModuleList)):
+            # One that runs its children itself, as a DenseNet's: the next layer, where that is a norm of its output.
+            after = list(modules)[list(modules).index(list(dict(module.named_modules(prefix=name)))[-1]) + 1 :]
+            following = next((n for n in after if channels_of(modules[n]) is not None), name)
+            if isinstance(modules[following], _NORMS) and channels_of(modules[following]) == feature.channels:
+                name = following
+        yield Place(name, modules[name], feature.channels)
 
 
 def in_blocks(model: nn.Module) -> Iterator[Place]:

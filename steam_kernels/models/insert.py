@@ -11,8 +11,9 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+import warnings
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -87,7 +88,7 @@ def insert_steam(
             a block is in each.
         sites: "adaptive": a unit after blocks 3, 6, 9, ... of each stage, and after the last block of a shorter stage,
             which gives the paper's five units in a ResNet-50 [second-hand: five; ours: where].
-            "stages": after each stage; also for a timm model of unknown blocks, by its ``feature_info``.
+            "stages": after each stage. Both are after each of its ``feature_info`` in a timm model of unknown blocks.
             "blocks": in each block, at the end of its branch, before the addition (the concatenation in ShuffleNetV2).
             A list of module names (``model.named_modules()``), or a predicate ``(name, module) -> bool``, asked for
             each module below ``model``: after each of them. A module must return one tensor ``(N, C, H, W)``; for a
@@ -106,9 +107,9 @@ def insert_steam(
 
     Note:
         Insert units before the optimiser is made. What replaces modules, as
-        ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` does, leaves the units of the old ones behind: call it before,
-        or the units on norms ("blocks") do nothing. That a module walks over its children is seen in its class's
-        ``forward`` alone, not in what that calls.
+        ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` does to norms ("blocks"), moves their units to the new ones,
+        which do not call them: call it before, or :func:`steam_kernels.models.reattach_steam` after. That a module
+        walks over its children is seen in its class's ``forward`` alone, not in what that calls.
 
     Example:
         >>> model = insert_steam(torchvision.models.resnet50(), identity_init=True)
@@ -118,6 +119,8 @@ def insert_steam(
     _check_module(model)
     if "channels" in unit:
         raise TypeError(f"channels is set by each site, got channels={unit['channels']!r}")
+    if orphans := _orphans(model):
+        raise ValueError(_lost(orphans))
     present = next((name for name, module in model.named_modules() if isinstance(module, STEAM)), None)
     if present is not None:
         raise ValueError(f"model must be without STEAM units, got one that has them already, at {present!r}")
@@ -126,16 +129,20 @@ def insert_steam(
         if wrapper := _WRAPPERS & {c.__name__ for c in type(module).__mro__}:
             raise ValueError(f"model must not be wrapped yet, got {wrapper.pop()} at {name!r}: insert units before")
 
-    places = [_host(place, model) for place in _places(model, sites)]
+    named = _places(model, sites)
+    places = [_host(place, model) for place in named]
     seen: dict[nn.Module, str] = {}
-    for name, module, _ in places:
+    for (given, _, _), (name, module, _) in zip(named, places, strict=True):
         if module in seen:
-            raise ValueError(f"sites must name each place once, got {name!r} twice (also as {seen[module]!r})")
-        seen[module] = name
-    units = [FusedSTEAM(channels, **{**_factory(model, name), **unit}) for name, _, channels in places]
+            raise ValueError(
+                f"sites must name each place once, got {seen[module]!r} and {given!r}, whose output is that of {name!r}"
+            )
+        seen[module] = given
+    units: list[Any] = [FusedSTEAM(channels, **{**_factory(model, name), **unit}) for name, _, channels in places]
     kinds: list[Any] = [type(module) for _, module, _ in places]
     for (_, module, _), made, kind in zip(places, units, [_with_unit(kind) for kind in kinds], strict=True):
         made.train(module.training)
+        made.inserted = True  # tells it from a layer of the model's own, should a tool move it to another module
         module.add_module(NAME, made)
         module.__class__ = kind
     _log.info(
@@ -149,14 +156,47 @@ def insert_steam(
 
 
 def steam_sites(model: nn.Module) -> dict[str, FusedSTEAM]:
-    """The units that :func:`insert_steam` put into ``model`` and that act in it, by the name of the module they follow.
+    """The units that :func:`insert_steam` put into ``model``, by the name of the module that they follow.
 
-    It reads the model itself, so that it holds for copies and for what has been unpickled.
+    Each acts whenever its module is called. Whether the model calls a module is not known here: a
+    ``TransformerEncoderLayer`` reads the weights of ``self_attn.out_proj`` and never calls it. The units are read from
+    the model itself, so that this holds for copies and for what has been unpickled. Units whose modules were replaced
+    since do nothing, and are warned of; :func:`steam_kernels.models.reattach_steam` puts them back.
 
     Raises:
         TypeError: ``model`` is no module.
     """
     _check_module(model)
+    if orphans := _orphans(model):
+        warnings.warn(_lost(orphans), stacklevel=2)
+    return _sites(model)
+
+
+def reattach_steam(model: nn.Module) -> nn.Module:
+    """Has units act again whose modules a tool has replaced by new ones, in place, and returns ``model``.
+
+    Conversions of norms (torch's ``SyncBatchNorm.convert_sync_batchnorm``, timm's, Lightning's ``sync_batchnorm=True``)
+    make new modules and give them the units of the old ones as children, which nothing calls. A model without such
+    units is left as it is.
+
+    Raises:
+        TypeError: ``model`` is no module.
+        ValueError: a new module is one that cannot have a unit. Nothing is changed then.
+
+    Example:
+        >>> model = reattach_steam(torch.nn.SyncBatchNorm.convert_sync_batchnorm(model))
+    """
+    _check_module(model)
+    orphans: dict[str, Any] = _orphans(model)
+    for name, module in orphans.items():
+        _check_host(name, module, model)
+    for module in orphans.values():
+        kind: Any = type(module)
+        module.__class__ = _with_unit(kind)
+    return model
+
+
+def _sites(model: nn.Module) -> dict[str, FusedSTEAM]:
     return {name: module.steam for name, module in model.named_modules() if hasattr(type(module), "without_unit")}
 
 
@@ -169,22 +209,38 @@ def remove_steam(model: nn.Module) -> nn.Module:
         ValueError: it has no units from :func:`insert_steam`, or a module with one was given another class since, as
             ``fully_shard`` and parametrizations do. Nothing is changed then.
     """
-    sites = steam_sites(model)
+    _check_module(model)
+    sites = _sites(model)
     for name in sites:
         kind = type(model.get_submodule(name))
         if "without_unit" not in vars(kind):
             raise ValueError(f"model must be as insert_steam left it, got {name!r} that has become a {kind.__name__}")
-    # What SyncBatchNorm's conversion makes of a norm has the unit as a child, and never calls it.
-    orphans = [m for m in model.modules() if isinstance(m, nn.SyncBatchNorm) and NAME in m._modules]
+    orphans = _orphans(model)
     if not sites and not orphans:
         raise ValueError(f"model must have units that insert_steam put there, got a {type(model).__qualname__} without")
     for name in sites:
         module: Any = model.get_submodule(name)
         module.__class__ = type(module).without_unit
         del module._modules[NAME]
-    for orphan in orphans:
-        orphan._modules.pop(NAME, None)
+    for orphan in orphans.values():
+        del orphan._modules[NAME]
     return model
+
+
+def _orphans(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules that have a unit of insert_steam's as a child and not its class: a tool made them anew."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if hasattr(module._modules.get(NAME), "inserted") and not hasattr(type(module), "without_unit")
+    }
+
+
+def _lost(orphans: dict[str, nn.Module]) -> str:
+    return (
+        f"model has {len(orphans)} units that nothing calls, the first at {next(iter(orphans))!r}, since their modules "
+        "were replaced after insert_steam: steam_kernels.models.reattach_steam(model) puts them back"
+    )
 
 
 def _check_module(model: Any) -> None:
@@ -198,9 +254,11 @@ def _places(model: nn.Module, sites: Any) -> list[Place]:
             raise ValueError(f"{_SITES}, got {sites!r}")
         places = list(PLACEMENTS[sites](model))
         if not places:
+            others = [repr(name) for name, placement in PLACEMENTS.items() if any(placement(model))]
             raise TypeError(
                 f"model must have blocks that are known where sites is {sites!r} (see help(insert_steam)); got "
-                f"{type(model).__module__}.{type(model).__qualname__}: give sites as module names or as a predicate"
+                f"{type(model).__module__}.{type(model).__qualname__}: give sites as "
+                f"{''.join(f'{name} or ' for name in others)}module names or a predicate"
             )
         return places
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -228,6 +286,22 @@ def _host(place: Place, model: nn.Module) -> Place:
     while isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward and len(module):
         last, module = list(module._modules.items())[-1]
         name = f"{name}.{last}"
+    _check_host(name, module, model)
+    if hasattr(module, NAME):
+        raise ValueError(f"sites must be modules without a {NAME!r} of their own, got {name!r} that has one")
+    if several := _returns_several(module):
+        raise ValueError(
+            f"sites must be modules that return one tensor (N, C, H, W): {name!r}, a {type(module).__qualname__}, "
+            f"returns a {several}"
+        )
+    if place.module is not module and _parents(model, module) > 1:
+        raise ValueError(
+            f"sites: {place.name!r} ends in {name!r}, which the model uses elsewhere too: name another module"
+        )
+    return Place(name, module, channels_of(module) if channels is None else channels)
+
+
+def _check_host(name: str, module: nn.Module, model: nn.Module) -> None:
     if isinstance(module, (torch.fx.GraphModule, torch.jit.ScriptModule, LazyModuleMixin)) or is_parametrized(module):
         raise ValueError(
             f"sites must be modules whose class stays: {name!r}, a {type(module).__qualname__}, is generated, lazy or "
@@ -246,13 +320,24 @@ def _host(place: Place, model: nn.Module) -> Place:
         raise ValueError(
             f"sites must be modules with the forward of their class, got {name!r}, whose own forward was replaced"
         )
-    if hasattr(module, NAME):
-        raise ValueError(f"sites must be modules without a {NAME!r} of their own, got {name!r} that has one")
-    if place.module is not module and _parents(model, module) > 1:
-        raise ValueError(
-            f"sites: {place.name!r} ends in {name!r}, which the model uses elsewhere too: name another module"
-        )
-    return Place(name, module, channels_of(module) if channels is None else channels)
+    # Ultralytics puts these in forward's place, in fuse() and in an export; fuse() drops what the module holds too.
+    for owner in model.modules():
+        if (hasattr(owner, "forward_fuse") and module in owner.modules()) or (
+            hasattr(owner, "forward_split") and module is owner
+        ):
+            raise ValueError(
+                f"sites must be modules whose forward stays: {name!r}, a {type(module).__qualname__}, is or stands in "
+                f"a {type(owner).__qualname__} with a forward_fuse or forward_split, which replaces it without the unit"
+            )
+
+
+def _returns_several(module: nn.Module) -> str:
+    """The container that forward returns, where its annotation says so; else empty."""
+    try:
+        returned = get_origin(get_type_hints(inspect.unwrap(type(module).forward)).get("return"))
+    except Exception:  # it names what only type checkers see
+        return ""
+    return returned.__name__ if returned in (tuple, list, dict) else ""
 
 
 def _parents(model: nn.Module, module: nn.Module) -> int:
