@@ -1,6 +1,7 @@
 """The CPU kernels against their bars: time over the memory floor, and speed-up over the compiled honest baseline.
 
     python -m benchmarks.bars [--rows 56,28,14,7,det,batch1,kernel] [--no-compiled] [--runs 3] [--json PATH]
+    python -m benchmarks.bars --page RUN.json [RUN.json ...]          several runs as one Markdown table
 
 What is timed:
 
@@ -19,8 +20,9 @@ set on two threads of an AVX-512 machine. At the end stands which share of the r
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -186,6 +188,42 @@ def shares(rows: list[dict[str, Any]]) -> list[str]:
     return [*out, share("all of these", [not r["missed"] for r in rows])]
 
 
+def markdown(runs: Sequence[dict[str, Any]]) -> str:
+    """Files that ``--json`` wrote, side by side in one table, and under it what they were run on and which bars they
+    meet."""
+
+    def figures(row: dict[str, Any] | None) -> list[str]:
+        if row is None:
+            return ["", ""]
+        key, unit = ("_kernel_us", " µs") if row["kernel"] else ("_over_floor", "")
+        digits = 0 if row["kernel"] else 2
+        times = " / ".join(f"{row[d + key]:.{digits}f}" for d in ("forward", "backward")) + unit
+        return [times, " / ".join(f"{row[f'speedup_{d}']:.1f}" for d in SPEEDUP if f"speedup_{d}" in row)]
+
+    def name(run: dict[str, Any]) -> str:
+        return run["machine"]["cpu_variant"].upper().replace("AVX512", "AVX-512")
+
+    by_problem = [{row["problem"]: row for row in run["rows"]} for run in runs]
+    head = ["map", "bar"]
+    for run in runs:
+        head += [name(run), "times as fast"]
+    rows = []
+    for problem in dict.fromkeys(p for found in by_problem for p in found):
+        of = [found.get(problem) for found in by_problem]
+        row = next(r for r in of if r is not None)
+        bar = f"{row['forward_bar']:g} / {row['backward_bar']:g}" + (" µs" if row["kernel"] else "")
+        rows.append([problem, bar, *(cell for r in of for cell in figures(r))])
+    out = core.markdown_table(head, rows)
+    for run in runs:
+        facts = run["machine"]
+        met = "; ".join(shares(run["rows"]))
+        out.append(
+            f"- {name(run)}: {facts['processor']}, {facts['threads']} threads, torch {facts['torch']}, commit "
+            f"{facts['commit']}, {facts['date'][:10]}. Bars met, {met}."
+        )
+    return "\n".join(out) + "\n"
+
+
 HEAD = ("row", "forward (bar)", "backward (bar)", "t fwd", "floor", "t bwd", "floor", "x fwd", "x f+b", "missed")
 
 
@@ -200,7 +238,10 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="few rounds: that it runs, not what it takes")
     parser.add_argument("--threads", type=int, default=0, help="threads (torch's default)")
     parser.add_argument("--json", type=Path, help="write the rows there")
+    parser.add_argument("--page", type=Path, nargs="+", help="measure nothing: print these runs as Markdown")
     args = parser.parse_args()
+    if args.page:
+        return say(markdown([json.loads(path.read_text()) for path in args.page]))
     core.restart_with_malloc()
     if args.threads:
         core.torch.set_num_threads(args.threads)
