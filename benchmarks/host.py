@@ -3,7 +3,8 @@
     python -m benchmarks.host [--quick] [--json PATH]
 
 * *layers*, at (1, 64, 7, 7): operators, autograd function, ``steam()``, module. The kernels' own time is the
-  operator's less the same call at batch 0, which has the dispatch and the allocation only.
+  operator's less the same call at batch 0, which has the dispatch and the allocation only. What PyTorch itself takes
+  stands above: ``x * 0.5``, and a custom autograd function of the unit's inputs that computes nothing.
 * *small*: ``FusedSTEAM`` beside ``reference.STEAM`` from (1, 1, 1, 1) up, to see whether there is a size under which
   plain PyTorch is quicker.
 """
@@ -30,6 +31,20 @@ COLUMNS = ("no grad", "forward with grad", "forward + backward")
 HOST_BARS = {"no grad": 25.0, "forward + backward": 60.0}
 SMALL = ((1, 1, 1, 1), (1, 8, 2, 2), (1, 16, 7, 7), (1, 64, 7, 7), (1, 64, 14, 14), (1, 256, 14, 14), (1, 256, 28, 28))
 Rows = list[dict[str, Any]]
+
+
+class Nothing(torch.autograd.Function):
+    """What an autograd function of x and two weights costs before anything is computed."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Any, channel_weight: Any, spatial_weight: Any) -> Any:
+        ctx.save_for_backward(x, channel_weight, spatial_weight)
+        return x.detach()
+
+    @staticmethod
+    def backward(ctx: Any, dy: Any) -> tuple[Any, Any, Any]:
+        _, channel_weight, spatial_weight = ctx.saved_tensors
+        return dy, channel_weight, spatial_weight
 
 
 def block(column: str, call: Callable[[], object]) -> core.Block:
@@ -81,6 +96,7 @@ def layers(effort: core.Effort) -> Rows:
 
     stack = {
         "x * 0.5 (built in)": layer(lambda v: v * 0.5, [x]),
+        "an autograd function of nothing": layer(Nothing.apply, [x, cw, sw]),
         "operator, batch 0": operator(x[:0], dy[:0]),
         "operator": operator(x, dy),
         "autograd (ops.call)": layer(ops.call, [x, cw, sw], None, unit, problem.grid, "cpu"),

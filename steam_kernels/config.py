@@ -21,7 +21,7 @@ ACTIVATIONS = (None, "relu")
 DEFAULT_GRID = 7
 
 _DTYPES = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
-_FLOAT32, _FLOAT64 = torch.float32, torch.float64
+_FLOAT32, _FLOAT64, _STRIDED = torch.float32, torch.float64, torch.strided
 _RESIDUAL = "residual must be None or a tensor of x's shape, dtype and device"
 
 
@@ -123,6 +123,8 @@ class Unit:
         if window is not None:
             return -(-height // window), -(-width // window)
         gh, gw = self.grid_size  # type: ignore[misc]
+        if type(height) is int and type(width) is int:
+            return min(gh, height), min(gw, width)
         # Python's min() would put a guard on a symbolic size, and an exported graph would serve a few sizes only.
         if isinstance(height, torch.SymInt) or isinstance(width, torch.SymInt):
             return torch.sym_min(gh, height), torch.sym_min(gw, width)
@@ -137,25 +139,27 @@ class Unit:
             TypeError: an argument is no tensor, or of a dtype that the unit does not take.
             ValueError: a shape or device is wrong; the message names the argument, what was given and what is allowed.
         """
-        height, width = _check_x(x)
-        dtype, device = x.dtype, x.device
-        shape = _check_weight("channel_weight", channel_weight, dtype, device)
-        d = shape[1]
-        if _check_weight("spatial_weight", spatial_weight, dtype, device) != shape:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x must be a tensor of shape (N, C, H, W), got {type(x).__name__}")
+        dtype, shape, device = x.dtype, x.shape, x.device
+        if dtype not in _DTYPES:
+            raise TypeError(f"x must be of dtype float16, bfloat16, float32 or float64, got {dtype}")
+        if len(shape) != 4:
+            raise ValueError(f"x must have 4 dimensions (N, C, H, W), got shape {tuple(shape)}")
+        if x.layout is not _STRIDED:
+            raise TypeError(f"x must be a dense (strided) tensor, got layout {x.layout}")
+        _, channels, height, width = shape
+        if channels == 0 or height == 0 or width == 0:
+            raise ValueError(f"x must have C, H and W of at least 1, got shape {tuple(shape)}")
+        weights = _check_weight("channel_weight", channel_weight, dtype, device)
+        if _check_weight("spatial_weight", spatial_weight, dtype, device) != weights:
             raise ValueError(
-                f"spatial_weight must be of channel_weight's shape {tuple(shape)}, got {tuple(spatial_weight.shape)}"
+                f"spatial_weight must be of channel_weight's shape {tuple(weights)}, got {tuple(spatial_weight.shape)}"
             )
-        if d % self.num_heads:
-            raise ValueError(f"num_heads must divide the weights' {d} columns, got {self.num_heads}")
+        if weights[1] % self.num_heads:
+            raise ValueError(f"num_heads must divide the weights' {weights[1]} columns, got {self.num_heads}")
         if residual is not None:
-            if not isinstance(residual, Tensor):
-                raise TypeError(f"{_RESIDUAL}, got {type(residual).__name__}")
-            if residual.dtype is not dtype:
-                raise TypeError(f"{_RESIDUAL}: {dtype} is allowed, got {residual.dtype}")
-            if residual.shape != x.shape:
-                raise ValueError(f"{_RESIDUAL}: {tuple(x.shape)} is allowed, got {tuple(residual.shape)}")
-            if residual.device != device:
-                raise ValueError(f"{_RESIDUAL}: {device} is allowed, got {residual.device}")
+            _check_residual(residual, x)
         return self.grid(height, width)
 
 
@@ -172,22 +176,6 @@ def _grid_size(value: Any) -> tuple[int, int]:
     return value[0], value[1]
 
 
-def _check_x(x: Any) -> tuple[int, int]:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x must be a tensor of shape (N, C, H, W), got {type(x).__name__}")
-    if x.dtype not in _DTYPES:
-        raise TypeError(f"x must be of dtype float16, bfloat16, float32 or float64, got {x.dtype}")
-    shape = x.shape
-    if len(shape) != 4:
-        raise ValueError(f"x must have 4 dimensions (N, C, H, W), got shape {tuple(shape)}")
-    if x.layout is not torch.strided:
-        raise TypeError(f"x must be a dense (strided) tensor, got layout {x.layout}")
-    _, channels, height, width = shape
-    if channels == 0 or height == 0 or width == 0:
-        raise ValueError(f"x must have C, H and W of at least 1, got shape {tuple(shape)}")
-    return height, width
-
-
 def _check_weight(name: str, weight: Any, dtype: torch.dtype, device: torch.device) -> torch.Size:
     if not isinstance(weight, Tensor):
         raise TypeError(f"{name} must be a tensor of shape (4, embed_dim), got {type(weight).__name__}")
@@ -202,6 +190,17 @@ def _check_weight(name: str, weight: Any, dtype: torch.dtype, device: torch.devi
     if weight.device != device:
         raise ValueError(f"{name} must be on x's device {device}, got {weight.device}")
     return shape
+
+
+def _check_residual(residual: Any, x: Tensor) -> None:
+    if not isinstance(residual, Tensor):
+        raise TypeError(f"{_RESIDUAL}, got {type(residual).__name__}")
+    if residual.dtype is not x.dtype:
+        raise TypeError(f"{_RESIDUAL}: {x.dtype} is allowed, got {residual.dtype}")
+    if residual.shape != x.shape:
+        raise ValueError(f"{_RESIDUAL}: {tuple(x.shape)} is allowed, got {tuple(residual.shape)}")
+    if residual.device != x.device:
+        raise ValueError(f"{_RESIDUAL}: {x.device} is allowed, got {residual.device}")
 
 
 _cached_unit = lru_cache(maxsize=1024, typed=True)(Unit)

@@ -18,6 +18,8 @@ from . import native
 from .gpu import why_not_cuda_sizes, why_not_triton
 
 ENVIRONMENT = "STEAM_KERNELS_BACKEND"
+_VARIABLE = ENVIRONMENT.encode()
+_VARIABLES: dict[bytes, bytes] | None = getattr(os.environ, "_data", None) if os.name == "posix" else None
 
 
 class Call(NamedTuple):
@@ -70,10 +72,18 @@ _AUTOMATIC = {"cuda": ("triton", "cuda"), "cpu": ("cpu",)}
 
 def first(call: Call) -> str:
     """The first backend made for x's device that can run ``call``, else the reference."""
-    for name in _AUTOMATIC.get(call.x.device.type, ()):
+    x = call.x
+    for name in _AUTOMATIC.get("cpu" if x.is_cpu else x.device.type, ()):
         if not REGISTRY[name](call):
             return name
     return "reference"
+
+
+def _asked_for() -> str | None:
+    # A name that is not there costs os.environ's own methods an exception, and a call 5 us: ask the dict under it.
+    if _VARIABLES is not None and _VARIABLE not in _VARIABLES:
+        return None
+    return os.environ.get(ENVIRONMENT)
 
 
 def choose(call: Call) -> tuple[str, bool]:
@@ -88,7 +98,7 @@ def choose(call: Call) -> tuple[str, bool]:
     asked = call.unit.backend
     source = "backend"
     if asked is None:
-        asked = os.environ.get(ENVIRONMENT)
+        asked = _asked_for()
         if not asked:
             return first(call), False
         source = ENVIRONMENT
