@@ -135,7 +135,13 @@ struct ForwardWalk {
             const S* at = cells + (i * u.p.grid_w + j) * pitch + c;
             if (__builtin_expect(cells + size - at >= U * lanes, 1)) {
 #pragma GCC unroll 16
-              for (int k = 0; k < U; ++k) sum[k] += load(at + k * lanes);
+              for (int k = 0; k < U; ++k) {
+                // The next tile's: cells lie too far apart for the processor to see where this goes.
+                if (k * lanes * static_cast<int64_t>(sizeof(S)) % kLine == 0) {
+                  __builtin_prefetch(at + (U + k) * lanes);
+                }
+                sum[k] += load(at + k * lanes);
+              }
             } else {
               for (int k = 0; k < U; ++k) sum[k] += load_until(at + k * lanes, cells + size);
             }

@@ -173,24 +173,43 @@ struct Triple {
   }
 };
 
-// What one head sees there. The neighbour with the largest score has weight 1, and the middle one is never that one:
-// two exponentials of three, and no choice of neighbours.
+// A Triple from the end with the largest score: its token, and how far the middle and the other end lie from it.
+template <class L>
+struct View {
+  typename L::V end, near, far;
+};
+
+// Which end that is depends on the signs of a head's slope a and of the node's token alone: one view for the heads with
+// a > 0, and for the others the one from the other end.
+template <class L>
+struct Views {
+  using V = typename L::V;
+  typename L::M positive;
+  View<L> rising, falling;  // set member by member: GCC copies a struct of vectors through memory, in halves
+
+  STEAM_INLINE Views(const Triple<L>& of, V token) {
+    positive = L::less(L::zero(), token);
+    rising.end = L::select(positive, of.hi, of.lo);
+    rising.near = L::select(positive, of.down, of.up);
+    rising.far = L::select(positive, -of.range, of.range);
+    falling.end = L::select(positive, of.lo, of.hi);
+    falling.near = L::select(positive, of.up, of.down);
+    falling.far = -rising.far;
+  }
+};
+
+// What one head sees there. The end has weight 1: two exponentials of three.
 template <class L>
 struct TripleAttention {
   using V = typename L::V;
-  typename L::M rises;
-  V near, far, near_weight, far_weight, inverse, mean;
+  V near_weight, far_weight, inverse, mean;
 
-  STEAM_INLINE TripleAttention(const Triple<L>& of, V slope) {
-    rises = L::less(L::zero(), slope);
-    near = L::select(rises, of.down, of.up);
-    far = L::select(rises, -of.range, of.range);
-    near_weight = L::exp_nonpositive(slope * near);
-    far_weight = L::exp_nonpositive(slope * far);
+  STEAM_INLINE TripleAttention(const View<L>& view, V slope) {
+    near_weight = L::exp_nonpositive(slope * view.near);
+    far_weight = L::exp_nonpositive(slope * view.far);
     inverse = L::set(1) / (1 + near_weight + far_weight);
-    mean = (near_weight * near + far_weight * far) * inverse;
+    mean = (near_weight * view.near + far_weight * view.far) * inverse;
   }
-  STEAM_INLINE V message(const Triple<L>& of) const { return L::select(rises, of.hi, of.lo) + mean; }
 };
 
 template <class L>
@@ -206,11 +225,12 @@ void transform_triples(const Branch<L>& branch, const Heads<L>& heads, Positions
   using V = typename L::V;
   for (int64_t at = where.begin; at < where.end; at += L::kLanes) {
     const V t = load(tokens + at);
-    const Triple<L> triple = triple_at(branch, tokens, at);
+    const Views<L> views(triple_at(branch, tokens, at), t);
     V o = L::zero();
     for (int64_t h = 0; h < heads.count; ++h) {
-      const TripleAttention<L> head(triple, L::set(heads.a[h]) * t);
-      o += L::set(heads.b[h]) * head.message(triple);
+      const View<L>& view = heads.a[h] > 0 ? views.rising : views.falling;
+      const TripleAttention<L> head(view, L::set(heads.a[h]) * t);
+      o += L::set(heads.b[h]) * (view.end + head.mean);
     }
     store(out + at, o);
   }
@@ -271,7 +291,7 @@ void transform_nodes_backward(const Branch<L>& branch, const Heads<L>& heads, Po
   }
 }
 
-// transform_nodes_backward on a ring of three distinct neighbours.
+// transform_nodes_backward on a ring of three distinct neighbours. Where there is no node all is zero, and stays so.
 template <class L>
 void transform_triples_backward(const Branch<L>& branch, const Heads<L>& heads, Positions where,
                                 const typename L::A* tokens, const typename L::A* out_grad, typename L::A* token_grad,
@@ -280,29 +300,39 @@ void transform_triples_backward(const Branch<L>& branch, const Heads<L>& heads, 
   for (int64_t h = 0; h < 2 * heads.count; ++h) sums[h] = L::zero();
   for (int64_t at = where.begin; at < where.end; at += L::kLanes) {
     const auto is_node = RingNodes<L, 3>::make(branch, tokens, at).is_node();
-    const V t = load(tokens + at);
-    const V og = L::select(is_node, load(out_grad + at), L::zero());
-    const Triple<L> triple = triple_at(branch, tokens, at);
-    V own = L::zero(), to_lo = L::zero(), to_mid = L::zero(), to_hi = L::zero();
+    const auto of_node = [&](const typename L::A* from)
+                             STEAM_LAMBDA_INLINE { return L::select(is_node, load(from), L::zero()); };
+    const auto neighbour = [&](int k) STEAM_LAMBDA_INLINE { return of_node(tokens + at + branch.offsets[k]); };
+    const V t = of_node(tokens + at), og = of_node(out_grad + at);
+    const Triple<L> triple(neighbour(0), neighbour(1), neighbour(2));
+    const Views<L> views(triple, t);
+    V own = L::zero(), to_mid = L::zero(), to_rising = L::zero(), to_falling = L::zero();
     for (int64_t h = 0; h < heads.count; ++h) {
       const V a = L::set(heads.a[h]), slope = a * t, mean_grad = L::set(heads.b[h]) * og;
-      const TripleAttention<L> head(triple, slope);
-      const V near = head.near - head.mean, far = head.far - head.mean;
-      const V near_alpha = head.near_weight * head.inverse, far_alpha = head.far_weight * head.inverse;
-      const V variance = near_alpha * near * near + far_alpha * far * far + head.inverse * head.mean * head.mean;
-      const V to_near = mean_grad * near_alpha * (1 + slope * near), to_far = mean_grad * far_alpha * (1 + slope * far);
-      const V to_first = mean_grad * head.inverse * (1 - slope * head.mean);
-      to_mid += to_near;
-      to_hi += L::select(head.rises, to_first, to_far);
-      to_lo += L::select(head.rises, to_far, to_first);
-      own += mean_grad * a * variance;
-      sums[h] += L::select(is_node, mean_grad * t * variance, L::zero());
-      sums[heads.count + h] += L::select(is_node, og * head.message(triple), L::zero());
+      const auto look = [&](const View<L>& view, V& to_end, V& to_other) STEAM_LAMBDA_INLINE {
+        const TripleAttention<L> head(view, slope);
+        const V near = view.near - head.mean, far = view.far - head.mean;
+        const V of_end = mean_grad * head.inverse;
+        const V of_near = of_end * head.near_weight, of_far = of_end * head.far_weight;
+        to_mid += of_near * (1 + slope * near);
+        to_other += of_far * (1 + slope * far);
+        to_end += of_end * (1 - slope * head.mean);
+        const V spread = of_near * near * near + of_far * far * far + of_end * head.mean * head.mean;
+        own += a * spread;
+        sums[h] += t * spread;
+        sums[heads.count + h] += og * (view.end + head.mean);
+      };
+      if (heads.a[h] > 0) {
+        look(views.rising, to_rising, to_falling);
+      } else {
+        look(views.falling, to_falling, to_rising);
+      }
     }
-    store(token_grad + at, load(token_grad + at) + L::select(is_node, own, L::zero()));
+    store(token_grad + at, load(token_grad + at) + own);
     V share[3];
-    triple.sort_back(to_lo, to_mid, to_hi, share[0], share[1], share[2]);
-    for (int k = 0; k < 3; ++k) store(tape.shares + k * branch.size + at, L::select(is_node, share[k], L::zero()));
+    triple.sort_back(L::select(views.positive, to_falling, to_rising), to_mid,
+                     L::select(views.positive, to_rising, to_falling), share[0], share[1], share[2]);
+    for (int k = 0; k < 3; ++k) store(tape.shares + k * branch.size + at, share[k]);
   }
 }
 

@@ -80,19 +80,19 @@ struct LanesF {
   static STEAM_INLINE V magnitude(V a) { return bit_cast<V>(bit_cast<M>(a) & 0x7fffffff); }
 
   static STEAM_INLINE V exp_nonpositive(V x) {
-    // Cody-Waite reduction by ln 2 and the Taylor polynomial of degree 6 on |r| <= ln(2)/2: 1 ulp or so.
-    const V n = (x * 1.44269504088896341f + 12582912.0f) - 12582912.0f;
+    // Cody-Waite reduction by ln 2, then 1 + r + r^2 q(r) on |r| <= ln(2)/2, q of degree 3 with the least relative
+    // error: 1.8e-7 at most with all roundings, where Taylor's of degree 6 has 2.3e-7.
+    const V shifted = x * 1.44269504088896341f + 12582912.0f;
+    const V n = shifted - 12582912.0f;
     V r = x - n * 0.693145751953125f;
     r = r - n * 1.428606765330187e-06f;
-    V p = r * 1.3888889e-3f + 8.3333333e-3f;
-    p = p * r + 4.1666667e-2f;
-    p = p * r + 1.6666667e-1f;
-    p = p * r + 0.5f;
+    V p = r * 0.008312501013278961f + 0.041890330612659454f;
+    p = p * r + 0.16667115688323975f;
+    p = p * r + 0.499992311000824f;
     p = p * r + 1.0f;
     p = p * r + 1.0f;
     // 12582912 leaves n in the low mantissa bits; the multiplication keeps a NaN a NaN.
-    const M bits = bit_cast<M>(x * 1.44269504088896341f + 12582912.0f);
-    const V power = bit_cast<V>((bits + 127) << 23);
+    const V power = bit_cast<V>((bit_cast<M>(shifted) + 127) << 23);
     return select(x < -87.0f, zero(), p * power);
   }
 };
