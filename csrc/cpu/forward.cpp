@@ -41,54 +41,103 @@ struct ForwardWalk {
     return 1.0 / (static_cast<double>(u.p.channels) * static_cast<double>(u.cell_size(i, j)));
   }
 
+  // NCHW, block by block of channels: tokens, then the ring and the blocks' part of the spatial tokens.
   void pool_planar(const Source& source, const Gates<T>& g, const cpu::Parallel* parallel, Arena& arena) const {
-    const bool by_pixel = u.walk == Walk::kPixels;
-    A* z = g.channel.token + u.ring.first;
-    A* columns = by_pixel ? nullptr : arena.take<A>(u.p.channels * u.sums());
     A* partial = arena.take<A>(u.blocks * u.sums());
-    const V mean = L::set(static_cast<A>(1.0 / static_cast<double>(u.pixels)));
-    for_tasks(parallel, u.blocks, [&](int64_t b) {
-      const int64_t begin = b * u.block, end = smaller(begin + u.block, u.p.channels);
-      if (by_pixel && u.row_vectors() <= kHeld) {
-        const auto tail = L::first(u.pixels - (u.row_vectors() - 1) * lanes);
-        with_unroll<kHeld>(u.row_vectors(), [&, x = source]<int U>() {
-          sum_channels<L>(begin, end, z, [&](int64_t c) STEAM_LAMBDA_INLINE {
-            return sum_short_row<U>(x, c * u.pixels, tail) * mean;
-          });
-        });
-        return;
-      }
-      sum_channels<L>(begin, end, z, [&, x = source](int64_t c) {
-        V total = L::zero();
-        if (by_pixel) {
-          for (int64_t run = 0; run < u.pixels; run += kRun * lanes) {
-            total += sum_run(x, c * u.pixels + run, smaller(kRun * lanes, u.pixels - run));
-          }
-        } else {
-          A* out = columns + c * u.sums();
-          strip_sums<true>(x, c * u.pixels, u.row_begin, u.rows, u.p.width, [&](int64_t i, int64_t q, V v, V) {
-            store(out + i * u.pitch + q, v);
-            total += v;
-          });
-        }
-        return total * mean;
-      });
-    });
-    graph_forward<L>(u.ring, u.channel, g.channel.token, g.channel.o, g.channel.gate, parallel);
-    for_tasks(parallel, u.blocks, [&](int64_t b) {
-      const int64_t begin = b * u.block, count = smaller(u.block, u.p.channels - begin);
-      const A* weight = token_weights(g) + begin;
-      A* out = partial + b * u.sums();
-      if (by_pixel) {
-        contract_channels(source.x + begin * u.pixels, u.sample - begin * u.pixels, count, u.pixels, weight, u.sums(),
-                          out);
-      } else {
-        contract_channels(columns + begin * u.sums(), count * u.sums(), count, u.sums(), weight, u.sums(), out);
-      }
-    });
+    const int64_t ranges = parallel ? smaller(parallel->threads, u.blocks) : 1;
+    if (2 * u.ring.margin * kFewMore * ranges <= u.p.channels) {
+      for_tasks(parallel, ranges,
+                [&](int64_t k) { pool_range(source, g, k * u.blocks / ranges, (k + 1) * u.blocks / ranges, partial); });
+    } else {
+      A* columns = u.walk == Walk::kPixels ? nullptr : arena.take<A>(u.blocks * u.block * u.sums());
+      const auto columns_of = [&](int64_t b) { return ahead(columns, b * u.block * u.sums()); };
+      A* z = g.channel.token + u.ring.first;
+      for_tasks(parallel, u.blocks,
+                [&](int64_t b) { channel_tokens(source, block_begin(b), block_end(b), columns_of(b), z); });
+      surround(u.ring, g.channel.token);
+      for_tasks(parallel, u.blocks,
+                [&](int64_t b) { look_at_block(source, g, b, columns_of(b), g.channel.token, partial); });
+    }
     join_blocks(u, partial);
     join_cells(u, partial, g.spatial.token, [&](int64_t i, int64_t j) { return token_scale(i, j); });
     graph_forward<L>(u.lattice, u.spatial, g.spatial.token, g.spatial.o, g.spatial.gate, parallel);
+  }
+
+  // A range of channels is worth its own tokens of the neighbours beyond it where they are this many times fewer.
+  static constexpr int64_t kFewMore = 8;
+
+  int64_t block_begin(int64_t b) const { return b * u.block; }
+  int64_t block_end(int64_t b) const { return smaller((b + 1) * u.block, u.p.channels); }
+
+  // Blocks from ... to - 1, each while its maps are in cache; tokens go one block ahead of the ring, which looks at
+  // them.
+  void pool_range(const Source& source, const Gates<T>& g, int64_t from, int64_t to, A* partial) const {
+    Arena arena;
+    const int64_t margin = u.ring.margin, begin = block_begin(from), end = block_end(to - 1);
+    A* columns = u.walk == Walk::kPixels ? nullptr : arena.take<A>(2 * u.block * u.sums());
+    const auto columns_of = [&](int64_t b) { return ahead(columns, b % 2 * u.block * u.sums()); };
+    A* tokens = arena.take<A>(u.ring.size);
+    A* z = tokens + u.ring.first;
+    // The neighbours beyond the range, to the bit as whoever has them in its range.
+    const auto beyond = [&](int64_t c) {
+      const int64_t node = (c + u.p.channels) % u.p.channels;
+      channel_tokens(source, node, node + 1, columns_of(to), z + c - node);
+    };
+    for (int64_t c = begin - margin; c < begin; ++c) beyond(c);
+    for (int64_t b = from; b <= to; ++b) {
+      if (b < to) {
+        channel_tokens(source, block_begin(b), block_end(b), columns_of(b), z);
+      } else {
+        for (int64_t c = end; c < end + margin; ++c) beyond(c);
+        for (int64_t c = end + margin; c < round_up(end, lanes) + margin; ++c) z[c] = 0;
+      }
+      if (b > from) look_at_block(source, g, b - 1, columns_of(b - 1), tokens, partial);
+    }
+    memcpy(g.channel.token + u.ring.first + begin, z + begin, sizeof(A) * static_cast<size_t>(end - begin));
+  }
+
+  // z[c] for channels begin ... end - 1, and their column sums where the walk has them.
+  void channel_tokens(const Source& source, int64_t begin, int64_t end, A* columns, A* z) const {
+    const bool by_pixel = u.walk == Walk::kPixels;
+    const V mean = L::set(static_cast<A>(1.0 / static_cast<double>(u.pixels)));
+    if (by_pixel && u.row_vectors() <= kHeld) {
+      const auto tail = L::first(u.pixels - (u.row_vectors() - 1) * lanes);
+      with_unroll<kHeld>(u.row_vectors(), [&, x = source]<int U>() {
+        sum_channels<L>(begin, end, z,
+                        [&](int64_t c) STEAM_LAMBDA_INLINE { return sum_short_row<U>(x, c * u.pixels, tail) * mean; });
+      });
+      return;
+    }
+    sum_channels<L>(begin, end, z, [&, x = source](int64_t c) {
+      V total = L::zero();
+      if (by_pixel) {
+        for (int64_t run = 0; run < u.pixels; run += kRun * lanes) {
+          total += sum_run(x, c * u.pixels + run, smaller(kRun * lanes, u.pixels - run));
+        }
+      } else {
+        A* out = columns + (c - begin) * u.sums();
+        strip_sums<true>(x, c * u.pixels, u.row_begin, u.rows, u.p.width, [&](int64_t i, int64_t q, V v, V) {
+          store(out + i * u.pitch + q, v);
+          total += v;
+        });
+      }
+      return total * mean;
+    });
+  }
+
+  // The gates of a block's channels, and the sum over them of what space looks at.
+  void look_at_block(const Source& source, const Gates<T>& g, int64_t b, const A* columns, const A* tokens,
+                     A* partial) const {
+    const int64_t begin = block_begin(b), count = block_end(b) - begin, at = u.ring.first + begin;
+    transform<L>(u.ring, u.channel, {at, at + count}, tokens, g.channel.o, g.channel.gate);
+    const A* weight = token_weights(g) + begin;
+    A* out = partial + b * u.sums();
+    if (u.walk == Walk::kPixels) {
+      contract_channels(source.x + begin * u.pixels, u.sample - begin * u.pixels, count, u.pixels, weight, u.sums(),
+                        out);
+    } else {
+      contract_channels(columns, count * u.sums(), count, u.sums(), weight, u.sums(), out);
+    }
   }
 
   void pool_channels_last(const Source& x, const Gates<T>& g, const cpu::Parallel* parallel, Arena& arena) const {

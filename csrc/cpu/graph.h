@@ -390,34 +390,40 @@ void open_gates(Positions where, const typename L::A* o, typename L::A* gate) {
   for (int64_t at = where.begin; at < where.end; at += L::kLanes) store(gate + at, sigmoid<L>(load(o + at)).open);
 }
 
-// o = T(tokens) at every node, and the gates open = sigmoid(o). `tokens`, `o` and `open` are arrays of branch.size.
+// o = T(tokens) at the nodes `where`, and the gates open = sigmoid(o). `tokens`, `o` and `open` are arrays of
+// branch.size; tokens and their surroundings are in place.
 template <class L>
 struct GraphForward {
   const Branch<L>& branch;
   const Heads<L>& heads;
+  Positions where;
   const typename L::A* tokens;
   typename L::A* o;
   typename L::A* open;
-  const cpu::Parallel* parallel;
   template <class N, int K>
   void run() const {
-    for_tasks(parallel, node_blocks(branch), [&](int64_t block) {
-      const Positions where = node_block(branch, block);
-      if (K == 3 && branch.wraps) {
-        transform_triples(branch, heads, where, tokens, o);
-      } else {
-        transform_nodes<L, N>(branch, heads, where, tokens, o);
-      }
-      open_gates<L>(where, o, open);
-    });
+    if (K == 3 && branch.wraps) {
+      transform_triples(branch, heads, where, tokens, o);
+    } else {
+      transform_nodes<L, N>(branch, heads, where, tokens, o);
+    }
+    open_gates<L>(where, o, open);
   }
 };
 
 template <class L>
+void transform(const Branch<L>& branch, const Heads<L>& heads, Positions where, const typename L::A* tokens,
+               typename L::A* o, typename L::A* open) {
+  with_nodes<L>(branch, GraphForward<L>{branch, heads, where, tokens, o, open});
+}
+
+// The same at every node.
+template <class L>
 void graph_forward(const Branch<L>& branch, const Heads<L>& heads, typename L::A* tokens, typename L::A* o,
                    typename L::A* open, const cpu::Parallel* parallel) {
   surround(branch, tokens);
-  with_nodes<L>(branch, GraphForward<L>{branch, heads, tokens, o, open, parallel});
+  for_tasks(parallel, node_blocks(branch),
+            [&](int64_t block) { transform<L>(branch, heads, node_block(branch, block), tokens, o, open); });
 }
 
 // From the gradient of the gates (in `grad`, overwritten by that of o) to the gradient of the tokens.

@@ -137,12 +137,13 @@ STEAM_INLINE Gate<L> sigmoid(typename L::V o) {
   return {L::select(negative, small, large), L::select(negative, large, small)};
 }
 
+// In pairs, as sum_lanes_of_each adds them: the same bits.
 template <class L>
 STEAM_INLINE typename L::A sum_lanes(typename L::V v) {
   typename L::A a[L::kLanes];
   __builtin_memcpy(a, &v, sizeof(v));
-  for (int step = L::kLanes / 2; step > 0; step /= 2) {
-    for (int i = 0; i < step; ++i) a[i] += a[i + step];
+  for (int n = L::kLanes / 2; n > 0; n /= 2) {
+    for (int i = 0; i < n; ++i) a[i] = a[2 * i] + a[2 * i + 1];
   }
   return a[0];
 }
