@@ -16,18 +16,34 @@ struct StoredCells {
   const typename L::A* values;
   const typename L::A* products;
   int64_t pitch;
-  STEAM_INLINE typename L::V value(int64_t cell, int64_t c) const { return load(values + cell * pitch + c); }
-  STEAM_INLINE typename L::V product(int64_t cell, int64_t c) const { return load(products + cell * pitch + c); }
+  STEAM_INLINE bool inside(int64_t, int64_t) const { return true; }
+  template <bool>
+  STEAM_INLINE typename L::V value(int64_t cell, int64_t c) const {
+    return load(values + cell * pitch + c);
+  }
+  template <bool>
+  STEAM_INLINE typename L::V product(int64_t cell, int64_t c) const {
+    return load(products + cell * pitch + c);
+  }
+  STEAM_INLINE void prefetch(int64_t, int64_t) const {}
 };
 template <class M>
 struct LiveCells {
   M maps;
   int64_t channels;
-  STEAM_INLINE typename M::V value(int64_t cell, int64_t c) const { return maps.value_until(cell * channels + c); }
+  // Whether whole vectors can be read up to channel `end` of a cell.
+  STEAM_INLINE bool inside(int64_t cell, int64_t end) const { return cell * channels + end <= maps.size; }
+  template <bool kInside>
+  STEAM_INLINE typename M::V value(int64_t cell, int64_t c) const {
+    const int64_t e = cell * channels + c;
+    return kInside ? maps.value(e) : maps.value_until(e);
+  }
+  template <bool kInside>
   STEAM_INLINE typename M::V product(int64_t cell, int64_t c) const {
     const int64_t e = cell * channels + c;
-    return maps.value_until(e) * maps.upstream_until(e);
+    return kInside ? maps.value(e) * maps.upstream(e) : maps.value_until(e) * maps.upstream_until(e);
   }
+  STEAM_INLINE void prefetch(int64_t cell, int64_t c) const { maps.prefetch(cell * channels + c, 0); }
 };
 
 template <class T, bool kRelu>
@@ -45,12 +61,14 @@ struct BackwardWalk {
   // One sample's gradients of gates (then of pre-activations) and tokens, in the branches' arrays.
   struct Grads {
     A *channel_gate, *channel_token, *spatial_gate, *spatial_token;
+    A* spatial_share;  // s = du / (C n_ij): what one pixel's token gradient comes to
     GraphTape<L> channel_tape, spatial_tape;
     Grads(const Unit<T>& u, Arena& arena)
         : channel_gate(arena.take<A>(u.ring.size)),
           channel_token(arena.take<A>(u.ring.size)),
           spatial_gate(arena.take<A>(u.lattice.size)),
           spatial_token(arena.take<A>(u.lattice.size)),
+          spatial_share(arena.take<A>(u.lattice.size)),
           channel_tape(tape(u.ring, u.channel, arena)),
           spatial_tape(tape(u.lattice, u.spatial, arena)) {}
     static GraphTape<L> tape(const Branch<L>& branch, const Heads<L>& heads, Arena& arena) {
@@ -96,15 +114,19 @@ struct BackwardWalk {
   const A* channel_gate(const Gates<T>& g) const { return g.channel.gate + u.ring.first; }
   // The channels' weights in the spatial tokens (math step 4).
   const A* token_weights(const Gates<T>& g) const { return u.p.sequential ? channel_gate(g) : u.ones; }
-  // s = du / (C n_ij): what one pixel's token gradient comes to.
-  A token_share(const Grads& d, int64_t i, int64_t j) const {
-    return static_cast<A>(static_cast<double>(d.spatial_token[u.lattice.at(i, j)]) /
-                          (static_cast<double>(u.p.channels) * static_cast<double>(u.cell_size(i, j))));
-  }
+  A token_share(const Grads& d, int64_t i, int64_t j) const { return d.spatial_share[u.lattice.at(i, j)]; }
 
   void spatial_backward(const Gates<T>& g, const Grads& d, int64_t n, const cpu::Parallel* parallel) const {
     graph_backward<L>(u.lattice, u.spatial, g.spatial.token, g.spatial.o, d.spatial_gate, d.spatial_token,
                       d.spatial_tape, sums + n * 4 * u.channel.count + 2 * u.channel.count, parallel);
+    for (int64_t i = 0; i < u.p.grid_h; ++i) {
+      for (int64_t j = 0; j < u.p.grid_w; ++j) {
+        const int64_t at = u.lattice.at(i, j);
+        d.spatial_share[at] =
+            static_cast<A>(static_cast<double>(d.spatial_token[at]) /
+                           (static_cast<double>(u.p.channels) * static_cast<double>(u.cell_size(i, j))));
+      }
+    }
   }
   void channel_backward(const Gates<T>& g, const Grads& d, int64_t n, const cpu::Parallel* parallel) const {
     graph_backward<L>(u.ring, u.channel, g.channel.token, g.channel.o, d.channel_gate, d.channel_token, d.channel_tape,
@@ -336,8 +358,10 @@ struct BackwardWalk {
     for_tasks(parallel, u.p.grid_h, [&](int64_t i) {
       for (int64_t j = 0; j < u.p.grid_w; ++j) {
         const int64_t cell = i * u.p.grid_w + j;
-        const auto product = [&](int64_t c) STEAM_LAMBDA_INLINE { return load(channel + c) * cells.product(cell, c); };
-        const A dot = sum_lanes<L>(sum_vectors<L>(u.p.channels, product, product));
+        const A dot = sum_lanes<L>(sum_vectors<L>(
+            u.p.channels,
+            [&](int64_t c) STEAM_LAMBDA_INLINE { return load(channel + c) * cells.template product<true>(cell, c); },
+            [&](int64_t c) { return load(channel + c) * cells.template product<false>(cell, c); }));
         d.spatial_gate[u.lattice.at(i, j)] = static_cast<A>(static_cast<double>(dot) * u.p.scale);
       }
     });
@@ -355,10 +379,20 @@ struct BackwardWalk {
             const int64_t cell = i * u.p.grid_w + j;
             const V gate = L::set(g.spatial.gate[u.lattice.at(i, j)] * static_cast<A>(u.p.scale));
             const V token = L::set(u.p.sequential ? token_share(d, i, j) : A{0});
+            const auto add = [&]<bool kInside>() STEAM_LAMBDA_INLINE {
 #pragma GCC unroll 16
-            for (int k = 0; k < U; ++k) {
-              sum[k] += gate * cells.product(cell, c + k * lanes);
-              if (u.p.sequential) sum[k] += token * cells.value(cell, c + k * lanes);
+              for (int k = 0; k < U; ++k) {
+                const int64_t at = c + k * lanes;
+                // The next tile's, as forwards.
+                if (k * lanes * static_cast<int64_t>(sizeof(T)) % kLine == 0) cells.prefetch(cell, at + U * lanes);
+                sum[k] += gate * cells.template product<kInside>(cell, at);
+                if (u.p.sequential) sum[k] += token * cells.template value<kInside>(cell, at);
+              }
+            };
+            if (__builtin_expect(cells.inside(cell, c + U * lanes), 1)) {
+              add.template operator()<true>();
+            } else {
+              add.template operator()<false>();
             }
           }
 #pragma GCC unroll 16
