@@ -24,6 +24,10 @@ CASES = [
 CASES += [
     Case(space=(56, 56), channels=96, batch=1, layout="nchw"),
     Case(space=(56, 56), channels=96, batch=1, layout="nhwc"),
+    # Shared by ranges of channels that look at each other's: few neighbours beyond a range, and too many.
+    Case(space=(14, 14), channels=300, batch=1, radius=3),
+    Case(space=(7, 7), channels=1100, batch=1, dtype=torch.bfloat16),
+    Case(space=(28, 28), channels=70, batch=1, radius=20),
     Case(space=(100, 167), channels=3, batch=1, layout="nchw", grid=(13, 21)),
     Case(space=(100, 167), channels=3, batch=1, layout="nhwc", grid=(13, 21)),
     Case(space=(1, 500), channels=17, batch=1, dtype=torch.float64),

@@ -25,6 +25,9 @@ LARGE = [
     Case(space=(1, 1), channels=300, batch=5, layout="nhwc", self_loops=False),
     Case(space=(28, 28), channels=130, dtype=BF16, layout="nhwc", attention=(8, 8), radius=2, neighbors=8),
     Case(space=(57, 61), channels=33, batch=1, layout="nhwc", dtype=F16, tail="other_relu"),
+    # Rings that reach beyond a block of channels, and beyond a last one that is short.
+    Case(space=(5, 5), channels=650, radius=40),
+    Case(space=(18, 17), channels=146, radius=5),
 ]
 
 

@@ -45,7 +45,8 @@ struct ForwardWalk {
   void pool_planar(const Source& source, const Gates<T>& g, const cpu::Parallel* parallel, Arena& arena) const {
     A* partial = arena.take<A>(u.blocks * u.sums());
     const int64_t ranges = parallel ? smaller(parallel->threads, u.blocks) : 1;
-    if (2 * u.ring.margin * kFewMore * ranges <= u.p.channels) {
+    const int64_t margin = u.ring.margin;
+    if (margin <= u.block && 2 * margin * kFewMore * ranges <= u.p.channels) {
       for_tasks(parallel, ranges,
                 [&](int64_t k) { pool_range(source, g, k * u.blocks / ranges, (k + 1) * u.blocks / ranges, partial); });
     } else {
@@ -70,7 +71,7 @@ struct ForwardWalk {
   int64_t block_end(int64_t b) const { return smaller((b + 1) * u.block, u.p.channels); }
 
   // Blocks from ... to - 1, each while its maps are in cache; tokens go one block ahead of the ring, which looks at
-  // them.
+  // them, `margin` channels at most.
   void pool_range(const Source& source, const Gates<T>& g, int64_t from, int64_t to, A* partial) const {
     Arena arena;
     const int64_t margin = u.ring.margin, begin = block_begin(from), end = block_end(to - 1);
@@ -81,18 +82,16 @@ struct ForwardWalk {
     // The neighbours beyond the range, to the bit as whoever has them in its range.
     const auto beyond = [&](int64_t c) {
       const int64_t node = (c + u.p.channels) % u.p.channels;
-      channel_tokens(source, node, node + 1, columns_of(to), z + c - node);
+      channel_tokens(source, node, node + 1, columns, z + c - node);
     };
     for (int64_t c = begin - margin; c < begin; ++c) beyond(c);
-    for (int64_t b = from; b <= to; ++b) {
-      if (b < to) {
-        channel_tokens(source, block_begin(b), block_end(b), columns_of(b), z);
-      } else {
-        for (int64_t c = end; c < end + margin; ++c) beyond(c);
-        for (int64_t c = end + margin; c < round_up(end, lanes) + margin; ++c) z[c] = 0;
-      }
+    for (int64_t c = end; c < end + margin; ++c) beyond(c);
+    for (int64_t c = end + margin; c < round_up(end, lanes) + margin; ++c) z[c] = 0;
+    for (int64_t b = from; b < to; ++b) {
+      channel_tokens(source, block_begin(b), block_end(b), columns_of(b), z);
       if (b > from) look_at_block(source, g, b - 1, columns_of(b - 1), tokens, partial);
     }
+    look_at_block(source, g, to - 1, columns_of(to - 1), tokens, partial);
     memcpy(g.channel.token + u.ring.first + begin, z + begin, sizeof(A) * static_cast<size_t>(end - begin));
   }
 
