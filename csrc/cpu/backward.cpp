@@ -155,10 +155,8 @@ struct BackwardWalk {
         return;
       }
       if (by_pixel) {
-        sum_channel_groups<L, 2>(begin, end, gate_grad, [&]<int n>(int64_t c, V* each) {
-          pixel_products<n>(maps, c, channel, spread, contracted, each);
-          for (int i = 0; i < n; ++i) each[i] *= scale;
-        });
+        sum_channels<L>(begin, end, gate_grad,
+                        [&](int64_t c) { return pixel_products(maps, c, channel, spread, contracted) * scale; });
         return;
       }
       sum_channels<L>(begin, end, gate_grad, [&](int64_t c) {
@@ -261,44 +259,41 @@ struct BackwardWalk {
     });
   }
 
-  // n channels where x itself stands for column sums: adds channel * dy * x to `contracted`, and gives each channel's
-  // spread * dy * x.
-  template <int n>
-  void pixel_products(const Source& source, int64_t c, const A* channel, const A* spread, A* contracted,
-                      V* each) const {
+  // Where x itself stands for column sums: adds channel * dy * x to `contracted`, and gives the sum of spread * dy * x.
+  // One channel at a time, so that x and dy are read in the order of memory.
+  STEAM_INLINE V pixel_products(const Source& source, int64_t c, const A* channel, const A* spread,
+                                A* contracted) const {
     const Source maps = source;
     const int64_t e = c * u.pixels, pixels = u.pixels;
-    V weight[n], total[n];
-    for (int i = 0; i < n; ++i) {
-      weight[i] = L::set(channel[c + i]);
-      each[i] = L::zero();
-    }
-    const auto add = [&]<bool kWhole>(int64_t k, int64_t valid) STEAM_LAMBDA_INLINE {
-      const V by = load(spread + k);
-      V sum = load(contracted + k);
-#pragma GCC unroll 4
-      for (int i = 0; i < n; ++i) {
-        const int64_t at = e + i * pixels + k;
-        V product;
-        if (kWhole) {
-          maps.prefetch(at);
-          product = maps.value(at) * maps.upstream(at);
-        } else {
-          product = L::select(L::first(valid), maps.value_until(at) * maps.upstream_until(at), L::zero());
-        }
-        sum += weight[i] * product;
-        total[i] += by * product;
-      }
-      store(contracted + k, sum);
+    const V weight = L::set(channel[c]);
+    const auto add = [&](int64_t k, V product, V& total) STEAM_LAMBDA_INLINE {
+      store(contracted + k, load(contracted + k) + weight * product);
+      total += load(spread + k) * product;
     };
+    const auto add_whole = [&](int64_t k, V& total)
+                               STEAM_LAMBDA_INLINE { add(k, maps.value(e + k) * maps.upstream(e + k), total); };
+    V all = L::zero();
     for (int64_t run = 0; run < pixels; run += kRun * lanes) {
       const int64_t end = smaller(run + kRun * lanes, pixels);
-      for (int i = 0; i < n; ++i) total[i] = L::zero();
+      V even = L::zero(), odd = L::zero();
       int64_t k = run;
-      for (; k + lanes <= end; k += lanes) add.template operator()<true>(k, lanes);
-      if (k < end) add.template operator()<false>(k, end - k);
-      for (int i = 0; i < n; ++i) each[i] += total[i];
+      for (; k + 2 * lanes <= end; k += 2 * lanes) {
+        maps.prefetch(e + k);
+        if (2 * lanes * static_cast<int64_t>(sizeof(T)) > kLine) maps.prefetch(e + k + lanes);
+        add_whole(k, even);
+        add_whole(k + lanes, odd);
+      }
+      if (k + lanes <= end) {
+        add_whole(k, even);
+        k += lanes;
+      }
+      if (k < end) {
+        const V product = maps.value_until(e + k) * maps.upstream_until(e + k);
+        add(k, L::select(L::first(end - k), product, L::zero()), odd);
+      }
+      all += even + odd;
     }
+    return all;
   }
 
   template <bool kValues>

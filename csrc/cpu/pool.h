@@ -16,7 +16,7 @@ namespace {
 constexpr int64_t kRun = 128;
 
 // How far ahead of the reads to prefetch, in bytes.
-constexpr int64_t kAhead = 2048;
+constexpr int64_t kAhead = 4096;
 
 // One sample's maps, of equal layout. product = dy * x, where dy is masked by the ReLU whose output y is.
 template <class T, bool kProducts, bool kRelu>
@@ -214,7 +214,7 @@ __attribute__((noinline)) void wide_strip_sums(const S& source, const Strip& str
   int64_t at = strip.e;
   for (int64_t done = 0; done < strip.rows; done += kRun) {
     A *value = done ? more_values : values, *product = done ? more_products : products;
-    sum_wide_rows<2, kValues>(s, smaller(strip.rows - done, kRun), strip.stride, vectors, value, product, [&] {
+    sum_wide_rows<1, kValues>(s, smaller(strip.rows - done, kRun), strip.stride, vectors, value, product, [&] {
       const int64_t row = at;
       at += strip.stride;
       return row;
@@ -233,7 +233,7 @@ STEAM_INLINE void strip_sums(const S& s, int64_t e, const int64_t* begin, int64_
   using V = typename L::V;
   constexpr int64_t lanes = L::kLanes;
   // float64 serves gradient checks: it does without the tiles, which keeps the library small.
-  constexpr int kMost = sizeof(typename L::A) == 8 ? 1 : kValues && S::products ? 5 : 8;
+  constexpr int kMost = sizeof(typename L::A) == 8 ? 1 : kValues && S::products ? 7 : 8;
   const int64_t vectors = (length + lanes - 1) / lanes;
   const auto strip_from = [&](int64_t i, int64_t v) {
     return Strip{e + begin[i] * length + v * lanes, begin[i + 1] - begin[i], length};
@@ -397,30 +397,16 @@ STEAM_INLINE typename S::V sum_short_row(const S& s, int64_t e, typename S::L::M
   return v[0];
 }
 
-// Adds up a function of each channel, kGroup channels at a time: f<n>(c, each) gives vectors for c ... c + n - 1, whose
-// lanes are summed into out[c] ...
-template <class L, int kGroup, class F>
-STEAM_INLINE void sum_channel_groups(int64_t begin, int64_t end, typename L::A* out, const F& f) {
-  using V = typename L::V;
-  constexpr int n = smaller<int>(kGroup, L::kLanes);
-  int64_t c = begin;
-  for (; c + L::kLanes <= end; c += L::kLanes) {
-    V each[L::kLanes];
-    for (int i = 0; i < L::kLanes; i += n) f.template operator()<n>(c + i, each + i);
-    store(out + c, sum_lanes_of_each<L>(each));
-  }
-  for (; c < end; ++c) {
-    V one[1];
-    f.template operator()<1>(c, one);
-    out[c] = sum_lanes<L>(one[0]);
-  }
-}
-
-// The same one by one: f(c) gives the vector.
+// Adds up a function of each channel: f(c) gives a vector, whose lanes are summed into out[c].
 template <class L, class F>
 STEAM_INLINE void sum_channels(int64_t begin, int64_t end, typename L::A* out, const F& f) {
-  sum_channel_groups<L, 1>(begin, end, out,
-                           [&]<int>(int64_t c, typename L::V* each) STEAM_LAMBDA_INLINE { each[0] = f(c); });
+  int64_t c = begin;
+  for (; c + L::kLanes <= end; c += L::kLanes) {
+    typename L::V each[L::kLanes];
+    for (int i = 0; i < L::kLanes; ++i) each[i] = f(c + i);
+    store(out + c, sum_lanes_of_each<L>(each));
+  }
+  for (; c < end; ++c) out[c] = sum_lanes<L>(f(c));
 }
 
 // channels_last: sums over rows x cols pixels from element e on, into `values` and `products` (rows of `channels`
@@ -481,11 +467,11 @@ void cell_sums(const S& source, int64_t e, int64_t rows, int64_t cols, int64_t r
             }
             return pixel;
           };
-          // Cells of up to four pixels are summed in one pass; for larger ones two streams are the fastest.
+          // Cells of up to four pixels are summed in one pass; larger ones are read in the order of memory.
           if (nr * nq <= 4) {
             sum_wide_rows<4, kValues>(s, nr * nq, channels, n, value, product, next);
           } else {
-            sum_wide_rows<2, kValues>(s, nr * nq, channels, n, value, product, next);
+            sum_wide_rows<1, kValues>(s, nr * nq, channels, n, value, product, next);
           }
         }
         if (r + q && kValues) add_sums<L>(value, n, values + v * lanes);
