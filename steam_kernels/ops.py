@@ -2,9 +2,10 @@
 
 ``steam_kernels::forward`` and ``steam_kernels::backward`` are functional and opaque to the compiler; ``forward_``
 writes into x. On a GPU they run the first backend that can; ``triton_forward``, ``cuda_forward`` and so on are one
-backend's, for a call that names it. x arrives dense in NCHW or channels_last, residual and dy with x's strides,
-``grid`` resolved. ``saved`` is ``(N, 2 (C + gh gw))`` in the accumulation dtype, a row being [z | o_c | u | o_s]:
-tokens and pre-activations of the channel and the spatial graph.
+backend's, for a call that names it. All take tensors of any strides, and copy those that their kernels cannot read as
+they are. y, dx and dresidual have x's strides where x is dense in NCHW or channels_last, else NCHW's; gradients of
+weights are contiguous. ``grid`` is resolved. ``saved`` is ``(N, 2 (C + gh gw))`` in the accumulation dtype, a row
+being [z | o_c | u | o_s]: tokens and pre-activations of the channel and the spatial graph.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from . import backends, reference
+from . import backends, memory, reference
 from .backends import gpu
 from .config import Unit, accumulation_dtype, make_unit
 from .cost import backward_flops, forward_flops
@@ -42,7 +43,8 @@ _NAMED = ("triton", "cuda")
 PREFIXES = ("", *(f"{_backend}_" for _backend in _NAMED))
 for _prefix in PREFIXES:
     for _name, _schema in _SCHEMAS.items():
-        _LIBRARY.define(_prefix + _name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+        # flexible_layout: a compiler may choose the memory format of the maps, which the operators take in any strides.
+        _LIBRARY.define(_prefix + _name + _schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout))
 
 
 class Operators(NamedTuple):
@@ -86,7 +88,7 @@ def _fake_forward(
     save: bool,
 ) -> tuple[Tensor, Tensor]:
     shape = (x.shape[0], 2 * (x.shape[1] + grid[0] * grid[1])) if save else (0,)
-    return torch.empty_like(x), x.new_empty(shape, dtype=accumulation_dtype(x.dtype))
+    return _map_like(x, True), x.new_empty(shape, dtype=accumulation_dtype(x.dtype))
 
 
 def _fake_backward(
@@ -109,15 +111,19 @@ def _fake_backward(
     need_residual: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (
-        _like(x, need_x),
-        _like(channel_weight, need_channel_weight),
-        _like(spatial_weight, need_spatial_weight),
-        _like(x, need_residual),
+        _map_like(x, need_x),
+        _weight_like(channel_weight, need_channel_weight),
+        _weight_like(spatial_weight, need_spatial_weight),
+        _map_like(x, need_residual),
     )
 
 
-def _like(t: Tensor, wanted: bool) -> Tensor:
-    return torch.empty_like(t) if wanted else t.new_empty(0)
+def _map_like(x: Tensor, wanted: bool) -> Tensor:
+    return torch.empty_like(memory.dense(x)) if wanted else x.new_empty(0)
+
+
+def _weight_like(weight: Tensor, wanted: bool) -> Tensor:
+    return weight.new_empty(weight.shape if wanted else 0)
 
 
 def _fake_forward_(*args: Any) -> None:
@@ -175,7 +181,7 @@ def _plain_forward(
     unit = _unit(num_heads, channel_radius, spatial_neighbors, self_loops, sequential, scale, relu)
     with torch.no_grad():
         y, saved = reference.forward(x, channel_weight, spatial_weight, residual, unit, (grid[0], grid[1]))
-        return torch.empty_like(x).copy_(y), saved if save else saved.new_empty(0)
+        return _map_like(x, True).copy_(y), saved if save else saved.new_empty(0)
 
 
 def _plain_backward(
@@ -202,14 +208,11 @@ def _plain_backward(
         if y is not None:
             dy = dy.masked_fill(y <= 0, 0)
         gradients = reference.backward(dy, x, channel_weight, spatial_weight, saved, unit, (grid[0], grid[1]))
-        wanted = (
-            (x, need_x, gradients[0]),
-            (channel_weight, need_channel_weight, gradients[1]),
-            (spatial_weight, need_spatial_weight, gradients[2]),
-            (x, need_residual, dy),
-        )
+        needs = need_x, need_channel_weight, need_spatial_weight, need_residual
+        like = _map_like(x, needs[0]), _weight_like(channel_weight, needs[1]), _weight_like(spatial_weight, needs[2])
+        out = *like, _map_like(x, needs[3])
         dx, dchannel, dspatial, dresidual = (
-            torch.empty_like(t).copy_(value) if need else t.new_empty(0) for t, need, value in wanted
+            t.copy_(value) if need else t for t, value, need in zip(out, (*gradients, dy), needs, strict=True)
         )
         return dx, dchannel, dspatial, dresidual
 
@@ -233,15 +236,58 @@ def _plain_forward_(
         x.copy_(reference.evaluate(x, channel_weight, spatial_weight, residual, unit, (grid[0], grid[1])))
 
 
-_LIBRARY.impl("forward", _plain_forward, "CompositeExplicitAutograd")
-_LIBRARY.impl("backward", _plain_backward, "CompositeExplicitAutograd")
-_LIBRARY.impl("forward_", _plain_forward_, "CompositeExplicitAutograd")
+def _with_any_strides(kernels: Operators) -> Operators:
+    """Operators of any strides from kernels that take every map in the strides of a dense x, and contiguous weights."""
+
+    def forward(
+        x: Tensor, channel_weight: Tensor, spatial_weight: Tensor, residual: Tensor | None, *options: Any
+    ) -> tuple[Tensor, Tensor]:
+        x = memory.dense(x)
+        if residual is not None:
+            residual = memory.match_strides(residual, x)
+        return kernels.forward(x, channel_weight.contiguous(), spatial_weight.contiguous(), residual, *options)
+
+    def backward(
+        dy: Tensor,
+        x: Tensor,
+        y: Tensor | None,
+        channel_weight: Tensor,
+        spatial_weight: Tensor,
+        saved: Tensor,
+        *options: Any,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        x = memory.dense(x)
+        dy = memory.match_strides(dy, x)
+        if y is not None:
+            y = memory.match_strides(y, x)
+        weights = channel_weight.contiguous(), spatial_weight.contiguous()
+        return kernels.backward(dy, x, y, *weights, saved.contiguous(), *options)
+
+    def forward_(
+        x: Tensor, channel_weight: Tensor, spatial_weight: Tensor, residual: Tensor | None, *options: Any
+    ) -> None:
+        memory.check_overlaps(x, residual)
+        target = memory.dense(x)
+        if residual is not None:
+            residual = memory.match_strides(residual, target)
+        kernels.forward_(target, channel_weight.contiguous(), spatial_weight.contiguous(), residual, *options)
+        if target is not x:
+            x.copy_(target)
+
+    return Operators(forward, backward, forward_)
+
+
+_PLAIN = _with_any_strides(Operators(_plain_forward, _plain_backward, _plain_forward_))
+for _name, _plain in _PLAIN._asdict().items():
+    _LIBRARY.impl(_name, _plain, "CompositeExplicitAutograd")
 
 
 # ---- the operators on a GPU ------------------------------------------------------------------------------------------
 
 
 def _triton(name: str) -> Callable[..., Any]:
+    """An operator of the Triton kernels, imported when it is first called."""
+
     def run(*args: Any) -> Any:
         kernels, x = gpu.triton_kernels(), args[0]
         if kernels.reason:
@@ -271,8 +317,9 @@ def _first_on_gpu(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-for _name, _plain in (("forward", _plain_forward), ("backward", _plain_backward), ("forward_", _plain_forward_)):
-    _LIBRARY.impl(f"triton_{_name}", _triton(_name), "CompositeExplicitAutograd")
+for _name, _kernel in _with_any_strides(Operators(*map(_triton, Operators._fields)))._asdict().items():
+    _LIBRARY.impl(f"triton_{_name}", _kernel, "CompositeExplicitAutograd")
+for _name, _plain in _PLAIN._asdict().items():
     _LIBRARY.impl(_name, _first_on_gpu(_name, _plain), "CUDA")
 
 
@@ -316,7 +363,7 @@ class _Steam(torch.autograd.Function):
         unit, grid, backend = ctx.call
         masked = need_residual and y is not None
         dx, dchannel, dspatial, dresidual = OPERATORS[backend].backward(
-            reference.match_strides(dy, x),
+            dy,
             x,
             y,
             channel_weight,
@@ -346,8 +393,10 @@ def _differentiable_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     unit, grid, _ = ctx.call
     if y is not None:
         dy = dy.masked_fill(y <= 0, 0)
-    out = reference.evaluate(x, channel_weight, spatial_weight, None, unit.without_tail(), grid)
-    inputs = (x, channel_weight, spatial_weight)
+    # Gradients are taken by aliases that are made here. From the saved tensors themselves autograd would walk on to what
+    # they depend on, among which may be another of them, and the caller's own backward pass would count that path again.
+    inputs = x.view_as(x), channel_weight.view_as(channel_weight), spatial_weight.view_as(spatial_weight)
+    out = reference.evaluate(*inputs, None, unit.without_tail(), grid)
     asked = [t for t, need in zip(inputs, ctx.needs_input_grad[:3], strict=True) if need]
     found = iter(torch.autograd.grad(out, asked, dy, create_graph=True))
     gradients = [next(found) if need else None for need in ctx.needs_input_grad[:3]]
@@ -366,16 +415,14 @@ def call(
     """One checked call on a backend's operators: with autograd where it is recording, without where it is not."""
     if unit.inplace:
         return _call_inplace(x, channel_weight, spatial_weight, residual, unit, grid, backend)
-    x = reference.dense(x)
-    if residual is not None:
-        residual = reference.match_strides(residual, x)
     if torch.is_grad_enabled() and (
         x.requires_grad
         or channel_weight.requires_grad
         or spatial_weight.requires_grad
         or (residual is not None and residual.requires_grad)
     ):
-        return _Steam.apply(x, channel_weight, spatial_weight, residual, unit, grid, backend)
+        # The copy of an x that is not dense is made here once, for the operators of both directions.
+        return _Steam.apply(memory.dense(x), channel_weight, spatial_weight, residual, unit, grid, backend)
     return OPERATORS[backend].forward(
         x, channel_weight, spatial_weight, residual, grid, *unit.options, unit.relu, False
     )[0]
@@ -390,13 +437,8 @@ def _call_inplace(
     grid: tuple[int, int],
     backend: str,
 ) -> Tensor:
-    reference.check_inplace(x, channel_weight, spatial_weight, residual)
-    target = reference.dense(x)
-    if residual is not None:
-        residual = reference.match_strides(residual, target)
-    OPERATORS[backend].forward_(target, channel_weight, spatial_weight, residual, grid, *unit.options, unit.relu)
-    if target is not x:
-        return x.copy_(target)
+    memory.check_inplace(x, channel_weight, spatial_weight, residual)
+    OPERATORS[backend].forward_(x, channel_weight, spatial_weight, residual, grid, *unit.options, unit.relu)
     if not (torch.compiler.is_compiling() or x.is_inference()):
         # The dispatcher does not do it for an operator without autograd: whoever saved x must hear of the change.
         torch.autograd.graph.increment_version(x)

@@ -72,6 +72,94 @@ def test_gradient_penalty_counts(any_backend: str, tail: str) -> None:
     assert math.isclose(difference.item(), (gradient * direction).sum().item(), rel_tol=1e-5)
 
 
+# ---- inputs that hang together ---------------------------------------------------------------------------------------
+
+
+def _connected(a: str, b: str, how: str, leaf: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The arguments of a call in which b is a, or depends on it."""
+    given = dict(leaf)
+    if how == "same":
+        given[b] = given[a]
+    elif given[a].shape == given[b].shape:
+        given[b] = given[b] * 0.5 + torch.sin(given[a])
+    else:
+        given[b] = given[b] * (1 + torch.tanh(given[a]).mean())
+    return given
+
+
+TAILS = ("none", "residual", "residual_relu")
+CONNECTED = [
+    (a, b, how, tail)
+    for a, b in itertools.permutations(("x", "channel_weight", "spatial_weight", "residual"), 2)
+    for how in ("depends", "same")
+    if how == "depends" or {a, b} in ({"x", "residual"}, {"channel_weight", "spatial_weight"})
+    for tail in TAILS
+    if tail != "none" or "residual" not in (a, b)
+]
+
+
+def _first_and_second(backend: str, call: Any, leaf: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    """All first gradients by a graph that can be differentiated again, and all of a penalty on them."""
+    asked = list(leaf.values())
+    y = call(backend)
+    weight = torch.linspace(0.5, 1.5, y.numel(), dtype=y.dtype).view_as(y)
+    first = torch.autograd.grad((weight * y.square()).sum(), asked, create_graph=True, allow_unused=True)
+    penalty = sum((g.square().sum() for g in first if g is not None), start=y.sum())
+    second = torch.autograd.grad(penalty, asked, allow_unused=True)
+    return [torch.zeros(()) if g is None else g.detach() for g in (*first, *second)]
+
+
+def _agree(backend: str, call: Any, leaf: dict[str, torch.Tensor]) -> None:
+    """The backend's gradients are the reference's, with a graph and without one."""
+    expected = _first_and_second("reference", call, leaf)
+    got = _first_and_second(backend, call, leaf)
+    y = call(backend)
+    weight = torch.linspace(0.5, 1.5, y.numel(), dtype=y.dtype).view_as(y)
+    plain = torch.autograd.grad((weight * y.square()).sum(), list(leaf.values()), allow_unused=True)
+    got += [torch.zeros(()) if g is None else g for g in plain]
+    # Each derivative goes through some fifty dependent roundings in float64, and sums a hundred numbers of its size.
+    for a, b in zip(got, expected + expected[: len(plain)], strict=True):
+        size = max(1.0, b.abs().max().item())
+        assert (a - b).abs().max().item() <= 100 * torch.finfo(torch.float64).eps * size
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("a,b,how,tail", CONNECTED)
+def test_inputs_that_depend_on_each_other(backend: str, a: str, b: str, how: str, tail: str) -> None:
+    case = Case(space=(5, 4), channels=3, grid=(2, 3), dtype=torch.float64, weights="x", tail="residual")
+    inputs, _ = cases.make(case)
+    leaf = {k: v.requires_grad_() for k, v in inputs.items()}
+
+    def call(backend: str) -> torch.Tensor:
+        given = _connected(a, b, how, leaf)
+        residual = given.pop("residual")
+        if tail != "none":
+            given["residual"] = residual
+        activation = "relu" if tail.endswith("relu") else None
+        return steam_kernels.steam(**given, **case.options, activation=activation, backend=backend)
+
+    _agree(backend, call, leaf)
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("times", [2, 3])
+def test_one_unit_several_times(backend: str, times: int, tail: str) -> None:
+    case = Case(space=(5, 4), channels=3, grid=(2, 3), dtype=torch.float64, weights="x", tail="residual")
+    inputs, _ = cases.make(case)
+    leaf = {k: v.requires_grad_() for k, v in inputs.items()}
+
+    def call(backend: str) -> torch.Tensor:
+        y, weights = leaf["x"], (leaf["channel_weight"], leaf["spatial_weight"])
+        residual = None if tail == "none" else leaf["residual"]
+        activation = "relu" if tail.endswith("relu") else None
+        for _ in range(times):
+            y = steam_kernels.steam(y, *weights, residual, **case.options, activation=activation, backend=backend)
+        return y
+
+    _agree(backend, call, leaf)
+
+
 NAMES = ("x", "channel_weight", "spatial_weight", "residual")
 
 

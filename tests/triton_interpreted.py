@@ -25,7 +25,7 @@ import torch
 from cases import Case
 from torch import Tensor
 
-from steam_kernels import reference
+from steam_kernels import memory
 from steam_kernels.config import Unit, make_unit
 
 if TYPE_CHECKING:
@@ -85,10 +85,10 @@ class Call:
     def __init__(self, case: Case) -> None:
         inputs, dy = cases.make(case)
         self.case = case
-        self.x = reference.dense(inputs["x"])
-        self.dy = reference.match_strides(dy, self.x)
+        self.x = memory.dense(inputs["x"])
+        self.dy = memory.match_strides(dy, self.x)
         residual = inputs.get("residual")
-        self.residual = None if residual is None else reference.match_strides(residual, self.x)
+        self.residual = None if residual is None else memory.match_strides(residual, self.x)
         self.weights = inputs["channel_weight"], inputs["spatial_weight"]
         unit: Unit = make_unit(
             case.attention[1],

@@ -8,6 +8,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <array>
 #include <optional>
 #include <tuple>
@@ -34,8 +35,21 @@ DType dtype_of(const Tensor& t) {
 
 using Sizes = std::array<int64_t, 4>;
 
-// Strides of a dense tensor as empty_like would give them.
+Sizes sizes_of(const Tensor& t) { return {t.size(0), t.size(1), t.size(2), t.size(3)}; }
 Sizes strides_of(const Tensor& t) { return {t.stride(0), t.stride(1), t.stride(2), t.stride(3)}; }
+
+// Whether a map's elements lie in one block without gaps, in NCHW or channels_last. Strides of an axis of length 1 mean
+// nothing.
+bool is_dense(const Tensor& t, bool channels_last) {
+  const int64_t order[2][4] = {{3, 2, 1, 0}, {1, 3, 2, 0}};
+  int64_t expected = 1;
+  for (const int64_t axis : order[channels_last ? 1 : 0]) {
+    if (t.size(axis) != 1 && t.stride(axis) != expected) return false;
+    expected *= t.size(axis);
+  }
+  return true;
+}
+bool is_dense(const Tensor& t) { return is_dense(t, false) || is_dense(t, true); }
 
 // Where a backend's outputs lie.
 struct Place {
@@ -50,10 +64,20 @@ struct Place {
         device_type, device_index, &handle));
     return Tensor(handle);
   }
+  // As torch.empty_like, which keeps the strides of a dense map. A map without elements may be anything else.
   Tensor like(const Tensor& t) const {
-    return empty<4>({t.size(0), t.size(1), t.size(2), t.size(3)}, strides_of(t), t.scalar_type());
+    return is_dense(t) ? empty<4>(sizes_of(t), strides_of(t), t.scalar_type()) : torch::stable::empty_like(t);
   }
   Tensor nothing(ScalarType dtype) const { return empty<1>({0}, {1}, dtype); }
+
+  void check(const char* name, const Tensor& t) const {
+    int32_t type = 0;
+    int32_t index = 0;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &type));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(t.get(), &index));
+    STD_TORCH_CHECK(type == device_type && (index == device_index || type == aoti_torch_device_type_cpu()),
+                    "steam_kernels: ", name, " must be on x's device");
+  }
 };
 
 struct Options {
@@ -62,27 +86,29 @@ struct Options {
   double scale;
 };
 
-// Strides of an axis of length 1 mean nothing.
-bool is_dense(const Tensor& t, bool channels_last) {
-  const int64_t order[2][4] = {{3, 2, 1, 0}, {1, 3, 2, 0}};
-  int64_t expected = 1;
-  for (const int64_t axis : order[channels_last ? 1 : 0]) {
-    if (t.size(axis) != 1 && t.stride(axis) != expected) return false;
-    expected *= t.size(axis);
-  }
-  return true;
-}
-
+// The kernels read memory by the sizes and strides that this struct implies: everything is checked here that the
+// arithmetic of offsets rests on. x is dense.
 Problem problem(const Tensor& x, const Tensor& weight, const std::vector<int64_t>& grid, const Options& o) {
   Problem p{};
   p.samples = x.size(0);
   p.channels = x.size(1);
   p.height = x.size(2);
   p.width = x.size(3);
+  STD_TORCH_CHECK(p.channels > 0 && p.height > 0 && p.width > 0,
+                  "steam_kernels: x must have C, H and W of at least 1, got ", p.channels, ", ", p.height, " and ",
+                  p.width);
+  STD_TORCH_CHECK(grid.size() == 2 && grid[0] > 0 && grid[0] <= p.height && grid[1] > 0 && grid[1] <= p.width,
+                  "steam_kernels: grid must be two numbers of cells, from 1 to H and from 1 to W");
   p.grid_h = grid[0];
   p.grid_w = grid[1];
+  STD_TORCH_CHECK(o.channel_radius >= 0, "steam_kernels: channel_radius must be at least 0, got ", o.channel_radius);
+  STD_TORCH_CHECK(o.spatial_neighbors == 4 || o.spatial_neighbors == 8,
+                  "steam_kernels: spatial_neighbors must be 4 or 8, got ", o.spatial_neighbors);
   p.channel_radius = o.channel_radius;
   p.embed_dim = static_cast<int32_t>(weight.size(1));
+  STD_TORCH_CHECK(weight.size(1) == p.embed_dim && p.embed_dim > 0 && o.num_heads > 0 && p.embed_dim % o.num_heads == 0,
+                  "steam_kernels: num_heads must divide the weights' columns, got ", o.num_heads, " and ",
+                  weight.size(1));
   p.num_heads = static_cast<int32_t>(o.num_heads);
   p.spatial_neighbors = static_cast<int32_t>(o.spatial_neighbors);
   p.self_loops = o.self_loops;
@@ -91,22 +117,77 @@ Problem problem(const Tensor& x, const Tensor& weight, const std::vector<int64_t
   p.scale = o.scale;
   p.dtype = dtype_of(x);
   p.channels_last = !is_dense(x, false);
-  STD_TORCH_CHECK(p.samples == 0 || !p.channels_last || is_dense(x, true),
-                  "steam_kernels: the operator takes x dense in NCHW or channels_last; steam() makes it so");
   return p;
 }
 
-// The kernels know nothing of the map but x's strides: every other map must share them.
-void check_same(const Tensor& x, const Tensor& t) {
-  for (int64_t axis = 0; axis < 4; ++axis) {
-    STD_TORCH_CHECK(
-        t.size(axis) == x.size(axis) && (t.size(axis) == 1 || t.numel() == 0 || t.stride(axis) == x.stride(axis)),
-        "steam_kernels: the operator takes all maps with x's sizes and strides; steam() makes them so");
-  }
-  STD_TORCH_CHECK(t.scalar_type() == x.scalar_type(), "steam_kernels: the operator takes all maps in x's dtype");
+ScalarType accumulation_dtype(const Tensor& x) {
+  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-Weight weight_of(const Tensor& t) { return {t.const_data_ptr(), dtype_of(t)}; }
+// Operators take tensors of any strides, as those of steam_kernels/memory.py do. These three give what kernels read:
+// the tensor itself where it lies so already, else a copy.
+
+// x in NCHW or channels_last.
+Tensor dense(const Tensor& x) {
+  STD_TORCH_CHECK(x.dim() == 4, "steam_kernels: x must have 4 dimensions (N, C, H, W), got ", x.dim());
+  return is_dense(x) ? x : torch::stable::contiguous(x);
+}
+
+// Another map, in the strides of the dense x.
+Tensor match_strides(const char* name, const Tensor& t, const Tensor& x, const Place& place) {
+  place.check(name, t);
+  STD_TORCH_CHECK(t.scalar_type() == x.scalar_type(), "steam_kernels: ", name, " must be of x's dtype");
+  STD_TORCH_CHECK(t.dim() == 4 && sizes_of(t) == sizes_of(x), "steam_kernels: ", name, " must be of x's shape");
+  bool same = true;
+  for (int64_t axis = 0; axis < 4; ++axis) same &= t.size(axis) == 1 || t.stride(axis) == x.stride(axis);
+  if (same || x.numel() == 0) return t;
+  Tensor copy = place.like(x);
+  return torch::stable::copy_(copy, t);
+}
+
+// A matrix, row by row: a weight, or saved numbers.
+Tensor contiguous(const char* name, const Tensor& t, int64_t rows, int64_t columns, const Place& place) {
+  place.check(name, t);
+  STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == rows && t.size(1) == columns, "steam_kernels: ", name,
+                  " must have shape (", rows, ", ", columns, ")");
+  const bool plain = (columns == 1 || t.stride(1) == 1) && (rows == 1 || t.stride(0) == columns);
+  return plain ? t : torch::stable::contiguous(t);
+}
+
+// A weight's rows, and the tensor that holds them.
+struct Rows {
+  Tensor tensor;
+  Weight weight;
+};
+
+Rows rows_of(const char* name, const Tensor& t, int64_t columns, const Tensor& x, const Place& place) {
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float || t.scalar_type() == x.scalar_type(), "steam_kernels: ", name,
+                  " must be of dtype float32 or x's");
+  Tensor rows = contiguous(name, t, 4, columns, place);
+  const void* data = rows.const_data_ptr();
+  return {rows, {data, dtype_of(t)}};
+}
+
+// Whether two elements of a map have one address; of strides that leave room for nothing in between, at most.
+bool overlaps_itself(const Tensor& t) {
+  std::array<std::array<int64_t, 2>, 4> axes;
+  for (int64_t axis = 0; axis < 4; ++axis) axes[axis] = {t.stride(axis), t.size(axis)};
+  std::sort(axes.begin(), axes.end());
+  int64_t reach = 0;
+  for (const auto& [stride, size] : axes) {
+    if (size < 2) continue;
+    if (stride <= reach) return true;
+    reach += (size - 1) * stride;
+  }
+  return false;
+}
+
+bool share_memory(const Tensor& a, const Tensor& b) {
+  const auto* first = static_cast<const char*>(a.const_data_ptr());
+  const auto* second = static_cast<const char*>(b.const_data_ptr());
+  const int64_t bytes = a.numel() * static_cast<int64_t>(a.element_size());
+  return first < second + bytes && second < first + bytes;
+}
 
 // The operators of a backend B, which gives
 //   Place place(const Tensor& x)
@@ -115,12 +196,15 @@ Weight weight_of(const Tensor& t) { return {t.const_data_ptr(), dtype_of(t)}; }
 //   void backward(const Tensor& x, BackwardArgs)
 template <class B>
 struct Operators {
+  // `x` is dense, y lies like it.
   static void run_forward(const Tensor& x, const Tensor& channel_weight, const Tensor& spatial_weight,
-                          const std::optional<Tensor>& residual, const Problem& p, void* y, void* saved) {
-    if (residual) check_same(x, *residual);
+                          const std::optional<Tensor>& residual, const Problem& p, const Place& place, void* y,
+                          void* saved) {
+    const Rows channel = rows_of("channel_weight", channel_weight, p.embed_dim, x, place);
+    const Rows spatial = rows_of("spatial_weight", spatial_weight, p.embed_dim, x, place);
     B::forward(x, {p,
-                   weight_of(channel_weight),
-                   weight_of(spatial_weight),
+                   channel.weight,
+                   spatial.weight,
                    x.const_data_ptr(),
                    residual ? residual->const_data_ptr() : nullptr,
                    y,
@@ -128,44 +212,61 @@ struct Operators {
                    {}});
   }
 
-  static std::tuple<Tensor, Tensor> forward(Tensor x, Tensor channel_weight, Tensor spatial_weight,
+  static std::tuple<Tensor, Tensor> forward(Tensor given, Tensor channel_weight, Tensor spatial_weight,
                                             std::optional<Tensor> residual, std::vector<int64_t> grid,
                                             int64_t num_heads, int64_t channel_radius, int64_t spatial_neighbors,
                                             bool self_loops, bool sequential, double scale, bool relu, bool save) {
+    const Tensor x = dense(given);
     const Problem p = problem(x, channel_weight, grid,
                               {num_heads, channel_radius, spatial_neighbors, self_loops, sequential, relu, scale});
     const Place place = B::place(x);
+    if (residual) residual = match_strides("residual", *residual, x, place);
     Tensor y = place.like(x);
-    const ScalarType accumulate = p.dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
+    const ScalarType accumulate = accumulation_dtype(x);
     const int64_t row = 2 * (p.channels + p.grid_h * p.grid_w);
     Tensor saved = save ? place.empty<2>({p.samples, row}, {row, 1}, accumulate) : place.nothing(accumulate);
-    run_forward(x, channel_weight, spatial_weight, residual, p, y.mutable_data_ptr(),
+    run_forward(x, channel_weight, spatial_weight, residual, p, place, y.mutable_data_ptr(),
                 save ? saved.mutable_data_ptr() : nullptr);
     return {y, saved};
   }
 
-  static void forward_(Tensor x, Tensor channel_weight, Tensor spatial_weight, std::optional<Tensor> residual,
+  static void forward_(Tensor given, Tensor channel_weight, Tensor spatial_weight, std::optional<Tensor> residual,
                        std::vector<int64_t> grid, int64_t num_heads, int64_t channel_radius, int64_t spatial_neighbors,
                        bool self_loops, bool sequential, double scale, bool relu) {
+    const Tensor x = dense(given);
+    const bool copied = x.get() != given.get();
+    STD_TORCH_CHECK(!copied || !overlaps_itself(given), "steam_kernels: x must not overlap itself in memory");
     const Problem p = problem(x, channel_weight, grid,
                               {num_heads, channel_radius, spatial_neighbors, self_loops, sequential, relu, scale});
-    run_forward(x, channel_weight, spatial_weight, residual, p, x.mutable_data_ptr(), nullptr);
+    const Place place = B::place(x);
+    if (residual) {
+      residual = match_strides("residual", *residual, x, place);
+      STD_TORCH_CHECK(!share_memory(x, *residual), "steam_kernels: residual must not share memory with x");
+    }
+    run_forward(x, channel_weight, spatial_weight, residual, p, place, x.mutable_data_ptr(), nullptr);
+    if (copied) torch::stable::copy_(given, x);
   }
 
-  static std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor dy, Tensor x, std::optional<Tensor> y,
+  static std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor dy, Tensor given, std::optional<Tensor> y,
                                                              Tensor channel_weight, Tensor spatial_weight, Tensor saved,
                                                              std::vector<int64_t> grid, int64_t num_heads,
                                                              int64_t channel_radius, int64_t spatial_neighbors,
                                                              bool self_loops, bool sequential, double scale,
                                                              bool need_x, bool need_channel_weight,
                                                              bool need_spatial_weight, bool need_residual) {
+    const Tensor x = dense(given);
     const Problem p =
         problem(x, channel_weight, grid,
                 {num_heads, channel_radius, spatial_neighbors, self_loops, sequential, y.has_value(), scale});
-    check_same(x, dy);
-    if (y) check_same(x, *y);
-    STD_TORCH_CHECK(y || !need_residual, "steam_kernels: without a ReLU the residual's gradient is dy itself");
     const Place place = B::place(x);
+    dy = match_strides("dy", dy, x, place);
+    if (y) y = match_strides("y", *y, x, place);
+    STD_TORCH_CHECK(y || !need_residual, "steam_kernels: without a ReLU the residual's gradient is dy itself");
+    STD_TORCH_CHECK(saved.scalar_type() == accumulation_dtype(x),
+                    "steam_kernels: saved must be of float32, or of float64 where x is");
+    saved = contiguous("saved", saved, p.samples, 2 * (p.channels + p.grid_h * p.grid_w), place);
+    const Rows channel = rows_of("channel_weight", channel_weight, p.embed_dim, x, place);
+    const Rows spatial = rows_of("spatial_weight", spatial_weight, p.embed_dim, x, place);
     const auto weight_grad = [&](const Tensor& weight, bool need) {
       return need ? place.empty<2>({4, weight.size(1)}, {weight.size(1), 1}, weight.scalar_type())
                   : place.nothing(weight.scalar_type());
@@ -176,16 +277,16 @@ struct Operators {
     Tensor dspatial = weight_grad(spatial_weight, need_spatial_weight);
     const auto pointer = [](const Tensor& t, bool need) { return need ? t.mutable_data_ptr() : nullptr; };
     B::backward(x, {p,
-                    weight_of(channel_weight),
-                    weight_of(spatial_weight),
+                    channel.weight,
+                    spatial.weight,
                     dy.const_data_ptr(),
                     x.const_data_ptr(),
                     y ? y->const_data_ptr() : nullptr,
                     saved.const_data_ptr(),
                     pointer(dx, need_x),
                     pointer(dresidual, need_residual),
-                    {pointer(dchannel, need_channel_weight), dtype_of(channel_weight)},
-                    {pointer(dspatial, need_spatial_weight), dtype_of(spatial_weight)},
+                    {pointer(dchannel, need_channel_weight), channel.weight.dtype},
+                    {pointer(dspatial, need_spatial_weight), spatial.weight.dtype},
                     {}});
     return {dx, dchannel, dspatial, dresidual};
   }
