@@ -4,8 +4,9 @@
 writes into x. On a GPU they run the first backend that can; ``triton_forward``, ``cuda_forward`` and so on are one
 backend's, for a call that names it. All take tensors of any strides, and copy those that their kernels cannot read as
 they are. y, dx and dresidual have x's strides where x is dense in NCHW or channels_last, else NCHW's; gradients of
-weights are contiguous. ``grid`` is resolved. ``saved`` is ``(N, 2 (C + gh gw))`` in the accumulation dtype, a row
-being [z | o_c | u | o_s]: tokens and pre-activations of the channel and the spatial graph.
+weights have the strides that ``torch.empty_like`` gives for the weights. ``grid`` is resolved. ``saved`` is
+``(N, 2 (C + gh gw))`` in the accumulation dtype, a row being [z | o_c | u | o_s]: tokens and pre-activations of the
+channel and the spatial graph.
 """
 
 from __future__ import annotations
@@ -112,18 +113,18 @@ def _fake_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (
         _map_like(x, need_x),
-        _weight_like(channel_weight, need_channel_weight),
-        _weight_like(spatial_weight, need_spatial_weight),
+        _like(channel_weight, need_channel_weight),
+        _like(spatial_weight, need_spatial_weight),
         _map_like(x, need_residual),
     )
 
 
 def _map_like(x: Tensor, wanted: bool) -> Tensor:
-    return torch.empty_like(memory.dense(x)) if wanted else x.new_empty(0)
+    return _like(memory.dense(x), wanted)
 
 
-def _weight_like(weight: Tensor, wanted: bool) -> Tensor:
-    return weight.new_empty(weight.shape if wanted else 0)
+def _like(t: Tensor, wanted: bool) -> Tensor:
+    return torch.empty_like(t) if wanted else t.new_empty(0)
 
 
 def _fake_forward_(*args: Any) -> None:
@@ -209,7 +210,7 @@ def _plain_backward(
             dy = dy.masked_fill(y <= 0, 0)
         gradients = reference.backward(dy, x, channel_weight, spatial_weight, saved, unit, (grid[0], grid[1]))
         needs = need_x, need_channel_weight, need_spatial_weight, need_residual
-        like = _map_like(x, needs[0]), _weight_like(channel_weight, needs[1]), _weight_like(spatial_weight, needs[2])
+        like = _map_like(x, needs[0]), _like(channel_weight, needs[1]), _like(spatial_weight, needs[2])
         out = *like, _map_like(x, needs[3])
         dx, dchannel, dspatial, dresidual = (
             t.copy_(value) if need else t for t, value, need in zip(out, (*gradients, dy), needs, strict=True)
@@ -260,8 +261,14 @@ def _with_any_strides(kernels: Operators) -> Operators:
         dy = memory.match_strides(dy, x)
         if y is not None:
             y = memory.match_strides(y, x)
+        given = channel_weight, spatial_weight
         weights = channel_weight.contiguous(), spatial_weight.contiguous()
-        return kernels.backward(dy, x, y, *weights, saved.contiguous(), *options)
+        dx, *dweights, dresidual = kernels.backward(dy, x, y, *weights, saved.contiguous(), *options)
+        dchannel, dspatial = (
+            dweight if weight is own or not dweight.numel() else torch.empty_like(own).copy_(dweight)
+            for dweight, weight, own in zip(dweights, weights, given, strict=True)
+        )
+        return dx, dchannel, dspatial, dresidual
 
     def forward_(
         x: Tensor, channel_weight: Tensor, spatial_weight: Tensor, residual: Tensor | None, *options: Any
@@ -394,7 +401,7 @@ def _differentiable_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     if y is not None:
         dy = dy.masked_fill(y <= 0, 0)
     # Gradients are taken by aliases that are made here. From the saved tensors themselves autograd would walk on to what
-    # they depend on, among which may be another of them, and the caller's own backward pass would count that path again.
+    # they depend on, which may be another of them, and the caller's own backward pass would count that path again.
     inputs = x.view_as(x), channel_weight.view_as(channel_weight), spatial_weight.view_as(spatial_weight)
     out = reference.evaluate(*inputs, None, unit.without_tail(), grid)
     asked = [t for t, need in zip(inputs, ctx.needs_input_grad[:3], strict=True) if need]

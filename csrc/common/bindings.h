@@ -145,13 +145,17 @@ Tensor match_strides(const char* name, const Tensor& t, const Tensor& x, const P
   return torch::stable::copy_(copy, t);
 }
 
+// Whether a matrix lies row by row.
+bool is_plain(const Tensor& t) {
+  return (t.size(1) == 1 || t.stride(1) == 1) && (t.size(0) == 1 || t.stride(0) == t.size(1));
+}
+
 // A matrix, row by row: a weight, or saved numbers.
 Tensor contiguous(const char* name, const Tensor& t, int64_t rows, int64_t columns, const Place& place) {
   place.check(name, t);
   STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == rows && t.size(1) == columns, "steam_kernels: ", name,
                   " must have shape (", rows, ", ", columns, ")");
-  const bool plain = (columns == 1 || t.stride(1) == 1) && (rows == 1 || t.stride(0) == columns);
-  return plain ? t : torch::stable::contiguous(t);
+  return is_plain(t) ? t : torch::stable::contiguous(t);
 }
 
 // A weight's rows, and the tensor that holds them.
@@ -166,6 +170,13 @@ Rows rows_of(const char* name, const Tensor& t, int64_t columns, const Tensor& x
   Tensor rows = contiguous(name, t, 4, columns, place);
   const void* data = rows.const_data_ptr();
   return {rows, {data, dtype_of(t)}};
+}
+
+// A weight's gradient in the strides that torch.empty_like gives for the weight.
+Tensor like_weight(const Tensor& gradient, const Tensor& weight, bool asked) {
+  if (!asked || is_plain(weight)) return gradient;
+  Tensor out = torch::stable::empty_like(weight);
+  return is_plain(out) ? gradient : torch::stable::copy_(out, gradient);
 }
 
 // Whether two elements of a map have one address; of strides that leave room for nothing in between, at most.
@@ -288,7 +299,8 @@ struct Operators {
                     {pointer(dchannel, need_channel_weight), channel.weight.dtype},
                     {pointer(dspatial, need_spatial_weight), spatial.weight.dtype},
                     {}});
-    return {dx, dchannel, dspatial, dresidual};
+    return {dx, like_weight(dchannel, channel_weight, need_channel_weight),
+            like_weight(dspatial, spatial_weight, need_spatial_weight), dresidual};
   }
 };
 
