@@ -400,8 +400,8 @@ def _differentiable_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     unit, grid, _ = ctx.call
     if y is not None:
         dy = dy.masked_fill(y <= 0, 0)
-    # Gradients are taken by aliases that are made here. From the saved tensors themselves autograd would walk on to what
-    # they depend on, which may be another of them, and the caller's own backward pass would count that path again.
+    # Gradients are taken by aliases that are made here. From the saved tensors themselves autograd would walk on to
+    # what they depend on, which may be another of them, and the caller's own backward pass would count that path again.
     inputs = x.view_as(x), channel_weight.view_as(channel_weight), spatial_weight.view_as(spatial_weight)
     out = reference.evaluate(*inputs, None, unit.without_tail(), grid)
     asked = [t for t, need in zip(inputs, ctx.needs_input_grad[:3], strict=True) if need]
