@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from .config import (
     ring_offsets,
 )
 from .memory import check_inplace, dense, match_strides
+from .scale import ScaledModule
 
 __all__ = ["STEAM", "gate", "graph_transform", "lattice", "pool", "ring", "steam"]
 
@@ -385,7 +386,7 @@ def run(
 # ---- the module ------------------------------------------------------------------------------------------------------
 
 
-class STEAM(nn.Module):
+class STEAM(ScaledModule):
     """:class:`steam_kernels.FusedSTEAM` on this module's plain PyTorch: same constructor, same state_dict."""
 
     channel_weight: nn.Parameter
@@ -411,7 +412,7 @@ class STEAM(nn.Module):
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(device)
         if channels is not None:
             check_integer("channels", channels)
         if not isinstance(identity_init, bool):
@@ -445,7 +446,6 @@ class STEAM(nn.Module):
         self.activation = activation
         self.inplace = inplace
         self._backend = backend
-        self.scale = 1.0
         self.channel_weight = nn.Parameter(torch.empty(4, embed_dim, device=device, dtype=dtype))
         self.spatial_weight = nn.Parameter(torch.empty(4, embed_dim, device=device, dtype=dtype))
         self.reset_parameters()
@@ -471,7 +471,7 @@ class STEAM(nn.Module):
                 bound = 1.0 / math.sqrt(self.embed_dim)
                 nn.init.uniform_(weight[3], -bound, bound)
         # Both gates are sigma(0) = 1/2 then, and 4 * 1/2 * 1/2 leaves x as it is, to the bit.
-        self.scale = 4.0 if self.identity_init else 1.0
+        self.scale = 4.0 if self.identity_init else 1.0  # type: ignore[assignment]
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """``(N, C, H, W)`` to the same shape, dtype and memory format; see :func:`steam_kernels.steam`."""
@@ -489,7 +489,7 @@ class STEAM(nn.Module):
             spatial_neighbors=self.spatial_neighbors,
             self_loops=self.self_loops,
             order=self.order,
-            scale=self.scale,
+            scale=self.host_scale(),
             activation=self.activation,
             inplace=self.inplace,
             backend=self._backend,
@@ -532,33 +532,11 @@ class STEAM(nn.Module):
         given += [f"embed_dim={self.embed_dim}", f"num_heads={self.num_heads}"]
         given.append(f"grid_size={self.grid_size}" if self.window is None else f"window={self.window}")
         defaults = {"channel_radius": 1, "spatial_neighbors": 4, "self_loops": True, "order": "sequential"}
-        defaults |= {"scale": 1.0, "activation": None, "inplace": False, "backend": None}
+        defaults |= {"activation": None, "inplace": False, "backend": None}
         given += [f"{k}={getattr(self, k)!r}" for k, default in defaults.items() if getattr(self, k) != default]
+        if (scale := self.host_scale()) != 1.0:
+            given.append(f"scale={scale}")
         return ", ".join(given)
-
-    # The scale is a Python float: read without a host synchronisation, constant to compilers, untouched by .half() or
-    # to_empty().
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[prefix + "scale"] = torch.tensor(self.scale, dtype=torch.float32, device="cpu")
-
-    def _load_from_state_dict(
-        self,
-        state_dict: Mapping[str, Any],
-        prefix: str,
-        local_metadata: Any,
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        rest = dict(state_dict)
-        scale = rest.pop(prefix + "scale", None)
-        if scale is not None and not (isinstance(scale, Tensor) and scale.is_meta):
-            self.scale = float(scale)
-        elif scale is None and prefix + "channel_weight" in rest:
-            self.scale = 1.0  # weights from where no scale is kept were trained without one
-        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
 
 
 _PARAMETER_DTYPES: Iterable[torch.dtype] = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

@@ -23,6 +23,8 @@ from torch.nn.parallel import DistributedDataParallel
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import networks
 
+from steam_kernels import FusedSTEAM
+
 BATCH, STEPS = 4, 3
 
 
@@ -74,6 +76,19 @@ def sharded(identity_init: bool = True) -> nn.Module:
     return fully_shard(model, mesh=mesh)
 
 
+def scales_of_all(rank: int, world: int) -> list[list[float]]:
+    """Each rank's scale, as a buffer and a float, and whether it is the call's, where the first alone has loaded a checkpoint before DDP sends it to all."""
+    unit = FusedSTEAM()
+    if rank == 0:
+        unit.load_state_dict(FusedSTEAM(identity_init=True).state_dict())
+    x = torch.randn(1, 4, 8, 8)
+    DistributedDataParallel(unit)(x).sum().backward()
+    own = torch.tensor([unit.scale.item(), unit.host_scale(), float(torch.equal(unit(x), x))])
+    found = [torch.empty_like(own) for _ in range(world)]
+    dist.all_gather(found, own)
+    return [numbers.tolist() for numbers in found]
+
+
 def main(folder: Path) -> None:
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
@@ -97,6 +112,7 @@ def main(folder: Path) -> None:
     with torch.no_grad():
         results["saved"], results["loaded"] = model(images), other(images)
     results["parameters"] = {name: full(p) for name, p in other.named_parameters()}
+    results["first rank's scale"] = scales_of_all(rank, world)
     if rank == 0:
         torch.save(results, folder / "results.pt")
     dist.barrier()

@@ -67,6 +67,11 @@ def test_parameters_were_sharded(results: dict[str, Any]) -> None:
     assert results["placed"] is True
 
 
+def test_the_first_ranks_scale_is_that_of_all(results: dict[str, Any]) -> None:
+    """A checkpoint that one rank has loaded reaches the others with DDP's broadcast, and their calls."""
+    assert results["first rank's scale"] == [[4.0, 4.0, 1.0]] * 2
+
+
 def test_distributed_checkpoint(
     folder: Path, results: dict[str, Any], alone: tuple[list[float], dict[str, torch.Tensor], nn.Module]
 ) -> None:
