@@ -1,5 +1,6 @@
 """Fused kernels for STEAM, a channel and spatial attention unit for CNNs (arXiv 2412.09023; a reconstruction)."""
 
+from . import requirements  # noqa: F401  # isort: skip
 from . import reference
 from .backends import available_backends
 from .cost import cost

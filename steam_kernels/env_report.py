@@ -14,12 +14,14 @@ from .backends import ENVIRONMENT, native
 
 def report() -> str:
     """The report as text, one fact a line."""
-    hip = torch.version.hip
+    hip, other = torch.version.hip, native.shadowed()
     cuda = f"ROCm {hip}" if hip else f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA"
     lines = [
         f"steam_kernels  {__version__}",
         f"torch          {torch.__version__} ({cuda}, {torch.get_num_threads()} threads)",
         f"triton         {_triton()}",
+        f"package        {native.PACKAGE}",
+        *([f"  hides        {other} (run elsewhere than in {native.PACKAGE.parent})"] if other else []),
         f"Python         {platform.python_version()}, {platform.system()} {platform.machine()}",
         *(f"GPU {i}          {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())),
         "",

@@ -77,7 +77,10 @@ def sharded(identity_init: bool = True) -> nn.Module:
 
 
 def scales_of_all(rank: int, world: int) -> list[list[float]]:
-    """Each rank's scale, as a buffer and a float, and whether it is the call's, where the first alone has loaded a checkpoint before DDP sends it to all."""
+    """The scale of each rank as a buffer and as a float, and whether calls have it.
+
+    The first alone has loaded a checkpoint when DDP sends its buffers to all.
+    """
     unit = FusedSTEAM()
     if rank == 0:
         unit.load_state_dict(FusedSTEAM(identity_init=True).state_dict())

@@ -83,6 +83,66 @@ def test_broken_library_is_a_reason(without_library: Path, tmp_path: Path) -> No
     assert "libsteam_cpu.so" in reason and "\n" not in reason
 
 
+CALLS = """
+import warnings
+warnings.simplefilter("always")
+import torch, steam_kernels
+x, unit = torch.randn(2, 6, 9, 8), steam_kernels.FusedSTEAM()
+"""
+
+
+def warnings_of(code: str, path: Path, **environment: str) -> list[str]:
+    done = python(CALLS + code, path=path, **environment)
+    assert done.returncode == 0, done.stderr
+    return [line for line in done.stderr.splitlines() if "runs its reference" in line]
+
+
+@pytest.mark.parametrize(
+    "call", ["unit(x); unit(x)", "torch.compile(unit, fullgraph=True, backend='eager')(x); unit(x)"]
+)
+def test_the_reference_does_not_run_in_silence(without_library: Path, call: str) -> None:
+    """One warning a process: which backend is missing, why, and the line that mends it."""
+    (found,) = warnings_of(call, without_library)
+    assert "cpu: libsteam_cpu.so is not in" in found and "never built" in found
+    assert found.endswith("python -m pip install --no-build-isolation --no-deps --force-reinstall PATH_OF_THE_SOURCES")
+
+
+def test_a_variant_that_is_not_there_is_warned_of(backend: str) -> None:
+    (found,) = warnings_of("unit(x)", PACKAGE.parent, STEAM_KERNELS_CPU="sse9")
+    assert "'sse9'" in found and found.endswith("What mends it: unset STEAM_KERNELS_CPU")
+
+
+def test_no_warning_where_the_reference_was_asked_for_or_kernels_run(without_library: Path, backend: str) -> None:
+    assert warnings_of("unit.backend = 'reference'; unit(x)", without_library) == []
+    assert warnings_of("unit(x)", without_library, STEAM_KERNELS_BACKEND="reference") == []
+    assert warnings_of("unit(x)", PACKAGE.parent) == []
+
+
+def test_a_source_tree_that_hides_the_installed_package(without_library: Path, tmp_path: Path) -> None:
+    """The warning and env_report say where the other one is."""
+    shutil.copytree(without_library / "steam_kernels", tmp_path / "steam_kernels")
+    metadata = tmp_path / "steam_kernels-0.1.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: steam_kernels\nVersion: 0.1.0\n")
+    installed = f"import sys; sys.path.insert(1, {str(tmp_path)!r})\n"
+    done = python(
+        installed + CALLS + "unit(x)\nfrom steam_kernels import env_report; print(env_report.report())",
+        path=without_library,
+    )
+    assert done.returncode == 0, done.stderr
+    (found,) = [line for line in done.stderr.splitlines() if "runs its reference" in line]
+    assert f"run from another folder than {without_library}" in found and str(tmp_path) in found
+    assert f"hides        {tmp_path / 'steam_kernels'}" in done.stdout
+
+
+@pytest.mark.parametrize("version", ["2.9.1", "2.9.0a0+git123", "1.13.1"])
+def test_an_older_torch_is_an_import_error(version: str) -> None:
+    done = python(f"import torch; torch.__version__ = {version!r}\nimport steam_kernels")
+    assert done.returncode != 0
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith(f"ImportError: steam_kernels needs torch 2.10 or newer, and this is torch {version}")
+
+
 def test_without_triton() -> None:
     output("sys.modules['triton'] = None\n" + SMOKE)
 

@@ -7,7 +7,9 @@ can run the call, else the reason; ``why_not(None)`` judges the machine alone.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -72,11 +74,35 @@ _AUTOMATIC = {"cuda": ("triton", "cuda"), "cpu": ("cpu",)}
 
 def first(call: Call) -> str:
     """The first backend made for x's device that can run ``call``, else the reference."""
-    x = call.x
-    for name in _AUTOMATIC.get("cpu" if x.is_cpu else x.device.type, ()):
+    kind = "cpu" if call.x.is_cpu else call.x.device.type
+    for name in _AUTOMATIC.get(kind, ()):
         if not REGISTRY[name](call):
             return name
+    _warn_of_reference(kind)
     return "reference"
+
+
+def _warn_of_reference(kind: str) -> None:
+    """Warns once that calls on a device run the reference, where the machine lacks every backend made for it."""
+    _warn_once_of_reference(kind)
+
+
+@cache
+def _warn_once_of_reference(kind: str) -> None:
+    reasons = {name: REGISTRY[name](None) for name in _AUTOMATIC.get(kind, ())}
+    if reasons and all(reasons.values()):
+        why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        mend = "python -m pip install --upgrade triton" if kind == "cuda" else native.how_to_mend()
+        warnings.warn(
+            f"steam_kernels runs its reference in plain PyTorch on {kind} tensors, which is many times slower than its "
+            f"kernels. Why: {why}. What mends it: {mend}",
+            stacklevel=2,
+        )
+
+
+# What torch.compiler.assume_constant_result does, which would import the compiler with this package: the compiler calls
+# the function while it traces.
+_warn_of_reference._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _asked_for() -> str | None:

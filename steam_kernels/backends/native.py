@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,29 @@ CUDA_LIBRARY = PACKAGE / "libsteam_cuda.so"
 ENVIRONMENT = "STEAM_KERNELS_CPU"
 CPU_VARIANTS = ("avx512", "avx2", "generic")
 MESSAGE_BYTES = 256  # STEAM_MESSAGE_BYTES of include/steam/steam.h
+
+
+def shadowed() -> Path | None:
+    """The folder of another installed copy of this package, which this one hides, or None.
+
+    A clone's source tree hides an installed package from whatever runs in the clone's folder.
+    """
+    try:
+        installed = Path(str(metadata.distribution("steam_kernels").locate_file("steam_kernels")))
+    except metadata.PackageNotFoundError:
+        return None
+    return installed if (installed / "__init__.py").is_file() and installed.resolve() != PACKAGE else None
+
+
+def how_to_mend() -> str:
+    """The line that brings the CPU kernels which calls do without here."""
+    if CPU.supported:  # the library is loaded, and was asked for a variant that it or the processor lacks
+        return f"unset {ENVIRONMENT}"
+    if (other := shadowed()) is not None:
+        return f"run from another folder than {PACKAGE.parent}, which hides the package installed in {other.parent}"
+    if (PACKAGE.parent / "setup.py").is_file():
+        return f"cd {PACKAGE.parent} && python setup.py build_ext --inplace"
+    return "python -m pip install --no-build-isolation --no-deps --force-reinstall PATH_OF_THE_SOURCES"
 
 
 @dataclass(frozen=True)
