@@ -1,4 +1,4 @@
-"""Denormal numbers: the caller's floating-point mode holds on every thread that works for a call, and on none longer."""
+"""Denormal numbers: every thread that works for a call has the caller's floating-point mode, and its own afterwards."""
 
 from __future__ import annotations
 
@@ -53,8 +53,7 @@ class Call:
 
 
 def flushed(threads: int = 2) -> list[int]:
-    """How many denormal numbers PyTorch's own multiplication makes 0, of those of each half of a large tensor, which two
-    threads share."""
+    """How many denormal numbers PyTorch's multiplication makes 0, in each half of a tensor that two threads share."""
     torch.set_num_threads(threads)
     x = torch.full((1 << 20,), 1000, dtype=torch.int32).view(torch.float32)
     return [int((half == 0).sum()) for half in (x * 0.5).view(torch.int32).chunk(2)]

@@ -90,15 +90,16 @@ def _text(function: Any) -> tuple[str, ...]:
 def _cache(library: ctypes.CDLL, asked: str) -> Cache | str:
     """The cache in use, which is ``asked`` where that is not empty; or why it cannot be."""
     library.steam_cpu_set_cache_bytes.argtypes = [ctypes.c_int64]
-    facts = (library.steam_cpu_cache_bytes, library.steam_cpu_reported_cache_bytes, library.steam_cpu_processors)
-    for function in facts:
+    used, reported = library.steam_cpu_cache_bytes, library.steam_cpu_reported_cache_bytes
+    processors = library.steam_cpu_processors
+    for function in (used, reported, processors):
         function.restype = ctypes.c_int64
     if asked:
         digits = asked.isascii() and asked.isdigit() and len(asked) <= 19
         if not digits or int(asked) >= 1 << 63:
             return f"{CACHE_ENVIRONMENT}={asked!r} is no number of bytes; allowed are whole numbers from 0 to 2^63 - 1"
         library.steam_cpu_set_cache_bytes(int(asked))
-    return Cache(*(function() for function in facts), set=bool(asked))
+    return Cache(used(), reported(), processors(), bool(asked))
 
 
 def load_cpu(path: Path = CPU_LIBRARY, forced: str = "", cache: str = "") -> Library:
