@@ -11,6 +11,9 @@ import torch
 from . import __version__, available_backends
 from .backends import ENVIRONMENT, native
 
+#: The variables that say what runs.
+VARIABLES = (ENVIRONMENT, native.ENVIRONMENT, native.CACHE_ENVIRONMENT)
+
 
 def report() -> str:
     """The report as text, one fact a line."""
@@ -32,12 +35,14 @@ def report() -> str:
     lines += ["", f"CPU kernels    {cpu.path if cpu.path.is_file() else 'not built'}"]
     if cpu.supported:
         lines += [f"  in use       {cpu.variant}", f"  supported    {', '.join(cpu.supported)}"]
+    if cpu.cache:
+        lines += [f"  cache        {cpu.cache}"]
     cuda_kernels = native.CUDA
     lines += [f"CUDA kernels   {cuda_kernels.path if cuda_kernels.path.is_file() else 'not built'}"]
     if cuda_kernels.supported:
         lines += [f"  built for    {', '.join(cuda_kernels.supported)}"]
     lines.append("")
-    lines += [f"{name} = {os.environ.get(name, '(not set)')}" for name in (ENVIRONMENT, native.ENVIRONMENT)]
+    lines += [f"{name} = {os.environ.get(name, '(not set)')}" for name in VARIABLES]
     return "\n".join(lines)
 
 

@@ -122,6 +122,7 @@ def test_host_and_scaling(run: Path) -> None:
         ["bars", "--runs", "1", "--no-compiled", "--rows", "kernel"],
         ["sweep", "--cases", "3", "--seed", "2"],
         ["options", "--only", "inplace"],
+        ["cache", "--cache", "8"],
     ],
     ids=lambda command: command[0],
 )

@@ -266,7 +266,7 @@ def test_without_torch_cmake_builds_the_kernels_alone(tmp_path: Path) -> None:
     printed, commands = configure(tmp_path)
     variants = ("avx512", "avx2", "generic") if X86_64 else ("generic",)
     expected = {f"steam_cpu_{variant}/{source}.cpp" for variant in variants for source in ("forward", "backward")}
-    expected |= {f"steam_cpu_common/{source}.cpp" for source in ("dispatch", "scratch")}
+    expected |= {f"steam_cpu_common/{source}.cpp" for source in ("cache", "dispatch", "scratch")}
     assert set(commands) == expected | {"steam_cpu_kernels/c_api.cpp"}
     assert f"CPU variants: {';'.join(variants)}" in printed
     for name, words in commands.items():

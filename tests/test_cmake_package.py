@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -391,7 +392,95 @@ def test_no_memory_is_a_status_and_leaves_the_library_usable(library: ctypes.CDL
     buffer = ctypes.create_string_buffer(4096)
     problem = problem_of(Case(batch=1, space=(1, 1)))
     problem.channels = 2**55  # whose tokens alone have no room
-    args = Forward(problem, **{name: ctypes.addressof(buffer) for name in (*WEIGHTS, "x", "y")})
-    assert refusal(library, args)[0] == OUT_OF_MEMORY
+    pointers = {name: ctypes.addressof(buffer) for name in (*WEIGHTS, "dy", "x", "y", "saved", "dx")}
+    said = r"there is no memory for \d+ bytes of working space, needed for x of shape \(1, 36028797018963968, 1, 1\)"
+    never = Run(lambda *_: pytest.fail("a task ran"))
+    for args in (
+        Forward(problem, **{name: pointers[name] for name in (*WEIGHTS, "x", "y")}),
+        Backward(problem, **pointers),
+    ):
+        for parallel in (None, Parallel(64, never)):
+            status, message = refusal(library, args, parallel)
+            assert status == OUT_OF_MEMORY and re.match(said, message), message
+    assert buffer.raw == bytes(4096)
     inputs, dy = cases.make(Case())
     assert all(value.isfinite().all() for value in forward_backward(library, Case(), inputs, dy).values())
+
+
+def test_a_batch_of_none_needs_no_memory(library: ctypes.CDLL) -> None:
+    """However large one sample of it would be."""
+    problem = problem_of(Case(batch=0, space=(1, 1)))
+    problem.channels = 2**55
+    weights = {name: (ctypes.c_float * 32)(*range(32)) for name in WEIGHTS}
+    grads = {name: (ctypes.c_float * 32)(*[5.0] * 32) for name in ("channel_grad", "spatial_grad")}
+    pointers = {name: ctypes.addressof(array) for name, array in weights.items()}
+    call(library.steam_cpu_forward, Forward(problem, **pointers))
+    pointers |= {name: ctypes.addressof(array) for name, array in grads.items()}
+    call(library.steam_cpu_backward, Backward(problem, **pointers))
+    assert all(list(array) == [0.0] * 32 for array in grads.values())
+
+
+def test_a_task_may_make_a_call_of_its_own(library: ctypes.CDLL) -> None:
+    """As a pool does whose waiting thread takes up other work: memory of the outer call is not the inner one's."""
+    outer, inner = Case(space=(40, 40), channels=64, batch=3), Case(space=(9, 8), channels=6, layout="nhwc")
+    (x, dy), (inner_x, inner_dy) = cases.make(outer), cases.make(inner)
+    expected = forward_backward(library, outer, x, dy)
+    inner_expected = forward_backward(library, inner, inner_x, inner_dy)
+    seen = []
+
+    def run_both(tasks: int, body: Any, context: int) -> None:
+        for task in range(tasks):
+            seen.append(forward_backward(library, inner, inner_x, inner_dy))
+            body(context, task)
+
+    results = forward_backward(library, outer, x, dy, Parallel(4, Run(run_both)))
+    assert all(torch.equal(value, results[name]) for name, value in expected.items())
+    assert seen and all(torch.equal(value, one[name]) for one in seen for name, value in inner_expected.items())
+
+
+@pytest.mark.parametrize("flush", [False, True])
+def test_the_users_threads_take_the_callers_floating_point_mode(library: ctypes.CDLL, flush: bool) -> None:
+    """And have their own again afterwards."""
+    case = Case(space=(40, 40), channels=64, batch=3)
+    inputs, dy = cases.make(case)
+    tiny = torch.finfo(torch.float32).tiny
+    inputs["x"] *= tiny / 8
+    dy = dy * (tiny / 8)
+    denormal = torch.tensor([1000], dtype=torch.int32).view(torch.float32)
+    if not torch.set_flush_denormal(False):
+        pytest.skip("this processor has no mode that flushes denormal numbers")
+    kept: list[bool] = []
+
+    with ThreadPoolExecutor(1) as pool:
+
+        def other_thread(tasks: int, body: Any, context: int) -> None:
+            def work() -> None:
+                for task in range(tasks):
+                    body(context, task)
+                kept.append(((denormal * 0.5).view(torch.int32) == 0).item() is not flush)
+
+            pool.submit(work).result()
+
+        try:
+            assert pool.submit(torch.set_flush_denormal, not flush).result()
+            torch.set_flush_denormal(flush)
+            alone = forward_backward(library, case, inputs, dy)
+            shared = forward_backward(library, case, inputs, dy, Parallel(4, Run(other_thread)))
+        finally:
+            torch.set_flush_denormal(False)
+    assert kept and all(kept)
+    for name, value in alone.items():
+        assert torch.equal(value.view(torch.int32), shared[name].view(torch.int32)), name
+    assert (alone["y"].view(torch.int32) & 0x7FFFFFFF).any().item() is not flush, "the control: the mode shows"
+
+
+def test_cache_by_bytes(library: ctypes.CDLL) -> None:
+    for name in ("cache_bytes", "reported_cache_bytes", "processors"):
+        getattr(library, f"steam_cpu_{name}").restype = ctypes.c_int64
+    library.steam_cpu_set_cache_bytes.argtypes = [ctypes.c_int64]
+    before = library.steam_cpu_cache_bytes()
+    assert 0 < before <= 8 * 2**20 * library.steam_cpu_processors()
+    assert library.steam_cpu_reported_cache_bytes() >= 0
+    assert library.steam_cpu_set_cache_bytes(0) == 0 and library.steam_cpu_cache_bytes() == 0
+    assert library.steam_cpu_set_cache_bytes(-1) == 1 and library.steam_cpu_cache_bytes() == 0
+    assert library.steam_cpu_set_cache_bytes(before) == 0 and library.steam_cpu_cache_bytes() == before

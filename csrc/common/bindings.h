@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <array>
 #include <optional>
+#include <string>
 #include <tuple>
 #include <vector>
 
@@ -59,9 +60,14 @@ struct Place {
   template <std::size_t n>
   Tensor empty(const std::array<int64_t, n>& sizes, const std::array<int64_t, n>& strides, ScalarType dtype) const {
     AtenTensorHandle handle;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+    const AOTITorchError error = aoti_torch_empty_strided(
         n, sizes.data(), strides.data(), torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
-        device_type, device_index, &handle));
+        device_type, device_index, &handle);
+    if (error != AOTI_TORCH_SUCCESS) {
+      std::string shape;
+      for (const int64_t size : sizes) shape += (shape.empty() ? "" : ", ") + std::to_string(size);
+      STD_TORCH_CHECK(false, "steam_kernels: PyTorch could not allocate an output of shape (", shape, ")");
+    }
     return Tensor(handle);
   }
   // As torch.empty_like, which keeps the strides of a dense map. A map without elements may be anything else.

@@ -46,19 +46,14 @@ struct LiveCells {
   STEAM_INLINE void prefetch(int64_t cell, int64_t c) const { maps.prefetch(cell * channels + c, 0); }
 };
 
-template <class T, bool kRelu>
-struct BackwardWalk {
+// Working memory of one sample.
+template <class T>
+struct BackwardMemory {
   using L = Lanes<T>;
   using A = typename L::A;
   using V = typename L::V;
-  static constexpr int64_t lanes = L::kLanes;
-  using Source = Maps<T, true, kRelu>;
 
-  const Unit<T>& u;
-  const cpu::BackwardArgs& args;
-  double* sums;  // (N, 4 * heads): a sample's gradients of the channel branch's a and b, then of the spatial branch's
-
-  // One sample's gradients of gates (then of pre-activations) and tokens, in the branches' arrays.
+  // Gradients of gates (then of pre-activations) and tokens, in the branches' arrays.
   struct Grads {
     A *channel_gate, *channel_token, *spatial_gate, *spatial_token;
     A* spatial_share;  // s = du / (C n_ij): what one pixel's token gradient comes to
@@ -72,29 +67,71 @@ struct BackwardWalk {
           channel_tape(tape(u.ring, u.channel, arena)),
           spatial_tape(tape(u.lattice, u.spatial, arena)) {}
     static GraphTape<L> tape(const Branch<L>& branch, const Heads<L>& heads, Arena& arena) {
-      return {branch.count <= 9 ? arena.take<A>(branch.count * branch.size) : nullptr,
-              arena.take<V>(node_blocks(branch) * 2 * heads.count)};
+      A* shares = branch.count <= 9 ? arena.take<A>(branch.count, branch.size) : nullptr;
+      return {shares, arena.take<V>(node_blocks(branch), 2 * heads.count)};
     }
   };
 
-  const T* map(const void* base, int64_t n) const { return static_cast<const T*>(base) + n * u.sample; }
+  Gates<T> g;
+  Grads d;
+  // NCHW: a number a pixel or column sum, the blocks' sums, all column sums, sums of the channels' token gradients.
+  A *spread = nullptr, *partial = nullptr, *columns = nullptr, *through_tokens = nullptr;
+  // channels_last: sums over cells, and (kNarrow) over columns before.
+  A *products = nullptr, *values = nullptr, *wide = nullptr;
+  // A channel's scale * g_c, and dz / (H W); gate patterns.
+  A *scaled = nullptr, *offset = nullptr, *runs = nullptr;
 
-  void operator()(int64_t n, const cpu::Parallel* parallel) const {
-    Arena arena;
-    const Source maps{map(args.x, n), map(args.dy, n), kRelu ? map(args.y, n) : nullptr, u.sample};
-    const bool input = args.dx != nullptr;
-    const bool weights = args.channel_grad.data || args.spatial_grad.data;
-    const Gates<T> g(u, arena);
-    const Grads d(u, arena);
-    if (input || weights) {
-      restore(g, n);
-      if (u.p.channels_last) {
-        pool_channels_last(maps, g, d, n, parallel, arena);
-      } else {
-        pool_planar(maps, g, d, n, parallel, arena);
+  BackwardMemory(const Unit<T>& u, const cpu::BackwardArgs& args, Arena& arena) : g(u, arena), d(u, arena) {
+    if (needs_tokens(args)) {
+      if (!u.p.channels_last) {
+        spread = arena.take<A>(u.sums());
+        partial = arena.take<A>(u.blocks, u.sums());
+        if (u.p.sequential && u.walk == Walk::kColumns) columns = arena.take<A>(u.p.channels, u.sums());
+        if (u.p.sequential) through_tokens = arena.take<A>(u.channel_pitch);
+      } else if (u.walk == Walk::kNarrow || !u.cells_are_pixels()) {
+        products = arena.take<A>(u.cells, u.channel_pitch);
+        if (u.p.sequential) values = arena.take<A>(u.cells, u.channel_pitch);
+        if (u.walk == Walk::kNarrow) wide = arena.take<A>(2, u.sums());
       }
     }
-    if (input || args.dresidual) gate(n, maps, g, d, parallel, arena);
+    scaled = arena.take<A>(u.channel_pitch);
+    offset = arena.take<A>(u.channel_pitch);
+    if (u.walk != Walk::kChannels) runs = arena.take<A>(2 * u.runs, u.run_pitch);
+  }
+  static bool needs_tokens(const cpu::BackwardArgs& args) {
+    return args.dx || args.channel_grad.data || args.spatial_grad.data;
+  }
+};
+
+template <class T, bool kRelu>
+struct BackwardWalk {
+  using L = Lanes<T>;
+  using A = typename L::A;
+  using V = typename L::V;
+  static constexpr int64_t lanes = L::kLanes;
+  using Source = Maps<T, true, kRelu>;
+  using Memory = BackwardMemory<T>;
+  using Grads = typename Memory::Grads;
+
+  const Unit<T>& u;
+  const cpu::BackwardArgs& args;
+  double* sums;  // (N, 4 * heads): a sample's gradients of the channel branch's a and b, then of the spatial branch's
+
+  const T* map(const void* base, int64_t n) const { return static_cast<const T*>(base) + n * u.sample; }
+
+  void operator()(int64_t n, const cpu::Parallel* parallel, char* memory) const {
+    Arena arena(memory);
+    const Memory m(u, args, arena);
+    const Source maps{map(args.x, n), map(args.dy, n), kRelu ? map(args.y, n) : nullptr, u.sample};
+    if (Memory::needs_tokens(args)) {
+      restore(m.g, n);
+      if (u.p.channels_last) {
+        pool_channels_last(maps, m, n, parallel);
+      } else {
+        pool_planar(maps, m, n, parallel);
+      }
+    }
+    if (args.dx || args.dresidual) gate(n, maps, m, parallel);
   }
 
   void restore(const Gates<T>& g, int64_t n) const {
@@ -133,14 +170,13 @@ struct BackwardWalk {
                       sums + n * 4 * u.channel.count, parallel);
   }
 
-  void pool_planar(const Source& maps, const Gates<T>& g, const Grads& d, int64_t n, const cpu::Parallel* parallel,
-                   Arena& arena) const {
+  void pool_planar(const Source& maps, const Memory& m, int64_t n, const cpu::Parallel* parallel) const {
+    const Gates<T>& g = m.g;
+    const Grads& d = m.d;
     const bool by_pixel = u.walk == Walk::kPixels;
     const A* channel = channel_gate(g);
     A* gate_grad = d.channel_gate + u.ring.first;
-    A* spread = arena.take<A>(u.sums());
-    A* partial = arena.take<A>(u.blocks * u.sums());
-    A* columns = u.p.sequential && !by_pixel ? arena.take<A>(u.p.channels * u.sums()) : nullptr;
+    A *spread = m.spread, *partial = m.partial, *columns = m.columns;
     const V scale = L::set(static_cast<A>(u.p.scale));
     spread_sums(u, spread, [&](int64_t i, int64_t j, int64_t) { return g.spatial.gate[u.lattice.at(i, j)]; });
     for_tasks(parallel, u.blocks, [&](int64_t b) {
@@ -175,7 +211,7 @@ struct BackwardWalk {
     spatial_backward(g, d, n, parallel);
     if (u.p.sequential) {
       spread_sums(u, spread, [&](int64_t i, int64_t j, int64_t) { return token_share(d, i, j); });
-      A* through_tokens = arena.take<A>(u.channel_pitch);
+      A* through_tokens = m.through_tokens;
       for_tasks(parallel, u.blocks, [&](int64_t b) {
         const int64_t begin = b * u.block, end = smaller(begin + u.block, u.p.channels);
         if (by_pixel && u.row_vectors() <= kHeld) {
@@ -307,15 +343,11 @@ struct BackwardWalk {
                         });
   }
 
-  void pool_channels_last(const Source& maps, const Gates<T>& g, const Grads& d, int64_t n,
-                          const cpu::Parallel* parallel, Arena& arena) const {
-    if (u.walk == Walk::kChannels && u.cells_are_pixels()) {
-      return pool_cells(LiveCells<Source>{maps, u.p.channels}, g, d, n, parallel);
+  void pool_channels_last(const Source& maps, const Memory& m, int64_t n, const cpu::Parallel* parallel) const {
+    if (m.products == nullptr) {
+      return pool_cells(LiveCells<Source>{maps, u.p.channels}, m.g, m.d, n, parallel);
     }
-    const int64_t size = u.cells * u.channel_pitch;
-    A* products = arena.take<A>(size);
-    A* values = u.p.sequential ? arena.take<A>(size) : nullptr;
-    A* wide = u.walk == Walk::kNarrow ? arena.take<A>(2 * u.sums()) : nullptr;
+    A *products = m.products, *values = m.values, *wide = m.wide;
     for_tasks(parallel, u.p.grid_h, [&](int64_t i) {
       const int64_t stride = u.p.width * u.p.channels;
       const int64_t r = u.row_begin[i], rows = u.row_begin[i + 1] - r;
@@ -341,7 +373,7 @@ struct BackwardWalk {
         }
       }
     });
-    pool_cells(StoredCells<L>{values, products, u.channel_pitch}, g, d, n, parallel);
+    pool_cells(StoredCells<L>{values, products, u.channel_pitch}, m.g, m.d, n, parallel);
   }
 
   template <class Cells>
@@ -400,13 +432,11 @@ struct BackwardWalk {
     channel_backward(g, d, n, parallel);
   }
 
-  void gate(int64_t n, const Source& maps, const Gates<T>& g, const Grads& d, const cpu::Parallel* parallel,
-            Arena& arena) const {
+  void gate(int64_t n, const Source& maps, const Memory& m, const cpu::Parallel* parallel) const {
+    const Gates<T>& g = m.g;
+    const Grads& d = m.d;
     const bool input = args.dx != nullptr;
-    // Per channel: scale * g_c, the weight of the token gradient, and dz / (H W).
-    A* scaled = arena.take<A>(u.channel_pitch);
-    A* offset = arena.take<A>(u.channel_pitch);
-    A* runs = nullptr;
+    A *scaled = m.scaled, *offset = m.offset, *runs = m.runs;
     if (input) {
       const A scale = static_cast<A>(u.p.scale), mean = static_cast<A>(1.0 / static_cast<double>(u.pixels));
       for (int64_t c = 0; c < u.p.channels; c += lanes) {
@@ -414,7 +444,6 @@ struct BackwardWalk {
         store(offset + c, load(d.channel_token + u.ring.first + c) * mean);
       }
       if (u.walk != Walk::kChannels) {
-        runs = arena.take<A>(2 * u.runs * u.run_pitch);
         const A* share = token_weights(g);
         const bool narrow = u.walk == Walk::kNarrow;
         spread_runs(u, runs, [&](int64_t i, int64_t j, int64_t c) {
@@ -482,23 +511,33 @@ inline void write_weight_grad(const Problem& p, const Weight& weight, const Weig
 }  // namespace
 
 namespace cpu {
-void STEAM_NAME(backward_, STEAM_CPU_VARIANT)(const BackwardArgs& args) {
+std::size_t STEAM_NAME(backward_, STEAM_CPU_VARIANT)(const BackwardArgs& args, char* memory) {
   const Problem& p = args.problem;
   const int64_t heads = p.num_heads;
-  Arena arena;
-  double* sums = arena.take<double>(larger<int64_t>(p.samples, 1) * 4 * heads);
-  memset(sums, 0, sizeof(double) * static_cast<size_t>(larger<int64_t>(p.samples, 1) * 4 * heads));
+  Arena arena(memory);
+  double* sums = arena.take<double>(larger<int64_t>(p.samples, 1), 4 * heads);
+  if (memory) memset(sums, 0, sizeof(double) * static_cast<size_t>(larger<int64_t>(p.samples, 1) * 4 * heads));
   with_dtype(p.dtype, [&]<class T>() {
-    const Unit<T> unit = make_unit<T>(p, args.channel_weight, args.spatial_weight, arena);
+    if (p.samples == 0) return;
+    const Unit<T> unit = make_unit<T>(p, arena);
+    const Sharing sharing = make_sharing(unit, args.parallel.threads, arena, [&](int64_t) {
+      Arena sample(nullptr);
+      BackwardMemory<T>(unit, args, sample);
+      return sample.used();
+    });
+    if (arena.counts()) return;
+    fill_unit(unit, args.channel_weight, args.spatial_weight);
     with_bool(p.relu,
-              [&]<bool kRelu>() { for_samples(unit, args.parallel, BackwardWalk<T, kRelu>{unit, args, sums}); });
+              [&]<bool kRelu>() { for_samples(sharing, args.parallel, BackwardWalk<T, kRelu>{unit, args, sums}); });
   });
+  if (arena.counts()) return arena.used();
   // Samples in their order, whoever computed them.
   for (int64_t n = 1; n < p.samples; ++n) {
     for (int64_t k = 0; k < 4 * heads; ++k) sums[k] += sums[n * 4 * heads + k];
   }
   write_weight_grad(p, args.channel_weight, args.channel_grad, sums, sums + heads);
   write_weight_grad(p, args.spatial_weight, args.spatial_grad, sums + 2 * heads, sums + 3 * heads);
+  return arena.used();
 }
 }  // namespace cpu
 }  // namespace steam

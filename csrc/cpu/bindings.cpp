@@ -1,6 +1,8 @@
 // The operators' CPU kernels.
 #include "../common/bindings.h"
 
+#include <steam/steam.h>
+
 #include "kernels.h"
 
 namespace steam {
@@ -17,14 +19,17 @@ struct Cpu {
   using BackwardArgs = cpu::BackwardArgs;
 
   static Place place(const Tensor&) { return {aoti_torch_device_type_cpu(), 0}; }
-  static cpu::Parallel parallel() { return {static_cast<int64_t>(torch::stable::get_num_threads()), run_tasks}; }
-  static void forward(const Tensor&, ForwardArgs args) {
-    args.parallel = parallel();
-    cpu::forward(args);
-  }
-  static void backward(const Tensor&, BackwardArgs args) {
-    args.parallel = parallel();
-    cpu::backward(args);
+  static void forward(const Tensor&, ForwardArgs args) { run(cpu::forward, args); }
+  static void backward(const Tensor&, BackwardArgs args) { run(cpu::backward, args); }
+
+  template <class Args>
+  static void run(std::size_t (*kernels)(const Args&), Args& args) {
+    args.parallel = {static_cast<int64_t>(torch::stable::get_num_threads()), run_tasks};
+    const std::size_t lacked = kernels(args);
+    if (lacked == 0) return;
+    char text[STEAM_MESSAGE_BYTES];
+    cpu::no_memory(lacked, args.problem, text);
+    STD_TORCH_CHECK(false, "steam_kernels: ", static_cast<const char*>(text));
   }
 };
 

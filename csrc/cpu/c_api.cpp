@@ -1,6 +1,4 @@
 // The C functions of steam::cpu: checks, then one call of the kernels.
-#include <new>
-
 #include "../common/c_api.h"
 #include "kernels.h"
 
@@ -17,55 +15,51 @@ steam_status parallel_of(const steam_parallel* given, const steam::Report& repor
   return STEAM_OK;
 }
 
-// No exception leaves a C function.
-template <class F>
-steam_status guarded(const steam::Report& report, const F& f) {
-  try {
-    f();
-  } catch (const std::bad_alloc&) {
-    return report.fail(STEAM_OUT_OF_MEMORY, "there is no memory for the kernels' working space");
-  }
-  return STEAM_OK;
+template <class Args>
+steam_status run(std::size_t (*kernels)(const Args&), const Args& args, const steam::Report& report) {
+  const std::size_t lacked = kernels(args);
+  if (lacked == 0) return STEAM_OK;
+  char text[STEAM_MESSAGE_BYTES];
+  steam::cpu::no_memory(lacked, args.problem, text);
+  return report.fail(STEAM_OUT_OF_MEMORY, "%s", text);
 }
 
 }  // namespace
 
 steam_status steam_cpu_forward(const steam_forward_args* args, const steam_parallel* parallel, char* message) {
   const steam::Report report(message);
-  steam::cpu::Parallel run;
+  steam::cpu::Parallel threads;
   STEAM_TRY(steam::check(args, report));
-  STEAM_TRY(parallel_of(parallel, report, run));
+  STEAM_TRY(parallel_of(parallel, report, threads));
   const steam::DType weight = steam::dtype_of(args->problem.weight_dtype);
-  return guarded(report, [&] {
-    steam::cpu::forward({steam::problem_of(args->problem),
-                         {args->channel_weight, weight},
-                         {args->spatial_weight, weight},
-                         args->x,
-                         args->residual,
-                         args->y,
-                         args->saved,
-                         run});
-  });
+  const steam::cpu::ForwardArgs call{steam::problem_of(args->problem),
+                                     {args->channel_weight, weight},
+                                     {args->spatial_weight, weight},
+                                     args->x,
+                                     args->residual,
+                                     args->y,
+                                     args->saved,
+                                     threads};
+  return run(steam::cpu::forward, call, report);
 }
 
 steam_status steam_cpu_backward(const steam_backward_args* args, const steam_parallel* parallel, char* message) {
   const steam::Report report(message);
-  steam::cpu::Parallel run;
+  steam::cpu::Parallel threads;
   STEAM_TRY(steam::check(args, report));
-  STEAM_TRY(parallel_of(parallel, report, run));
+  STEAM_TRY(parallel_of(parallel, report, threads));
   const steam::DType weight = steam::dtype_of(args->problem.weight_dtype);
-  return guarded(report, [&] {
-    steam::cpu::backward({steam::problem_of(args->problem),
-                          {args->channel_weight, weight},
-                          {args->spatial_weight, weight},
-                          args->dy,
-                          args->x,
-                          args->y,
-                          args->saved,
-                          args->dx,
-                          args->dresidual,
-                          {args->channel_grad, weight},
-                          {args->spatial_grad, weight},
-                          run});
-  });
+  const steam::cpu::BackwardArgs call{steam::problem_of(args->problem),
+                                      {args->channel_weight, weight},
+                                      {args->spatial_weight, weight},
+                                      args->dy,
+                                      args->x,
+                                      args->y,
+                                      args->saved,
+                                      args->dx,
+                                      args->dresidual,
+                                      {args->channel_grad, weight},
+                                      {args->spatial_grad, weight},
+                                      threads};
+  return run(steam::cpu::backward, call, report);
 }

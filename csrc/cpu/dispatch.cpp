@@ -2,19 +2,21 @@
 #include <steam/steam.h>
 
 #include <atomic>
+#include <cinttypes>
 #include <cstdio>
 #include <cstring>
 #include <string>
 
+#include "cache.h"
 #include "kernels.h"
 #include "scratch.h"
 
 namespace steam {
 namespace cpu {
 
-#define STEAM_DECLARE(variant)                \
-  void forward_##variant(const ForwardArgs&); \
-  void backward_##variant(const BackwardArgs&);
+#define STEAM_DECLARE(variant)                              \
+  std::size_t forward_##variant(const ForwardArgs&, char*); \
+  std::size_t backward_##variant(const BackwardArgs&, char*);
 STEAM_DECLARE(generic)
 #if defined(STEAM_CPU_HAS_AVX2)
 STEAM_DECLARE(avx2)
@@ -76,29 +78,43 @@ const Variant& variant() {
   return *v;
 }
 
+// What steam_cpu_set_cache_bytes was given; -1 before.
+std::atomic<int64_t> cache_set{-1};
+
+const Cache& cache_found() {
+  static const Cache found = find_cache();
+  return found;
+}
+
 }  // namespace
 
-int64_t last_level_cache() {
-  static const int64_t bytes = [] {
-    // Not sysconf: glibc reports the whole package where several such caches share it.
-    long long kilobytes = 0;
-    if (std::FILE* file = std::fopen("/sys/devices/system/cpu/cpu0/cache/index3/size", "r")) {
-      if (std::fscanf(file, "%lldK", &kilobytes) != 1) kilobytes = 0;
-      std::fclose(file);
-    }
-    return kilobytes > 0 ? static_cast<int64_t>(kilobytes) << 10 : int64_t{24} << 20;
-  }();
-  return bytes;
+int64_t cache_bytes() {
+  const int64_t set = cache_set.load(std::memory_order_relaxed);
+  return set >= 0 ? set : cache_found().share();
 }
 
-// The variants are compiled without unwinding: what they took when there was no more memory is given back here.
-void forward(const ForwardArgs& args) {
-  const Arena arena;
-  variant().forward(args);
+namespace {
+
+template <class Args>
+std::size_t run(std::size_t (*kernels)(const Args&, char*), const Args& args) {
+  const std::size_t bytes = kernels(args, nullptr);
+  if (bytes == 0) return 0;
+  const Scratch scratch(bytes, args.parallel.threads);
+  if (scratch.data() == nullptr) return bytes;
+  kernels(args, scratch.data());
+  return 0;
 }
-void backward(const BackwardArgs& args) {
-  const Arena arena;
-  variant().backward(args);
+
+}  // namespace
+
+std::size_t forward(const ForwardArgs& args) { return run(variant().forward, args); }
+std::size_t backward(const BackwardArgs& args) { return run(variant().backward, args); }
+
+void no_memory(std::size_t bytes, const Problem& p, char* text) {
+  std::snprintf(text, STEAM_MESSAGE_BYTES,
+                "there is no memory for %zu bytes of working space, needed for x of shape (%" PRId64 ", %" PRId64
+                ", %" PRId64 ", %" PRId64 ") on a grid of %" PRId64 " x %" PRId64,
+                bytes, p.samples, p.channels, p.height, p.width, p.grid_h, p.grid_w);
 }
 
 }  // namespace cpu
@@ -127,6 +143,26 @@ int steam_cpu_select(const char* name) {
     }
   }
   return 1;
+}
+
+int64_t steam_cpu_cache_bytes(void) { return steam::cpu::cache_bytes(); }
+
+int steam_cpu_set_cache_bytes(int64_t bytes) {
+  if (bytes < 0) return 1;
+  steam::cpu::cache_set.store(bytes, std::memory_order_relaxed);
+  return 0;
+}
+
+int64_t steam_cpu_reported_cache_bytes(void) { return steam::cpu::cache_found().reported; }
+int64_t steam_cpu_processors(void) { return steam::cpu::cache_found().processors; }
+
+// The rule by itself, so that a test can ask it about machines that it does not run on.
+extern "C" STEAM_API int64_t steam_cpu_probe_cache_share(int64_t reported, int64_t processors) {
+  return steam::cpu::Cache{reported, processors}.share();
+}
+// And how a limit of processor time is read: text of cgroup's cpu.max.
+extern "C" STEAM_API int64_t steam_cpu_probe_limit(const char* cpu_max) {
+  return steam::cpu::processors_of_limit(cpu_max);
 }
 
 // The kernels' own address arithmetic, so that a test can reach past 2^31 elements without a tensor of that size.

@@ -9,6 +9,57 @@
 namespace steam {
 namespace {
 
+// Working memory of a range of channels.
+template <class T>
+struct RangeMemory {
+  using A = typename Unit<T>::A;
+  A* columns;  // of two blocks, where the walk has column sums
+  A* tokens;
+  RangeMemory(const Unit<T>& u, Arena& arena)
+      : columns(u.walk == Walk::kColumns ? arena.take<A>(2 * u.block, u.sums()) : nullptr),
+        tokens(arena.take<A>(u.ring.size)) {}
+};
+
+// Working memory of one sample that `threads` threads share.
+template <class T>
+struct ForwardMemory {
+  using A = typename Unit<T>::A;
+  Gates<T> g;
+  A* runs = nullptr;     // gate patterns, where the walk has them
+  A* partial = nullptr;  // NCHW: the blocks' parts of the spatial tokens
+  A* columns = nullptr;  // NCHW: column sums of all channels, where the walk has them and no ranges
+  int64_t ranges = 0;    // NCHW: ranges of channels; 0 where three steps go over all channels
+  std::size_t range_bytes = 0;
+  char* range_memory = nullptr;
+  A* cells = nullptr;  // channels_last: the cells' sums
+  A* wide = nullptr;   // kNarrow: wide column sums
+
+  ForwardMemory(const Unit<T>& u, int64_t threads, Arena& arena) : g(u, arena) {
+    if (u.walk != Walk::kChannels) runs = arena.take<A>(u.runs, u.run_pitch);
+    if (u.p.channels_last) {
+      if (u.walk == Walk::kChannels && u.cells_are_pixels()) return;
+      cells = arena.take<A>(u.cells, u.channel_pitch);
+      if (u.walk == Walk::kNarrow) wide = arena.take<A>(u.sums());
+      return;
+    }
+    partial = arena.take<A>(u.blocks, u.sums());
+    ranges = smaller(threads, u.blocks);
+    const int64_t margin = u.ring.margin;
+    if (margin <= u.block && 2 * margin * kFewMore * ranges <= u.p.channels) {
+      Arena range(nullptr);
+      RangeMemory<T>(u, range);
+      range_bytes = Arena::slice(range.used());
+      range_memory = arena.take_slices(ranges, range_bytes);
+    } else {
+      ranges = 0;
+      if (u.walk == Walk::kColumns) columns = arena.take<A>(u.blocks * u.block, u.sums());
+    }
+  }
+
+  // A range of channels is worth its own tokens of the neighbours beyond it where they are this many times fewer.
+  static constexpr int64_t kFewMore = 8;
+};
+
 template <class T>
 struct ForwardWalk {
   using L = Lanes<T>;
@@ -22,17 +73,17 @@ struct ForwardWalk {
 
   const T* map(const void* base, int64_t n) const { return static_cast<const T*>(base) + n * u.sample; }
 
-  void operator()(int64_t n, const cpu::Parallel* parallel) const {
-    Arena arena;
-    const Gates<T> g(u, arena);
+  void operator()(int64_t n, const cpu::Parallel* parallel, char* memory) const {
+    Arena arena(memory);
+    const ForwardMemory<T> m(u, parallel ? parallel->threads : 1, arena);
     const Source x{map(args.x, n), nullptr, nullptr, u.sample};
     if (u.p.channels_last) {
-      pool_channels_last(x, g, parallel, arena);
+      pool_channels_last(x, m, parallel);
     } else {
-      pool_planar(x, g, parallel, arena);
+      pool_planar(x, m, parallel);
     }
-    if (args.saved) save(g, n);
-    gate(n, g, parallel, arena);
+    if (args.saved) save(m.g, n);
+    gate(n, m, parallel);
   }
 
   // What space looks at: the channel gates, or nothing (math step 4).
@@ -42,16 +93,13 @@ struct ForwardWalk {
   }
 
   // NCHW, block by block of channels: tokens, then the ring and the blocks' part of the spatial tokens.
-  void pool_planar(const Source& source, const Gates<T>& g, const cpu::Parallel* parallel, Arena& arena) const {
-    A* partial = arena.take<A>(u.blocks * u.sums());
-    const int64_t ranges = parallel ? smaller(parallel->threads, u.blocks) : 1;
-    const int64_t margin = u.ring.margin;
-    if (margin <= u.block && 2 * margin * kFewMore * ranges <= u.p.channels) {
-      for_tasks(parallel, ranges,
-                [&](int64_t k) { pool_range(source, g, k * u.blocks / ranges, (k + 1) * u.blocks / ranges, partial); });
+  void pool_planar(const Source& source, const ForwardMemory<T>& m, const cpu::Parallel* parallel) const {
+    const Gates<T>& g = m.g;
+    A* partial = m.partial;
+    if (m.ranges > 0) {
+      for_tasks(parallel, m.ranges, [&](int64_t k) { pool_range(source, m, k); });
     } else {
-      A* columns = u.walk == Walk::kPixels ? nullptr : arena.take<A>(u.blocks * u.block * u.sums());
-      const auto columns_of = [&](int64_t b) { return ahead(columns, b * u.block * u.sums()); };
+      const auto columns_of = [&](int64_t b) { return ahead(m.columns, b * u.block * u.sums()); };
       A* z = g.channel.token + u.ring.first;
       for_tasks(parallel, u.blocks,
                 [&](int64_t b) { channel_tokens(source, block_begin(b), block_end(b), columns_of(b), z); });
@@ -64,34 +112,33 @@ struct ForwardWalk {
     graph_forward<L>(u.lattice, u.spatial, g.spatial.token, g.spatial.o, g.spatial.gate, parallel);
   }
 
-  // A range of channels is worth its own tokens of the neighbours beyond it where they are this many times fewer.
-  static constexpr int64_t kFewMore = 8;
-
   int64_t block_begin(int64_t b) const { return b * u.block; }
   int64_t block_end(int64_t b) const { return smaller((b + 1) * u.block, u.p.channels); }
 
-  // Blocks from ... to - 1, each while its maps are in cache; tokens go one block ahead of the ring, which looks at
+  // The blocks of range k, each while its maps are in cache; tokens go one block ahead of the ring, which looks at
   // them, `margin` channels at most.
-  void pool_range(const Source& source, const Gates<T>& g, int64_t from, int64_t to, A* partial) const {
-    Arena arena;
+  void pool_range(const Source& source, const ForwardMemory<T>& m, int64_t k) const {
+    const Gates<T>& g = m.g;
+    const int64_t from = k * u.blocks / m.ranges, to = (k + 1) * u.blocks / m.ranges;
+    Arena arena(m.range_memory + static_cast<std::size_t>(k) * m.range_bytes);
+    const RangeMemory<T> range(u, arena);
     const int64_t margin = u.ring.margin, begin = block_begin(from), end = block_end(to - 1);
-    A* columns = u.walk == Walk::kPixels ? nullptr : arena.take<A>(2 * u.block * u.sums());
-    const auto columns_of = [&](int64_t b) { return ahead(columns, b % 2 * u.block * u.sums()); };
-    A* tokens = arena.take<A>(u.ring.size);
+    const auto columns_of = [&](int64_t b) { return ahead(range.columns, b % 2 * u.block * u.sums()); };
+    A* tokens = range.tokens;
     A* z = tokens + u.ring.first;
     // The neighbours beyond the range, to the bit as whoever has them in its range.
     const auto beyond = [&](int64_t c) {
       const int64_t node = (c + u.p.channels) % u.p.channels;
-      channel_tokens(source, node, node + 1, columns, z + c - node);
+      channel_tokens(source, node, node + 1, range.columns, z + c - node);
     };
     for (int64_t c = begin - margin; c < begin; ++c) beyond(c);
     for (int64_t c = end; c < end + margin; ++c) beyond(c);
     for (int64_t c = end + margin; c < round_up(end, lanes) + margin; ++c) z[c] = 0;
     for (int64_t b = from; b < to; ++b) {
       channel_tokens(source, block_begin(b), block_end(b), columns_of(b), z);
-      if (b > from) look_at_block(source, g, b - 1, columns_of(b - 1), tokens, partial);
+      if (b > from) look_at_block(source, g, b - 1, columns_of(b - 1), tokens, m.partial);
     }
-    look_at_block(source, g, to - 1, columns_of(to - 1), tokens, partial);
+    look_at_block(source, g, to - 1, columns_of(to - 1), tokens, m.partial);
     memcpy(g.channel.token + u.ring.first + begin, z + begin, sizeof(A) * static_cast<size_t>(end - begin));
   }
 
@@ -139,13 +186,10 @@ struct ForwardWalk {
     }
   }
 
-  void pool_channels_last(const Source& x, const Gates<T>& g, const cpu::Parallel* parallel, Arena& arena) const {
+  void pool_channels_last(const Source& x, const ForwardMemory<T>& m, const cpu::Parallel* parallel) const {
     // Where a cell is a pixel, x itself holds the cells' sums.
-    if (u.walk == Walk::kChannels && u.cells_are_pixels()) {
-      return pool_cells(x.x, u.p.channels, u.sample, g, parallel);
-    }
-    A* cells = arena.take<A>(u.cells * u.channel_pitch);
-    A* wide = u.walk == Walk::kNarrow ? arena.take<A>(u.sums()) : nullptr;
+    if (m.cells == nullptr) return pool_cells(x.x, u.p.channels, u.sample, m.g, parallel);
+    A *cells = m.cells, *wide = m.wide;
     for_tasks(parallel, u.p.grid_h, [&](int64_t i) {
       const int64_t stride = u.p.width * u.p.channels;
       const int64_t r = u.row_begin[i], rows = u.row_begin[i + 1] - r;
@@ -162,7 +206,7 @@ struct ForwardWalk {
                         row + j * u.channel_pitch, static_cast<A*>(nullptr));
       }
     });
-    pool_cells(cells, u.channel_pitch, u.cells * u.channel_pitch, g, parallel);
+    pool_cells(cells, u.channel_pitch, u.cells * u.channel_pitch, m.g, parallel);
   }
 
   // Tokens from the cells' sums, channels contiguous, `pitch` apart.
@@ -223,14 +267,13 @@ struct ForwardWalk {
     gather_nodes(u.lattice, g.spatial.o, row + 2 * u.p.channels + u.cells);
   }
 
-  void gate(int64_t n, const Gates<T>& g, const cpu::Parallel* parallel, Arena& arena) const {
+  void gate(int64_t n, const ForwardMemory<T>& m, const cpu::Parallel* parallel) const {
+    const Gates<T>& g = m.g;
     const A scale = static_cast<A>(u.p.scale);
     A* channel = g.channel.gate + u.ring.first;
     for (int64_t c = 0; c < u.p.channels; c += lanes) store(channel + c, load(channel + c) * scale);
-    A* runs = nullptr;
-    if (u.walk != Walk::kChannels) {
-      runs = arena.take<A>(u.runs * u.run_pitch);
-      spread_runs(u, runs, [&](int64_t i, int64_t j, int64_t c) {
+    if (m.runs) {
+      spread_runs(u, m.runs, [&](int64_t i, int64_t j, int64_t c) {
         const A gate = g.spatial.gate[u.lattice.at(i, j)];
         return u.walk == Walk::kNarrow ? channel[c] * gate : gate;
       });
@@ -241,7 +284,7 @@ struct ForwardWalk {
       with_bool(u.p.relu, [&]<bool kRelu>() {
         const T* residual = kResidual ? map(args.residual, n) : nullptr;
         const GateForward<T, kResidual, kRelu> f{map(args.x, n), residual, u.sample};
-        gate_sample(f, y, route, channel, g, runs, parallel);
+        gate_sample(f, y, route, channel, g, m.runs, parallel);
       });
     });
   }
@@ -264,12 +307,21 @@ struct ForwardWalk {
 }  // namespace
 
 namespace cpu {
-void STEAM_NAME(forward_, STEAM_CPU_VARIANT)(const ForwardArgs& args) {
+std::size_t STEAM_NAME(forward_, STEAM_CPU_VARIANT)(const ForwardArgs& args, char* memory) {
+  if (args.problem.samples == 0) return 0;
+  Arena arena(memory);
   with_dtype(args.problem.dtype, [&]<class T>() {
-    Arena arena;
-    const Unit<T> unit = make_unit<T>(args.problem, args.channel_weight, args.spatial_weight, arena);
-    for_samples(unit, args.parallel, ForwardWalk<T>{unit, args});
+    const Unit<T> unit = make_unit<T>(args.problem, arena);
+    const Sharing sharing = make_sharing(unit, args.parallel.threads, arena, [&](int64_t threads) {
+      Arena sample(nullptr);
+      ForwardMemory<T>(unit, threads, sample);
+      return sample.used();
+    });
+    if (arena.counts()) return;
+    fill_unit(unit, args.channel_weight, args.spatial_weight);
+    for_samples(sharing, args.parallel, ForwardWalk<T>{unit, args});
   });
+  return arena.used();
 }
 }  // namespace cpu
 }  // namespace steam

@@ -18,15 +18,20 @@ struct Branch {
   int64_t rows, cols;
   bool wraps;
   int64_t first, pitch, span, size, margin;
-  int64_t count;                 // neighbours of a node
-  const int64_t* offsets;        // their distances in the array
-  const typename L::I* present;  // lattice: bit k of present[position] says that neighbour k exists
+  int64_t count;           // neighbours of a node
+  int64_t* offsets;        // their distances in the array
+  typename L::I* present;  // lattice: bit k of present[position] says that neighbour k exists
   int64_t at(int64_t i, int64_t j) const { return first + i * pitch + j; }
 };
 
+inline RingStencil ring_of(const Problem& p) { return ring_stencil(p.channels, p.channel_radius, p.self_loops); }
+inline LatticeStencil lattice_of(const Problem& p) {
+  return lattice_stencil(p.grid_h, p.grid_w, p.spatial_neighbors, p.self_loops);
+}
+
 template <class L>
 Branch<L> ring_branch(const Problem& p, Arena& arena) {
-  const RingStencil stencil = ring_stencil(p.channels, p.channel_radius, p.self_loops);
+  const RingStencil stencil = ring_of(p);
   Branch<L> b{};
   b.rows = 1;
   b.cols = b.span = b.pitch = p.channels;
@@ -35,15 +40,17 @@ Branch<L> ring_branch(const Problem& p, Arena& arena) {
   b.first = round_up(b.margin, kLine);
   b.size = b.first + round_up(p.channels, kLine) + b.margin + kLine;
   b.count = stencil.count();
-  int64_t* offsets = arena.take<int64_t>(b.count);
-  for (int64_t k = 0; k < b.count; ++k) offsets[k] = stencil.offset(k);
-  b.offsets = offsets;
+  b.offsets = arena.take<int64_t>(b.count);
   return b;
+}
+template <class L>
+void fill_ring(const Branch<L>& b, const Problem& p) {
+  const RingStencil stencil = ring_of(p);
+  for (int64_t k = 0; k < b.count; ++k) b.offsets[k] = stencil.offset(k);
 }
 
 template <class L>
 Branch<L> lattice_branch(const Problem& p, Arena& arena) {
-  const LatticeStencil stencil = lattice_stencil(p.grid_h, p.grid_w, p.spatial_neighbors, p.self_loops);
   Branch<L> b{};
   b.rows = p.grid_h;
   b.cols = p.grid_w;
@@ -51,23 +58,25 @@ Branch<L> lattice_branch(const Problem& p, Arena& arena) {
   b.first = b.pitch + 1;
   b.span = (b.rows - 1) * b.pitch + b.cols;
   b.size = (b.rows + 2) * b.pitch + 2 * kLine;
-  b.count = stencil.count;
-  int64_t* offsets = arena.take<int64_t>(b.count);
+  b.count = lattice_of(p).count;
+  b.offsets = arena.take<int64_t>(b.count);
+  b.present = arena.take<typename L::I>(b.size);
+  return b;
+}
+template <class L>
+void fill_lattice(const Branch<L>& b, const Problem& p) {
   using I = typename L::I;
-  I* present = arena.take<I>(b.size);
-  memset(present, 0, sizeof(I) * static_cast<size_t>(b.size));
+  const LatticeStencil stencil = lattice_of(p);
+  memset(b.present, 0, sizeof(I) * static_cast<size_t>(b.size));
   for (int64_t k = 0; k < b.count; ++k) {
     const int64_t dr = stencil.dr[k], dc = stencil.dc[k];
-    offsets[k] = dr * b.pitch + dc;
+    b.offsets[k] = dr * b.pitch + dc;
     for (int64_t i = larger<int64_t>(0, -dr); i < smaller(b.rows, b.rows - dr); ++i) {
       for (int64_t j = larger<int64_t>(0, -dc); j < smaller(b.cols, b.cols - dc); ++j) {
-        present[b.at(i, j)] |= I{1} << k;
+        b.present[b.at(i, j)] |= I{1} << k;
       }
     }
   }
-  b.offsets = offsets;
-  b.present = present;
-  return b;
 }
 
 // Nodes come in blocks of so many positions: what threads share, and within which sums are kept apart.
@@ -120,8 +129,8 @@ struct LatticeNodes {
 // Slopes a and gains b of the heads (math step T, collapsed).
 template <class L>
 struct Heads {
-  const typename L::A* a;
-  const typename L::A* b;
+  typename L::A* a;
+  typename L::A* b;
   int64_t count;
 };
 

@@ -1,6 +1,7 @@
 // The CPU kernels' interface: plain arguments, one entry for each instruction set and direction. No torch.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #include "../common/problem.h"
@@ -44,19 +45,25 @@ struct BackwardArgs {
   Parallel parallel;
 };
 
-// Bytes of the machine's last-level cache. Decides how outputs are stored, never what they hold.
-int64_t last_level_cache();
+// Bytes of the last-level cache that a call may hope to find its maps in. Decides how outputs are stored, never what
+// they hold.
+int64_t cache_bytes();
 
 // An entry of the instruction set that is being compiled.
 #define STEAM_JOIN(a, b) a##b
 #define STEAM_NAME(prefix, variant) STEAM_JOIN(prefix, variant)
 
-using Forward = void (*)(const ForwardArgs&);
-using Backward = void (*)(const BackwardArgs&);
+// Bytes of working memory that the call needs. It runs where `memory` is not null, and nothing fails then.
+using Forward = std::size_t (*)(const ForwardArgs&, char* memory);
+using Backward = std::size_t (*)(const BackwardArgs&, char* memory);
 
-// The variant in use: the best that the processor has, until another is selected.
-void forward(const ForwardArgs& args);
-void backward(const BackwardArgs& args);
+// The variant in use: the best that the processor has, until another is selected. Bytes of working memory that there
+// were not, in which case nothing has run; 0 where the call is done.
+std::size_t forward(const ForwardArgs& args);
+std::size_t backward(const BackwardArgs& args);
+
+// What to say then, in STEAM_MESSAGE_BYTES.
+void no_memory(std::size_t bytes, const Problem& problem, char* text);
 
 }  // namespace cpu
 }  // namespace steam

@@ -1,73 +1,75 @@
 #include "scratch.h"
 
+#include <steam/steam.h>
+
 #include <cstdlib>
-#include <new>
 
 namespace steam {
 namespace cpu {
 namespace {
 
-constexpr std::size_t kAlignment = 64;
-constexpr std::size_t kChunkBytes = std::size_t{1} << 20;
-// A thread that needed more than this gives it back after the call.
+// A thread keeps at most so much for each thread that shared its last call.
 constexpr std::size_t kKeptBytes = std::size_t{64} << 20;
-constexpr int kChunks = 64;
 
-class Stack {
- public:
-  ~Stack() { clear(); }
+char* pages(std::size_t bytes) { return static_cast<char*>(std::aligned_alloc(kPage, bytes)); }
 
-  ScratchMark mark() const { return {current_, used_}; }
+// What a thread keeps between its calls.
+struct Kept {
+  char* block = nullptr;
+  std::size_t bytes = 0;
+  bool lent = false;
 
-  void* take(std::size_t bytes) {
-    bytes = (bytes + kAlignment - 1) / kAlignment * kAlignment;
-    while (current_ < count_ && used_ + bytes > sizes_[current_]) {
-      ++current_;
-      used_ = 0;
-    }
-    if (current_ == count_) grow(bytes);
-    void* piece = chunks_[current_] + used_;
-    used_ += bytes;
-    return piece;
+  ~Kept() { drop(); }
+  void allocate(std::size_t size) {
+    block = pages(size);
+    bytes = block ? size : 0;
   }
-
-  void release(ScratchMark mark) {
-    current_ = mark.chunk;
-    used_ = mark.used;
-    if (current_ == 0 && used_ == 0 && total_ > kKeptBytes) clear();
+  void drop() {
+    std::free(block);
+    block = nullptr;
+    bytes = 0;
   }
-
- private:
-  void grow(std::size_t bytes) {
-    const std::size_t size = bytes < kChunkBytes ? kChunkBytes : bytes;
-    char* chunk = count_ < kChunks ? static_cast<char*>(std::aligned_alloc(kAlignment, size)) : nullptr;
-    if (chunk == nullptr) throw std::bad_alloc();
-    chunks_[count_] = chunk;
-    sizes_[count_++] = size;
-    total_ += size;
-  }
-
-  void clear() {
-    while (count_ > 0) std::free(chunks_[--count_]);
-    current_ = 0;
-    used_ = total_ = 0;
-  }
-
-  char* chunks_[kChunks] = {};
-  std::size_t sizes_[kChunks] = {};
-  int count_ = 0;
-  int current_ = 0;
-  std::size_t used_ = 0;
-  std::size_t total_ = 0;
 };
 
-thread_local Stack stack;
+thread_local Kept kept;
 
 }  // namespace
 
-ScratchMark scratch_mark() { return stack.mark(); }
-void* scratch_take(std::size_t bytes) { return stack.take(bytes); }
-void scratch_release(ScratchMark mark) { stack.release(mark); }
+Scratch::Scratch(std::size_t bytes, int64_t threads) {
+  bytes = Arena::slice(bytes > 0 ? bytes : 1);
+  const std::size_t shares = static_cast<std::size_t>(threads < 1024 ? threads : 1024);
+  const std::size_t limit = kKeptBytes * shares;
+  // A call within another one of its thread, or a large one, has a block to itself.
+  kept_ = !kept.lent && bytes <= limit;
+  if (!kept_) {
+    data_ = pages(bytes);
+    if (data_ == nullptr && !kept.lent) {
+      kept.drop();
+      data_ = pages(bytes);
+    }
+    return;
+  }
+  if (bytes > kept.bytes) {
+    // With what there was before on top, growing sizes ask for a new block ever more seldom.
+    const std::size_t more = bytes + kept.bytes < limit ? bytes + kept.bytes : limit;
+    kept.drop();
+    kept.allocate(more);
+    if (kept.block == nullptr) kept.allocate(bytes);
+  }
+  data_ = kept.block;
+  kept.lent = data_ != nullptr;
+}
+
+Scratch::~Scratch() {
+  if (kept_) {
+    kept.lent = false;
+  } else {
+    std::free(data_);
+  }
+}
 
 }  // namespace cpu
 }  // namespace steam
+
+// Bytes that the calling thread keeps, so that a test can see that they are bounded.
+extern "C" STEAM_API int64_t steam_cpu_probe_kept_bytes(void) { return static_cast<int64_t>(steam::cpu::kept.bytes); }

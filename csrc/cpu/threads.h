@@ -7,6 +7,45 @@
 namespace steam {
 namespace {
 
+// How a thread rounds, and what it does with denormal numbers. Results depend on it, so that whoever works for a call
+// has the calling thread's.
+class FloatMode {
+ public:
+  static FloatMode of_this_thread() {
+    FloatMode mode{};
+#if defined(__x86_64__) || defined(__i386__)
+    mode.bits_ = __builtin_ia32_stmxcsr();
+#elif defined(__aarch64__)
+    asm volatile("mrs %0, fpcr" : "=r"(mode.bits_));
+#endif
+    return mode;
+  }
+  void set() const {
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_ldmxcsr(bits_);
+#elif defined(__aarch64__)
+    asm volatile("msr fpcr, %0" : : "r"(bits_));
+#endif
+  }
+  // But for flags that say what has happened.
+  bool same(const FloatMode& other) const { return ((bits_ ^ other.bits_) & ~kFlags) == 0; }
+
+ private:
+#if defined(__aarch64__)
+  uint64_t bits_;
+  static constexpr uint64_t kFlags = 0;
+#else
+  uint32_t bits_;
+  static constexpr uint32_t kFlags = 0x3f;
+#endif
+};
+
+// Not inline: arithmetic must not move across the changes of mode around it, of which the compiler knows nothing.
+template <class F>
+__attribute__((noinline)) void run_task(const F& f, int64_t task) {
+  f(task);
+}
+
 // f(task) for all tasks: on the threads of `parallel`, or one after another where there is none.
 template <class F>
 STEAM_INLINE void for_tasks(const cpu::Parallel* parallel, int64_t tasks, const F& f) {
@@ -14,9 +53,21 @@ STEAM_INLINE void for_tasks(const cpu::Parallel* parallel, int64_t tasks, const 
     for (int64_t t = 0; t < tasks; ++t) f(t);
     return;
   }
+  struct Shared {
+    const F& f;
+    FloatMode mode;
+  } shared{f, FloatMode::of_this_thread()};
   parallel->run(
-      tasks, [](void* context, int64_t task) { (*static_cast<const F*>(context))(task); },
-      const_cast<void*>(static_cast<const void*>(&f)));
+      tasks,
+      [](void* context, int64_t task) {
+        const Shared& given = *static_cast<const Shared*>(context);
+        const FloatMode own = FloatMode::of_this_thread();
+        if (own.same(given.mode)) return run_task(given.f, task);
+        given.mode.set();
+        run_task(given.f, task);
+        own.set();
+      },
+      &shared);
 }
 
 }  // namespace

@@ -40,11 +40,11 @@ struct Unit {
   Problem p;
   Walk walk;
   int64_t pixels, cells, sample;  // H * W, gh * gw, C * H * W
-  const int64_t* row_begin;       // gh + 1
-  const int64_t* col_begin;       // gw + 1
+  int64_t* row_begin;             // gh + 1
+  int64_t* col_begin;             // gw + 1
   Branch<L> ring, lattice;
   Heads<L> channel, spatial;
-  const A* ones;  // C, padded; what weighs channels where space does not look at the gated map
+  A* ones;  // C, padded; what weighs channels where space does not look at the gated map
 
   // Rows of column sums: `rows` of `length` numbers, each padded to `pitch`.
   int64_t rows, length, pitch;
@@ -87,24 +87,28 @@ inline void write_number(void* data, DType dtype, int64_t i, double value) {
 }
 
 template <class L>
-Heads<L> make_heads(const Problem& p, const Weight& weight, Arena& arena) {
+Heads<L> make_heads(const Problem& p, Arena& arena) {
   using A = typename L::A;
   A* a = arena.take<A>(p.num_heads);
-  A* b = arena.take<A>(p.num_heads);
+  return {a, arena.take<A>(p.num_heads), p.num_heads};
+}
+template <class L>
+void fill_heads(const Heads<L>& heads, const Problem& p, const Weight& weight) {
+  using A = typename L::A;
   const auto get = [&](int row, int column) {
     return read_number(weight.data, weight.dtype, row * static_cast<int64_t>(p.embed_dim) + column);
   };
   for (int32_t h = 0; h < p.num_heads; ++h) {
     double slope, gain;
     collapse_head(get, p.embed_dim, p.num_heads, h, slope, gain);
-    a[h] = static_cast<A>(slope);
-    b[h] = static_cast<A>(gain);
+    heads.a[h] = static_cast<A>(slope);
+    heads.b[h] = static_cast<A>(gain);
   }
-  return {a, b, p.num_heads};
 }
 
+// The unit's sizes, and places for what `fill_unit` writes.
 template <class T>
-Unit<T> make_unit(const Problem& problem, const Weight& channel_weight, const Weight& spatial_weight, Arena& arena) {
+Unit<T> make_unit(const Problem& problem, Arena& arena) {
   using U = Unit<T>;
   using L = typename U::L;
   U u{};
@@ -122,17 +126,12 @@ Unit<T> make_unit(const Problem& problem, const Weight& channel_weight, const We
     u.walk = u.pixels <= kSmallMap || p.grid_h == p.height ? Walk::kPixels : Walk::kColumns;
   }
 
-  int64_t* row_begin = arena.take<int64_t>(p.grid_h + 1);
-  int64_t* col_begin = arena.take<int64_t>(p.grid_w + 1);
-  for (int64_t i = 0; i <= p.grid_h; ++i) row_begin[i] = cell_begin(i, p.grid_h, p.height);
-  for (int64_t j = 0; j <= p.grid_w; ++j) col_begin[j] = cell_begin(j, p.grid_w, p.width);
-  u.row_begin = row_begin;
-  u.col_begin = col_begin;
-
+  u.row_begin = arena.take<int64_t>(p.grid_h + 1);
+  u.col_begin = arena.take<int64_t>(p.grid_w + 1);
   u.ring = ring_branch<L>(p, arena);
   u.lattice = lattice_branch<L>(p, arena);
-  u.channel = make_heads<L>(p, channel_weight, arena);
-  u.spatial = make_heads<L>(p, spatial_weight, arena);
+  u.channel = make_heads<L>(p, arena);
+  u.spatial = make_heads<L>(p, arena);
 
   u.rows = u.walk == Walk::kPixels ? 1 : p.grid_h;
   u.length = u.walk == Walk::kPixels ? u.pixels : u.walk == Walk::kNarrow ? p.width * p.channels : p.width;
@@ -145,13 +144,20 @@ Unit<T> make_unit(const Problem& problem, const Weight& channel_weight, const We
   u.block = round_up(larger<int64_t>(16, (p.channels + 31) / 32), 16);
   u.blocks = (p.channels + u.block - 1) / u.block;
   u.channel_pitch = round_up(p.channels, U::lanes);
-
-  if (!p.sequential) {
-    typename U::A* ones = arena.take<typename U::A>(u.channel_pitch);
-    for (int64_t c = 0; c < u.channel_pitch; ++c) ones[c] = 1;
-    u.ones = ones;
-  }
+  if (!p.sequential) u.ones = arena.take<typename U::A>(u.channel_pitch);
   return u;
+}
+
+template <class T>
+void fill_unit(const Unit<T>& u, const Weight& channel_weight, const Weight& spatial_weight) {
+  const Problem& p = u.p;
+  for (int64_t i = 0; i <= p.grid_h; ++i) u.row_begin[i] = cell_begin(i, p.grid_h, p.height);
+  for (int64_t j = 0; j <= p.grid_w; ++j) u.col_begin[j] = cell_begin(j, p.grid_w, p.width);
+  fill_ring(u.ring, p);
+  fill_lattice(u.lattice, p);
+  fill_heads(u.channel, p, channel_weight);
+  fill_heads(u.spatial, p, spatial_weight);
+  for (int64_t c = 0; !p.sequential && c < u.channel_pitch; ++c) u.ones[c] = 1;
 }
 
 // One branch of one sample, in arrays of branch.size.
@@ -170,12 +176,12 @@ struct Gates {
   Gates(const Unit<T>& u, Arena& arena) : channel(u.ring, arena), spatial(u.lattice, arena) {}
 };
 
-// Outputs that the last-level cache cannot hold beside their inputs go past it: they would evict what is still to be
-// read.
+// Outputs that our share of the last-level cache cannot hold beside their inputs go past it: they would evict what is
+// still to be read.
 template <class T>
 Route output_route(const Unit<T>& u) {
   const int64_t bytes = u.p.samples * u.sample * static_cast<int64_t>(sizeof(T));
-  return 2 * bytes > cpu::last_level_cache() ? Route::kStream : Route::kPlain;
+  return bytes > cpu::cache_bytes() / 2 ? Route::kStream : Route::kPlain;
 }
 
 // ---------------------------------------------------------------- between cells and maps
@@ -274,22 +280,47 @@ void join_wide(const Unit<T>& u, const typename Unit<T>::A* sums, typename Unit<
 
 // ---------------------------------------------------------------- threads
 
-// sample(n, parallel) for every sample: whole samples side by side, and those left over shared by all threads.
-// What is summed together never depends on which way a sample went.
+// How a batch goes to threads: whole samples side by side, and those left over shared by all threads. What is summed
+// together never depends on which way a sample went.
+struct Sharing {
+  int64_t samples, side_by_side, workers, threads;
+  // Working memory of a sample on one thread, and of one that is shared.
+  std::size_t alone_bytes, shared_bytes;
+  char* memory;  // of the workers, or of a shared sample
+};
+
+// bytes_of(threads): the working memory of a sample that so many threads share.
 template <class T, class F>
-void for_samples(const Unit<T>& u, const cpu::Parallel& parallel, const F& sample) {
-  const int64_t n = u.p.samples, threads = parallel.threads;
+Sharing make_sharing(const Unit<T>& u, int64_t threads, Arena& arena, const F& bytes_of) {
+  Sharing s{};
+  const int64_t n = u.p.samples;
+  s.samples = n;
+  s.threads = threads;
   const bool tiny = n * u.sample < kShareElements;
   const bool shareable = u.sample >= kShareElements;
-  int64_t side_by_side = threads < 2 || tiny ? n : n / threads * threads;
-  const int64_t left = n - side_by_side;
+  s.side_by_side = threads < 2 || tiny ? n : n / threads * threads;
+  const int64_t left = n - s.side_by_side;
   // Sharing a sample costs a few barriers, an idle thread costs its share of a sample.
-  if (!shareable || left * 4 >= threads * 3) side_by_side = n;
-  const int64_t workers = threads < 2 || tiny ? 1 : smaller(threads, side_by_side);
-  for_tasks(workers > 1 ? &parallel : nullptr, workers, [&](int64_t w) {
-    for (int64_t i = w * side_by_side / workers; i < (w + 1) * side_by_side / workers; ++i) sample(i, nullptr);
+  if (!shareable || left * 4 >= threads * 3) s.side_by_side = n;
+  s.workers = threads < 2 || tiny ? 1 : smaller(threads, s.side_by_side);
+  s.alone_bytes = s.side_by_side > 0 ? Arena::slice(bytes_of(1)) : 0;
+  s.shared_bytes = s.side_by_side < n ? bytes_of(threads) : 0;
+  Arena workers(nullptr);
+  workers.take_slices(s.workers, s.alone_bytes);
+  s.memory = arena.take_slices(1, larger(workers.used(), s.shared_bytes));
+  return s;
+}
+
+// sample(n, parallel, memory) for every sample.
+template <class F>
+void for_samples(const Sharing& s, const cpu::Parallel& parallel, const F& sample) {
+  for_tasks(s.workers > 1 ? &parallel : nullptr, s.workers, [&](int64_t w) {
+    char* memory = s.memory + static_cast<std::size_t>(w) * s.alone_bytes;
+    for (int64_t i = w * s.side_by_side / s.workers; i < (w + 1) * s.side_by_side / s.workers; ++i) {
+      sample(i, nullptr, memory);
+    }
   });
-  for (int64_t i = side_by_side; i < n; ++i) sample(i, &parallel);
+  for (int64_t i = s.side_by_side; i < s.samples; ++i) sample(i, &parallel, s.memory);
 }
 
 // The last stage of a sample, in whichever order its memory is walked: `op` over all elements, outputs to one or two

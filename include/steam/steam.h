@@ -2,7 +2,7 @@
  *
  * Link steam::cpu or steam::cuda of find_package(steam). Maps are dense, N C H W or N H W C in memory. Every function
  * that returns a steam_status writes one line on what was wrong into `message`, which holds STEAM_MESSAGE_BYTES or is
- * NULL, and touches no output where it returns STEAM_BAD_ARGUMENT. */
+ * NULL, and touches no output where it returns STEAM_BAD_ARGUMENT or STEAM_OUT_OF_MEMORY. */
 #ifndef STEAM_STEAM_H_
 #define STEAM_STEAM_H_
 
@@ -107,7 +107,10 @@ typedef struct steam_backward_args {
 /* ---- steam::cpu ---- */
 
 /* Where the kernels' tasks run: `run` calls body(context, task) once for each task of [0, tasks), on any of `threads`
- * threads, and returns when all are done. Results are the same bits for any number of threads. */
+ * threads, and returns when all are done; it must not throw. For the time of a task its thread has the floating-point
+ * mode of the thread that made the call (rounding, denormals), and afterwards its own again. Results are the same bits
+ * for any number of threads. Working memory is asked for before the first task, grows with `threads`, and up to 64 MiB
+ * for each of them stay with the calling thread for its next call. */
 typedef struct steam_parallel {
   int64_t threads;
   void (*run)(int64_t tasks, void (*body)(void* context, int64_t task), void* context);
@@ -124,6 +127,17 @@ STEAM_API const char* steam_cpu_supported(void);
 STEAM_API const char* steam_cpu_variant(void);
 /* 0 if the named variant is now in use, 1 if there is none of that name or the processor cannot run it. */
 STEAM_API int steam_cpu_select(const char* name);
+
+/* Bytes of the last-level cache that a call counts on: where x and y take more, outputs are written past the caches. It
+ * decides how long a call takes, never its results. */
+STEAM_API int64_t steam_cpu_cache_bytes(void);
+/* 0 if calls now count on so many bytes, 1 if the number is negative. Until then it is 8 MiB for each processor that
+ * the process may run on, and at most what the system reports. */
+STEAM_API int steam_cpu_set_cache_bytes(int64_t bytes);
+/* What that follows from: the size of the cache by the system (0 where it reports none), and the processors, by
+ * affinity and control group. */
+STEAM_API int64_t steam_cpu_reported_cache_bytes(void);
+STEAM_API int64_t steam_cpu_processors(void);
 
 /* ---- steam::cuda: all pointers of the args are memory of the current device, `stream` is a cudaStream_t ---- */
 

@@ -1,7 +1,8 @@
 """Loads the compiled libraries; nothing else touches ctypes or ``torch.ops`` loading.
 
-``STEAM_KERNELS_CPU`` = avx512, avx2 or generic forces a variant of the CPU kernels. What is missing or cannot be is a
-reason, not an error: importing always works.
+``STEAM_KERNELS_CPU`` = avx512, avx2 or generic forces a variant of the CPU kernels, and ``STEAM_KERNELS_CACHE`` = bytes
+says how much of the last-level cache they may count on. What is missing or cannot be is a reason, not an error:
+importing always works.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ BUILD_REPORT = PACKAGE / "_build.txt"
 CPU_LIBRARY = PACKAGE / "libsteam_cpu.so"
 CUDA_LIBRARY = PACKAGE / "libsteam_cuda.so"
 ENVIRONMENT = "STEAM_KERNELS_CPU"
+CACHE_ENVIRONMENT = "STEAM_KERNELS_CACHE"
 CPU_VARIANTS = ("avx512", "avx2", "generic")
 MESSAGE_BYTES = 256  # STEAM_MESSAGE_BYTES of include/steam/steam.h
 
@@ -49,6 +51,25 @@ def how_to_mend() -> str:
 
 
 @dataclass(frozen=True)
+class Cache:
+    """The last-level cache as the CPU kernels see it, in bytes."""
+
+    #: What a call counts on: outputs are written past the caches where x and y take more.
+    used: int
+    #: What the system reports; 0 where it reports nothing.
+    reported: int
+    #: Processors that this process may run on, by affinity and control group.
+    processors: int
+    #: Whether ``used`` is what STEAM_KERNELS_CACHE says.
+    set: bool
+
+    def __str__(self) -> str:
+        system = f"the system reports {self.reported}" if self.reported else "the system reports none"
+        source = CACHE_ENVIRONMENT if self.set else f"for {self.processors} processors"
+        return f"{self.used} bytes ({source}; {system})"
+
+
+@dataclass(frozen=True)
 class Library:
     """What became of one compiled library: ``reason`` is "" where it is loaded and usable."""
 
@@ -58,6 +79,8 @@ class Library:
     supported: tuple[str, ...] = ()
     #: The CPU variant in use.
     variant: str = ""
+    #: What the CPU kernels know of the last-level cache; None where they are not loaded.
+    cache: Cache | None = None
 
 
 def _why_not_built(library: str) -> str:
@@ -88,8 +111,24 @@ def _text(function: Any) -> tuple[str, ...]:
     return tuple(function().decode().split(","))
 
 
-def load_cpu(path: Path = CPU_LIBRARY, forced: str = "") -> Library:
-    """Loads the CPU kernels, which register under the operators' CPU key, and selects the ``forced`` variant."""
+def _cache(library: ctypes.CDLL, asked: str) -> Cache | str:
+    """The cache in use, which is ``asked`` where that is not empty; or why it cannot be."""
+    library.steam_cpu_set_cache_bytes.argtypes = [ctypes.c_int64]
+    used, reported = library.steam_cpu_cache_bytes, library.steam_cpu_reported_cache_bytes
+    processors = library.steam_cpu_processors
+    for function in (used, reported, processors):
+        function.restype = ctypes.c_int64
+    if asked:
+        digits = asked.isascii() and asked.isdigit() and len(asked) <= 19
+        if not digits or int(asked) >= 1 << 63:
+            return f"{CACHE_ENVIRONMENT}={asked!r} is no number of bytes; allowed are whole numbers from 0 to 2^63 - 1"
+        library.steam_cpu_set_cache_bytes(int(asked))
+    return Cache(used(), reported(), processors(), bool(asked))
+
+
+def load_cpu(path: Path = CPU_LIBRARY, forced: str = "", cache: str = "") -> Library:
+    """Loads the CPU kernels, which register under the operators' CPU key, selects the ``forced`` variant, and has them
+    count on a last-level cache of so many bytes."""
     library = _open(path)
     if isinstance(library, str):
         return Library(path, library)
@@ -101,7 +140,11 @@ def load_cpu(path: Path = CPU_LIBRARY, forced: str = "") -> Library:
             known = forced in CPU_VARIANTS
             cause = "a variant that this processor or build lacks" if known else "not a variant of the CPU kernels"
             reason = f"{ENVIRONMENT}={forced!r} is {cause}; there is {', '.join(supported)}"
-        return Library(path, reason, supported, *_text(library.steam_cpu_variant))
+        found = _cache(library, cache)
+        variant = _text(library.steam_cpu_variant)[0]
+        if isinstance(found, str):
+            return Library(path, reason or found, supported, variant)
+        return Library(path, reason, supported, variant, found)
     except AttributeError as error:
         return Library(path, f"{path} is not of this version: {error}")
 
@@ -120,7 +163,7 @@ def load_cuda(path: Path = CUDA_LIBRARY) -> Library:
         return Library(path, f"{path} is not of this version: {error}")
 
 
-CPU = load_cpu(forced=os.environ.get(ENVIRONMENT, ""))
+CPU = load_cpu(forced=os.environ.get(ENVIRONMENT, ""), cache=os.environ.get(CACHE_ENVIRONMENT, ""))
 CUDA = load_cuda()
 
 _gpus: dict[int, str] = {}
