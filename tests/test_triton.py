@@ -159,7 +159,7 @@ def test_maps_reach_every_kernel_and_loop() -> None:
 @pytest.mark.parametrize("case", RANDOM, ids=lambda c: c.id)
 def test_random_unit_against_the_oracle(case: Case) -> None:
     inputs, dy = cases.make(case)
-    bounds = cases.bounds_by_oracle(case, inputs, dy)
+    bounds = cases.bounds_of(case, inputs, dy, cases.exact_by_oracle(case, inputs, dy))
     bounds.check(run(case), case.id)
 
 
