@@ -186,6 +186,15 @@ def test_one_bad_value(case: Case, value: float, limit: int, host: on_host.Host)
     test_nonfinite.test_one_bad_value_in_dy(case, "cuda", value)
 
 
+@pytest.mark.parametrize("limit", [GENERAL, FUSED], ids=["general", "fused"])
+@pytest.mark.parametrize("dtype,magnitude", test_nonfinite.MAGNITUDES, ids=str)
+def test_finite_maps_of_any_size(dtype: torch.dtype, magnitude: float, limit: int, host: on_host.Host) -> None:
+    host.shared_memory_limit = limit
+    for case in test_nonfinite.LARGE_MAPS:
+        test_nonfinite.test_finite_maps_of_any_size(case, dtype, magnitude, "cuda")
+        test_nonfinite.test_finite_maps_of_any_size_through_open_gates(case, dtype, magnitude, "cuda")
+
+
 def test_relu_keeps_nan(host: on_host.Host) -> None:
     for layout in ("nchw", "nhwc"):
         test_nonfinite.test_relu_keeps_nan("cuda", layout)

@@ -294,6 +294,13 @@ def test_nan_spreads_only_along_the_graphs(launches: str, layout: str) -> None:
     test_nonfinite.test_nan_spreads_only_along_the_graphs("triton", (14, 14), (7, 7), layout)
 
 
+@pytest.mark.parametrize("index", range(len(test_nonfinite.LARGE_MAPS)))
+def test_finite_maps_of_any_size(launches: str, index: int) -> None:
+    case, dtype = test_nonfinite.LARGE_MAPS[index], torch.float32
+    test_nonfinite.test_finite_maps_of_any_size(case, dtype, 1e36, "triton")
+    test_nonfinite.test_finite_maps_of_any_size_through_open_gates(case, dtype, 1e30, "triton")
+
+
 @STRAIGHT
 def test_relu_keeps_nan(launches: str, layout: str) -> None:
     test_nonfinite.test_relu_keeps_nan("triton", layout)
