@@ -434,26 +434,17 @@ def outputs(unit: Unit, problem: Problem, tensors: Mapping[str, Tensor], inferen
     return out
 
 
-def judge(problem: Problem, tensors: Mapping[str, Tensor], perturbations: int = 0) -> Any:
-    """The float64 truth and the bound of every result of a problem. A small problem is perturbed more often: its floor
-    is noisier."""
-    perturbations = perturbations or (2 if problem.numel > 4_000_000 else 4)
-    reference = eager()
-
-    def run(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        moved = {k: v.to(problem.device) for k, v in inputs.items()}
-        out = outputs(reference, problem, moved, inference=False)
-        return out | {"inference": out["y"]}
-
-    tensors = {k: v.cpu() for k, v in tensors.items()}
-    dtypes = {f"d{k}": v.dtype for k, v in tensors.items() if k != "dy"}
-    dtypes |= dict.fromkeys(("y", "inference"), problem.torch_dtype)
-    return tolerances().judge(run, dict(tensors), dtypes, problem.grid, perturbations=perturbations)
+def judge(problem: Problem, tensors: Mapping[str, Tensor]) -> Any:
+    """The float64 truth and the bound of every result of a problem."""
+    rule = tolerances()
+    truth = outputs(eager(), problem, rule.to_float64(tensors), inference=False)
+    found = rule.judge(truth, tensors, problem.unit)
+    return rule.Judge(truth | {"inference": truth["y"]}, found.bounds | {"inference": found.bounds["y"]})
 
 
 def peers(judge: Any) -> Any:
     """The same for peers: the rule is our promise; they need only compute the unit, and their sums may cost more."""
-    return replace(judge, floor={name: 4 * judge.bound(name) for name in judge.floor})
+    return replace(judge, bounds={name: 5 * bound for name, bound in judge.bounds.items()})
 
 
 def judge_gate(name: str, problem: Problem, tensors: Mapping[str, Tensor]) -> Any:
@@ -474,15 +465,31 @@ def judge_gate(name: str, problem: Problem, tensors: Mapping[str, Tensor]) -> An
         return outputs(exact, problem, {k: values[k] for k in ("x", "dy")})
 
     truth = run(rule.to_float64(inputs | parameters))
-    floor = {k: rule.rounding(v, problem.torch_dtype) for k, v in truth.items()}
+    bounds = {k: rule.rounding(v, problem.torch_dtype) for k, v in truth.items()}
     eps = torch.finfo(problem.torch_dtype).eps
-    changes = [run(rule.perturbed(inputs | parameters, problem.grid, eps, seed)) for seed in range(2)]
+    changes = [run(perturbed(inputs | parameters, 4 * eps, seed)) for seed in range(4)]
     for k in truth:
-        floor[k] += 4 * max(rule.largest_error(c[k], truth[k]) for c in changes)
+        bounds[k] += 4 * max(rule.largest_error(c[k], truth[k]) for c in changes)
     terms = problem.n * max(problem.c, problem.h * problem.w)
     for k in parameters:
-        floor[f"d{k}"] += math.sqrt(terms) * torch.finfo(torch.float32).eps * truth[f"d{k}"].abs().max().item()
-    return rule.Judge(truth, dict.fromkeys(truth, 0.0), floor)
+        bounds[f"d{k}"] += math.sqrt(terms) * torch.finfo(torch.float32).eps * truth[f"d{k}"].abs().max().item()
+    return rule.Judge(truth, bounds)
+
+
+def perturbed(inputs: Mapping[str, Tensor], step: float, seed: int) -> dict[str, Tensor]:
+    """Float64 inputs moved by ``step`` of themselves with random signs: maps with one for each channel and one for each
+    pixel, so that no sum averages them away."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def signs(*shape: int) -> Tensor:
+        return torch.randint(0, 2, shape, generator=generator).to(torch.float64) * 2 - 1
+
+    out = {}
+    for name, value in inputs.items():
+        n, c, *space = value.shape if value.dim() == 4 else (0, 0)
+        sign = signs(n, c, 1, 1) + signs(n, 1, *space) if space else signs(*value.shape)
+        out[name] = value.detach().to(torch.float64) * (1 + step * sign)
+    return out
 
 
 # --- measurement ------------------------------------------------------------------------------------------------------

@@ -56,9 +56,7 @@ class Settings:
 
     def judged(self, problem: Problem, tensors: dict[str, Any]) -> None:
         if self.check:
-            core.judge(problem, tensors, 1 if self.quick else 0).check(
-                core.outputs(core.fused(), problem, tensors), problem.label
-            )
+            core.judge(problem, tensors).check(core.outputs(core.fused(), problem, tensors), problem.label)
 
 
 def both(problem: Problem, tensors: dict[str, Any], prefix: str = "") -> dict[str, core.Block]:

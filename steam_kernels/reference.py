@@ -151,17 +151,20 @@ def graph_transform(t: Tensor, weight: Tensor, num_heads: int, graph: Graph) -> 
         Pre-activations o ``(N, n)``.
     """
     w_v, w_o = weight.unflatten(1, (num_heads, -1))[2:].unbind(0)  # (h, d_h) each
-    alpha, origin, delta = attention(t, weight, num_heads, graph)
+    alpha, origin, delta, scale = attention(t, weight, num_heads, graph)
     # The mean of the values about an origin: only differences of tokens meet the softmax, forwards and backwards.
     mean = origin[..., None] * w_v + (alpha[..., None] * (delta[..., None] * w_v)).sum(2)  # (N, n, h, d_h)
-    return (mean * w_o).sum((-2, -1))
+    # The scale goes to w_o: the gradient of o, times the scale, could overflow before it meets a w_o of zero.
+    return (mean * (w_o * scale[..., None, None])).sum((-2, -1))
 
 
-def attention(t: Tensor, weight: Tensor, num_heads: int, graph: Graph) -> tuple[Tensor, Tensor, Tensor]:
-    """The weights alpha ``(N, n, K, h)``, and the neighbours' tokens as origin ``(N, n, h)`` + delta ``(N, n, K, h)``.
+def attention(t: Tensor, weight: Tensor, num_heads: int, graph: Graph) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What the nodes attend to, with tokens in units of the scale ``(N, n)`` of each node's neighbourhood.
 
-    The origin is the neighbour of largest score. Neither a softmax nor a mean depends on it, so no gradient flows
-    there.
+    Returns:
+        The weights alpha ``(N, n, K, h)``; origin ``(N, n, h)``, delta ``(N, n, K, h)`` and scale ``(N, n)``, with the
+        neighbours' tokens (origin + delta) * scale. The origin is the neighbour of largest score. Neither a softmax nor
+        a mean depends on it, so no gradient flows there.
     """
     neighbors, inside = graph
     w_q, w_k = weight.unflatten(1, (num_heads, -1))[:2].unbind(0)
@@ -169,16 +172,30 @@ def attention(t: Tensor, weight: Tensor, num_heads: int, graph: Graph) -> tuple[
     largest, smallest = t_j.detach(), t_j.detach()
     if inside is not None:
         largest, smallest = largest.masked_fill(~inside, -math.inf), smallest.masked_fill(~inside, math.inf)
+    largest, smallest = largest.amax(-1), smallest.amin(-1)  # (N, n)
+    scale, own = scale_of(torch.maximum(largest, -smallest)), scale_of(t.detach().abs())
     rises = ((w_q * w_k).sum(-1) * t[..., None] > 0).detach()  # (N, n, h): the score grows with t_j
-    origin = torch.where(rises, largest.amax(-1, keepdim=True), smallest.amin(-1, keepdim=True))
-    delta = t_j[..., None] - origin[:, :, None]
+    origin = torch.where(rises, (largest / scale)[..., None], (smallest / scale)[..., None])
+    delta = (t_j / scale[..., None])[..., None] - origin[:, :, None]
     if inside is not None:
         delta = delta.masked_fill(~inside[..., None], 0)
-    query, key = t[..., None, None] * w_q, delta[..., None] * w_k
+    query, key = (t / own)[..., None, None] * w_q, delta[..., None] * w_k
     score = (query[:, :, None] * key).sum(-1) / math.sqrt(w_q.shape[1])
+    # The terms of the sum may have both signs; a score has one, and may overflow.
+    score = score * own[..., None, None] * scale[..., None, None]
     if inside is not None:
         score = score.masked_fill(~inside[..., None], -math.inf)
-    return torch.softmax(score, 2), origin, delta
+    return torch.softmax(score, 2), origin, delta, scale
+
+
+def scale_of(size: Tensor) -> Tensor:
+    """A power of two by which numbers of this size are divided, so that products of two of them are in range.
+
+    It is 1 up to 2^48 (2^384 in float64), where nothing needs it, and 2^80 (2^640) beyond: what was larger is between
+    2^-32 and 2^48 then, and its differences are no smaller than 2^-56.
+    """
+    bits = math.frexp(torch.finfo(size.dtype).max)[1]  # 128, or 1024
+    return torch.where(size > 2.0 ** (bits * 3 // 8), 2.0 ** (bits * 5 // 8), torch.ones_like(size))
 
 
 def sigmoid(o: Tensor) -> Tensor:
@@ -314,18 +331,23 @@ def _graph_backward(d_o: Tensor, t: Tensor, weight: Tensor, num_heads: int, grap
     w_q, w_k, w_v, w_o = weight.unflatten(1, (num_heads, -1)).unbind(0)
     root = math.sqrt(w_q.shape[1])
     a, b = (w_q * w_k).sum(1) / root, (w_v * w_o).sum(1)
-    alpha, origin, delta = attention(t, weight, num_heads, graph)
+    alpha, origin, delta, scale = attention(t, weight, num_heads, graph)
+    scale, own = scale[..., None], scale_of(t.abs())[..., None]
+    token = t[..., None] / own
     shift = (alpha * delta).sum(2)
-    spread_j = delta - shift[:, :, None]  # t_j - m_i
-    variance = (alpha * spread_j**2).sum(2)
+    spread_j = delta - shift[:, :, None]  # t_j - m_i, in units of the scale
+    # From here on what is often zero comes first in a product, and what may be large last: 0 * Inf is NaN.
+    weighted = alpha * spread_j
+    variance = (weighted * spread_j).sum(2)
     d_m = b * d_o[..., None]  # (N, n, h)
-    through = d_m[:, :, None] * alpha * (1 + a * t[..., None, None] * spread_j)
+    tilt = weighted * (a * token)[:, :, None] * own[:, :, None] * scale[:, :, None]
+    through = d_m[:, :, None] * (alpha + tilt)
     if inside is not None:
         through = through.masked_fill(~inside[..., None], 0)
-    d_t = (d_m * a * variance).sum(2)
+    d_t = (d_m * a * variance * scale * scale).sum(2)
     d_t = d_t.index_add(1, neighbors.flatten(), through.sum(3).flatten(1))
-    d_a = (d_m * t[..., None] * variance).sum((0, 1))[:, None] / root
-    d_b = (d_o[..., None] * (origin + shift)).sum((0, 1))[:, None]
+    d_a = (d_m * token * variance * own * scale * scale).sum((0, 1))[:, None] / root
+    d_b = (d_o[..., None] * (origin + shift) * scale).sum((0, 1))[:, None]
     return d_t, torch.stack((d_a * w_k, d_a * w_q, d_b * w_o, d_b * w_v)).flatten(1)
 
 

@@ -15,6 +15,7 @@ if not glob.glob("/dev/nvidia[0-9]*") + glob.glob("/dev/kfd"):
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
+import tolerances
 import torch
 
 import steam_kernels
@@ -76,7 +77,18 @@ def pytest_report_header() -> list[str]:
     return lines
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionstart(session: pytest.Session) -> None:
+    path = os.environ.get(tolerances.RECORD)
+    if path and not hasattr(session.config, "workerinput"):
+        open(path, "w").close()
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if path := os.environ.get(tolerances.RECORD):
+        with open(path) as file:
+            for line in tolerances.summary(file.read().splitlines()):
+                terminalreporter.write_line(line)
     # the header is not shown under -q
     for name, why in _unusable().items():
         terminalreporter.write_line(f"kernel tests NOT RUN on {name}: {why}")

@@ -17,7 +17,7 @@ import pytest
 import torch
 from cases import Case
 from test_build import BUILD_DIR, ROOT, tool
-from tolerances import judge
+from tolerances import judge, to_float64
 from torch import Tensor
 
 from steam_kernels import reference
@@ -80,11 +80,7 @@ def test_example_builds_against_the_installed_package_and_computes_the_unit(pref
         "spatial_weight": (0.7 * index).cos().float().view(4, 8),
     }
     assert x.double().allclose((0.37 * torch.arange(x.numel(), dtype=torch.float64)).sin().view_as(x) + 0.5, atol=2e-3)
-
-    def unit(given: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {"y": reference.steam(**given)}
-
-    judge(unit, inputs, {"y": torch.float32}, (7, 7)).check({"y": y})
+    judge({"y": reference.steam(**to_float64(inputs))}, inputs, {}).check({"y": y})
 
 
 def test_header_is_c(prefix: Path, tmp_path: Path) -> None:
@@ -293,9 +289,7 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.id)
 def test_c_interface_computes_the_unit(library: ctypes.CDLL, case: Case) -> None:
     inputs, dy = cases.make(case)
-    given = cases.judged_inputs(case, inputs, dy)
-    bounds = judge(cases.reference_run(case), given, cases.result_dtypes(inputs), case.resolved_grid)
-    bounds.check(forward_backward(library, case, inputs, dy), case.id)
+    cases.bounds_of(case, inputs, dy).check(forward_backward(library, case, inputs, dy), case.id)
 
 
 def test_the_users_threads_run_every_task_and_change_no_bit(library: ctypes.CDLL) -> None:

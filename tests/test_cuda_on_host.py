@@ -106,7 +106,7 @@ def test_results_lie_beside_a_boundary_as_x_does_or_not() -> None:
 @pytest.mark.parametrize("case", STAGES + LARGE, ids=lambda c: c.id)
 def test_case(case: Case, limit: int, host: on_host.Host) -> None:
     host.shared_memory_limit = limit
-    cases.check(case, "cuda", *cases.make(case), perturbations=1)
+    cases.check(case, "cuda", *cases.make(case))
 
 
 @sanitized("address")
@@ -114,7 +114,7 @@ def test_case(case: Case, limit: int, host: on_host.Host) -> None:
 def test_sample(limit: int, keeps_phase: bool, case: Case, host: on_host.Host) -> None:
     """The ordinary sample, under AddressSanitizer and UBSan."""
     host.shared_memory_limit, host.keeps_phase = limit, keeps_phase
-    cases.check(case, "cuda", *cases.make(case), perturbations=1)
+    cases.check(case, "cuda", *cases.make(case))
 
 
 @pytest.mark.parametrize(("limit", "keeps_phase", "case"), turns(cases.random_cases(40, seed=77)))
@@ -122,7 +122,7 @@ def test_random_unit(limit: int, keeps_phase: bool, case: Case, host: on_host.Ho
     """Against the loop oracle, which shares no code with the package."""
     host.shared_memory_limit, host.keeps_phase = limit, keeps_phase
     inputs, dy = cases.make(case)
-    bounds = cases.bounds_by_oracle(case, inputs, dy)
+    bounds = cases.bounds_of(case, inputs, dy, cases.exact_by_oracle(case, inputs, dy))
     bounds.check(cases.forward_backward(steam_kernels.steam, inputs, dy, backend="cuda", **case.options), case.id)
 
 
@@ -173,7 +173,7 @@ def test_bits_do_not_depend_on_the_schedule(case: Case, limit: int, host: on_hos
 def test_no_races(case: Case, limit: int, host: on_host.Host) -> None:
     """Under ThreadSanitizer, where only barriers and launches order memory."""
     host.shared_memory_limit = limit
-    cases.check(case, "cuda", *cases.make(case), perturbations=1)
+    cases.check(case, "cuda", *cases.make(case))
 
 
 @pytest.mark.parametrize("limit", [GENERAL, FUSED], ids=["general", "fused"])
@@ -184,6 +184,15 @@ def test_one_bad_value(case: Case, value: float, limit: int, host: on_host.Host)
     host.shared_memory_limit = limit
     test_nonfinite.test_one_bad_value_in_x(case, "cuda", value)
     test_nonfinite.test_one_bad_value_in_dy(case, "cuda", value)
+
+
+@pytest.mark.parametrize("limit", [GENERAL, FUSED], ids=["general", "fused"])
+@pytest.mark.parametrize("dtype,magnitude", test_nonfinite.MAGNITUDES, ids=str)
+def test_finite_maps_of_any_size(dtype: torch.dtype, magnitude: float, limit: int, host: on_host.Host) -> None:
+    host.shared_memory_limit = limit
+    for case in test_nonfinite.LARGE_MAPS:
+        test_nonfinite.test_finite_maps_of_any_size(case, dtype, magnitude, "cuda")
+        test_nonfinite.test_finite_maps_of_any_size_through_open_gates(case, dtype, magnitude, "cuda")
 
 
 def test_relu_keeps_nan(host: on_host.Host) -> None:

@@ -1,9 +1,15 @@
-"""NaN and Inf in x or dy: non-finite where exact arithmetic is, and nowhere else but through the sample's own gates."""
+"""NaN and Inf in x or dy: non-finite where exact arithmetic is, and nowhere else but through the sample's own gates.
+
+And finite where it is finite: maps so large that products of two of their numbers overflow.
+"""
 
 from __future__ import annotations
 
+import math
+
 import cases
 import pytest
+import tolerances
 import torch
 from cases import Case
 
@@ -114,3 +120,90 @@ def test_float16_overflow_in_y_is_inf(backend: str) -> None:
     assert torch.equal(y, inputs["x"])
     case = case.but(scale=8.0)
     assert torch.isinf(steam_kernels.steam(**inputs, backend=backend, **case.options)).all()
+
+
+F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
+# The sums over a map's pixels are in range, and scores of its tokens are not, from 1e20 (1e155 in float64) on.
+MAGNITUDES = [(F32, 1e10), (F32, 1e20), (F32, 1e30), (F32, 1e36), (BF16, 1e20), (BF16, 1e36)]
+MAGNITUDES += [(F64, 1e100), (F64, 1e200), (F64, 1e300)]
+LARGE_MAPS = [
+    Case(space=(7, 5), channels=6, grid=(3, 2)),
+    Case(space=(4, 5), channels=9, radius=2, neighbors=8, self_loops=False, attention=(8, 1), tail="residual_relu"),
+    Case(space=(5, 3), channels=11, radius=4, attention=(12, 6), layout="nhwc", order="parallel"),
+    Case(space=(4, 3), channels=3, batch=3, self_loops=False, attention=(16, 2), scale=4.0),
+]
+
+
+def make_large(case: Case, magnitude: float) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    inputs, dy = cases.make(case)
+    for name in ("x", "residual"):
+        if name in inputs:
+            inputs[name] = cases.lay_out((inputs[name].double() * magnitude).to(case.dtype), case.layout)
+    return inputs, dy
+
+
+def exact(case: Case, inputs: dict[str, torch.Tensor], dy: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The loop oracle's results, whose float64 holds the squares of float32; those of float64 maps by their powers of
+    two: gates as saturated as these are the same at 2^-k x, and y is 2^k times as large."""
+    if case.dtype != F64:
+        return cases.exact_by_oracle(case, inputs, dy)
+    shift = 2.0 ** -round(math.log2(inputs["x"].abs().max().item() / 1e100))
+    near = {k: v * shift if v.dim() == 4 else v for k, v in inputs.items()}
+    found = cases.exact_by_oracle(case, near, dy)
+    return found | {"y": found["y"] / shift}
+
+
+@pytest.mark.parametrize("dtype,magnitude", MAGNITUDES, ids=str)
+@pytest.mark.parametrize("case", LARGE_MAPS, ids=lambda c: c.id)
+def test_finite_maps_of_any_size(case: Case, dtype: torch.dtype, magnitude: float, any_backend: str) -> None:
+    """Scores beyond the range of the dtype, of both signs: gates of 0 and 1, and gradients by the rule."""
+    case = case.but(dtype=dtype)
+    inputs, dy = make_large(case, magnitude)
+    truth = exact(case, inputs, dy)
+    assert all(v.isfinite().all() for v in truth.values())
+    got = cases.forward_backward(steam_kernels.steam, inputs, dy, backend=any_backend, **case.options)
+    rounded = {k: tolerances.rounding(v, got[k].dtype) for k, v in truth.items()}
+    tolerances.Judge(truth, rounded).check(got, case.id)
+
+
+@pytest.mark.parametrize("dtype,magnitude", MAGNITUDES, ids=str)
+@pytest.mark.parametrize("case", LARGE_MAPS, ids=lambda c: c.id)
+def test_finite_maps_of_any_size_through_open_gates(
+    case: Case, dtype: torch.dtype, magnitude: float, any_backend: str
+) -> None:
+    """Output rows of zero: gates of 1/2 however large the tokens are, a y of the size of x, and no gradient through
+    tokens, whose own is out of range."""
+    case = case.but(dtype=dtype)
+    inputs, dy = make_large(case, magnitude)
+    for name in ("channel_weight", "spatial_weight"):
+        inputs[name][3] = 0
+    got = cases.forward_backward(steam_kernels.steam, inputs, dy, backend=any_backend, **case.options)
+    y = case.scale / 4 * inputs["x"].double()
+    arrived = dy.double()
+    if "residual" in inputs:
+        y = torch.relu(y + inputs["residual"].double())
+        arrived = arrived.where(y > 0, 0)
+    truth = {"y": y, "dx": case.scale / 4 * arrived}
+    bounds = {k: tolerances.rounding(v, dtype) for k, v in truth.items()}
+    tolerances.Judge(truth, bounds).check({k: got[k] for k in truth}, case.id)
+
+
+@pytest.mark.parametrize("dtype,magnitude", MAGNITUDES, ids=str)
+@pytest.mark.parametrize("case", LARGE_MAPS, ids=lambda c: c.id)
+def test_the_closed_form_is_as_good(case: Case, dtype: torch.dtype, magnitude: float) -> None:
+    """What the operators compute where no kernel is: the reference's own backward pass."""
+    case = case.but(dtype=dtype, tail="none")
+    inputs, dy = make_large(case, magnitude)
+    x, channel_weight, spatial_weight = inputs.values()
+    unit = steam_kernels.config.make_unit(*(case.options.get(k, v) for k, v in UNIT.items()))
+    grid = unit.check(x, channel_weight, spatial_weight)
+    _, saved = reference.forward(x, channel_weight, spatial_weight, None, unit, grid)
+    found = reference.backward(dy, x, channel_weight, spatial_weight, saved, unit, grid)
+    truth = exact(case, inputs, dy)
+    del truth["y"]
+    bounds = {k: tolerances.rounding(v, torch.float32) for k, v in truth.items()}
+    tolerances.Judge(truth, bounds).check(dict(zip(truth, found, strict=True)), case.id)
+
+
+UNIT = {"num_heads": 4, "grid_size": None, "window": None, "channel_radius": 1, "spatial_neighbors": 4}
+UNIT |= {"self_loops": True, "order": "sequential", "scale": 1.0, "activation": None, "inplace": False, "backend": None}

@@ -6,6 +6,7 @@ import cases
 import pytest
 import torch
 from cases import Case
+from tolerances import within
 
 import steam_kernels
 
@@ -44,7 +45,7 @@ def test_far_from_zero(
     case = Case(space=space, channels=channels, layout=layout, dtype=dtype).but(**options)
     # weights that make scores of the order of 1 from tokens of 50 that differ by 0.01
     inputs, dy = cases.make(case, mean=mean, spread=spread, weight_scale=0.5)
-    cases.check(case, backend, inputs, dy, perturbations=2)
+    cases.check(case, backend, inputs, dy)
 
 
 @pytest.mark.parametrize("mean,spread", [(50.0, 0.01), (-50.0, 0.01)])
@@ -60,7 +61,8 @@ def test_constant_maps_are_not_noisy(
     value_rows = got["dchannel_weight"][2:].abs().max()
     # a token is a mean of equal numbers: off by a few eps at most, and its square counts
     noise = (8 * torch.finfo(torch.float32).eps * mean) ** 2 * abs(mean)
-    assert got["dchannel_weight"][:2].abs().max() <= max(noise, 1e-6) * max(value_rows.item(), 1.0)
+    bound = max(noise, 1e-6) * max(value_rows.item(), 1.0)
+    assert within(got["dchannel_weight"][:2].abs().max().item(), bound, f"query and key rows {case.id}")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -107,7 +109,7 @@ def test_long_sums(backend: str) -> None:
     case = Case(space=(1024, 1024), channels=1, batch=1, grid=1)
     for layout in ("nchw", "nhwc"):
         inputs, dy = cases.make(case.but(layout=layout), mean=100.0, spread=1.0)
-        cases.check(case.but(layout=layout), backend, inputs, dy, perturbations=1)
+        cases.check(case.but(layout=layout), backend, inputs, dy)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -118,7 +120,7 @@ def test_gate_is_rounded_once(backend: str, dtype: torch.dtype) -> None:
     wide = {k: v.double() for k, v in inputs.items()}
     exact = steam_kernels.reference.steam(**wide, **case.options)
     y = steam_kernels.steam(**inputs, backend=backend, **case.options)
-    error = (y.double() - exact).abs()
-    # half an ulp, and for float32 what the float32 gate itself loses
-    allowed = exact.abs() * torch.finfo(dtype).eps * (0.5 if dtype != torch.float32 else 5) * 1.01
-    assert (error <= allowed + torch.finfo(dtype).tiny).all()
+    error = (y.double() - exact).abs() / exact.abs().clamp(min=torch.finfo(dtype).tiny)
+    # half an ulp, and beyond it what the float32 gate itself loses
+    half = 0.5 * torch.finfo(dtype).eps
+    assert within(error.max().item() - half, 5 * torch.finfo(torch.float32).eps, f"beyond half an ulp of {dtype}")

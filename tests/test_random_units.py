@@ -14,5 +14,5 @@ pytestmark = pytest.mark.kernels
 @pytest.mark.parametrize("case", cases.random_cases(60, seed=2024), ids=lambda c: c.id)
 def test_random_unit(case: Case, backend: str) -> None:
     inputs, dy = cases.make(case)
-    bounds = cases.bounds_by_oracle(case, inputs, dy)
+    bounds = cases.bounds_of(case, inputs, dy, cases.exact_by_oracle(case, inputs, dy))
     bounds.check(cases.forward_backward(steam_kernels.steam, inputs, dy, backend=backend, **case.options), case.id)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import cases
+import numpy as np
 import pytest
 import test_nonfinite
 import test_numerics
@@ -23,6 +24,10 @@ from steam_kernels.backends import gpu
 pytest.importorskip("triton")
 if not gpu.triton_kernels().module.INTERPRETED:
     pytest.skip("Triton was imported to run on a GPU", allow_module_level=True)
+
+import triton
+import triton.language as tl
+from triton.runtime import interpreter
 
 from steam_kernels.backends.triton import launch
 
@@ -85,6 +90,33 @@ SMALL = Case(space=(9, 8), channels=6, grid=(3, 5), batch=2)
 PAIRS = cases.all_pairs(FACTORS)
 #: Radii beyond 2 where there are few channels: the cost of interpreting grows with the square of the neighbours.
 RANDOM = [c for c in cases.random_cases(40, seed=77) if c.radius < 3 or c.channels < 8][:14]
+
+
+@pytest.fixture(autouse=True)
+def _rounds_to_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To nearest, ties to even, as GPUs do and PyTorch does: the interpreter cuts float32 off, twice as far away."""
+    cut_off = interpreter._convert_float
+
+    def convert(values: Any, source: Any, target: Any, mode: Any) -> Any:
+        if (source, target) != (tl.float32, tl.bfloat16):
+            return cut_off(values, source, target, mode)
+        rounded = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32)).to(torch.bfloat16)
+        return rounded.view(torch.int16).numpy().view(np.uint16).reshape(values.shape)
+
+    monkeypatch.setattr(interpreter, "_convert_float", convert)
+
+
+@triton.jit
+def to_bfloat16(x, y, n: tl.constexpr):
+    i = tl.arange(0, n)
+    tl.store(y + i, tl.load(x + i).to(tl.bfloat16))
+
+
+def test_the_interpreter_rounds_as_pytorch_does() -> None:
+    x = torch.cat((torch.randn(1018), torch.tensor([0.0, -0.0, 1e-40, 3.4e38, float("inf"), float("nan")])))
+    y = torch.empty(1024, dtype=torch.bfloat16)
+    to_bfloat16[(1,)](x, y, 1024)
+    assert torch.equal(y.nan_to_num(7.0), x.bfloat16().nan_to_num(7.0))
 
 
 @pytest.fixture(params=["whole", "stages"])
@@ -159,7 +191,7 @@ def test_maps_reach_every_kernel_and_loop() -> None:
 @pytest.mark.parametrize("case", RANDOM, ids=lambda c: c.id)
 def test_random_unit_against_the_oracle(case: Case) -> None:
     inputs, dy = cases.make(case)
-    bounds = cases.bounds_by_oracle(case, inputs, dy)
+    bounds = cases.bounds_of(case, inputs, dy, cases.exact_by_oracle(case, inputs, dy))
     bounds.check(run(case), case.id)
 
 
@@ -260,6 +292,13 @@ def test_one_bad_value(launches: str, layout: str) -> None:
 @CROSSED
 def test_nan_spreads_only_along_the_graphs(launches: str, layout: str) -> None:
     test_nonfinite.test_nan_spreads_only_along_the_graphs("triton", (14, 14), (7, 7), layout)
+
+
+@pytest.mark.parametrize("index", range(len(test_nonfinite.LARGE_MAPS)))
+def test_finite_maps_of_any_size(launches: str, index: int) -> None:
+    case, dtype = test_nonfinite.LARGE_MAPS[index], torch.float32
+    test_nonfinite.test_finite_maps_of_any_size(case, dtype, 1e36, "triton")
+    test_nonfinite.test_finite_maps_of_any_size_through_open_gates(case, dtype, 1e30, "triton")
 
 
 @STRAIGHT

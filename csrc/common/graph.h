@@ -152,12 +152,13 @@ STEAM_HD typename L::V message_variance(const N& nodes, typename L::V slope, con
   return sum * head.inverse;
 }
 
-// What a node that attends with `slope` gives to the token of an existing neighbour, d away from its extreme.
+// What a node that attends with `slope` gives to the token of an existing neighbour, d away from its extreme. The
+// weight comes before the slope: it is 0 where their product with d - m may overflow.
 template <class L>
 STEAM_HD typename L::V edge_gradient(typename L::V d, typename L::V slope, typename L::V mean_grad,
                                      const Attention<L>& head) {
   const typename L::V alpha = L::exp_nonpositive(slope * d) * head.inverse;
-  return mean_grad * alpha * (1 + slope * (d - head.mean));
+  return mean_grad * (alpha + slope * (alpha * (d - head.mean)));
 }
 
 }  // namespace

@@ -278,9 +278,10 @@ void transform_nodes_backward(const Branch<L>& branch, const Heads<L>& heads, Po
       for (int64_t k = 0; k < nodes.count(); ++k) {
         const V d = edge_difference<L>(nodes, k, head.extreme);
         const V alpha = (K ? weights[K ? k : 0] : edge_weight<L>(nodes, k, slope, d)) * head.inverse;
-        const V centred = d - head.mean;
-        variance += alpha * centred * centred;
-        const V given = mean_grad * alpha * (1 + slope * centred);
+        const V centred = d - head.mean, weighted = alpha * centred;
+        variance += weighted * centred;
+        // The weight comes before the slope: it is 0 where slope * centred may overflow.
+        const V given = mean_grad * (alpha + slope * weighted);
         if (K) {
           share[K ? k : 0] += given;
         } else {
@@ -323,10 +324,12 @@ void transform_triples_backward(const Branch<L>& branch, const Heads<L>& heads, 
         const V near = view.near - head.mean, far = view.far - head.mean;
         const V of_end = mean_grad * head.inverse;
         const V of_near = of_end * head.near_weight, of_far = of_end * head.far_weight;
-        to_mid += of_near * (1 + slope * near);
-        to_other += of_far * (1 + slope * far);
-        to_end += of_end * (1 - slope * head.mean);
-        const V spread = of_near * near * near + of_far * far * far + of_end * head.mean * head.mean;
+        // Weights come before the slope: they are 0 where its product with a distance may overflow.
+        const V by_near = of_near * near, by_far = of_far * far, by_end = of_end * head.mean;
+        to_mid += of_near + slope * by_near;
+        to_other += of_far + slope * by_far;
+        to_end += of_end - slope * by_end;
+        const V spread = by_near * near + by_far * far + by_end * head.mean;
         own += a * spread;
         sums[h] += t * spread;
         sums[heads.count + h] += og * (view.end + head.mean);

@@ -134,7 +134,8 @@ def transform_backward(
         slope, extreme_j, inverse_j, mean_j = attend(tokens, j, a, count, nodes, columns, first, RING, LOOPS, DIAGONAL)
         difference = t - extreme_j
         weight = tl.exp(slope * difference) * inverse_j
-        back = b * tl.load(gradients + j)[:, None] * weight * (1.0 + slope * (difference - mean_j))
+        # The weight comes before the slope: it is 0 where their product with a distance may overflow.
+        back = b * tl.load(gradients + j)[:, None] * (weight + slope * (weight * (difference - mean_j)))
         out += tl.where(exists[:, None] & (head < heads), back, 0.0)
     return tl.sum(out, 1), through * t, own * (extreme + mean)
 
