@@ -114,10 +114,10 @@ def pool(x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
     return cell_sums(x, grid) / counts, counts
 
 
-def spread(cells: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
+def spread(cells: Tensor, size: tuple[int, int]) -> Tensor:
     """``(N, gh, gw)`` to ``(N, H, W)``: each pixel takes its own cell's value."""
-    # The grid is not read off cells' shape, which ONNX's older exporter takes for a constant.
-    rows, columns = (cell_of(s, g, cells.device) for s, g in zip(size, grid, strict=True))
+    rows = cell_of(size[0], cells.shape[-2], cells.device)
+    columns = cell_of(size[1], cells.shape[-1], cells.device)
     return cells.index_select(-2, rows).index_select(-1, columns)
 
 
@@ -219,13 +219,13 @@ def tokens(
     return z, o_c, u, o_s
 
 
-def gate(x: Tensor, g_c: Tensor, g_s: Tensor, grid: tuple[int, int], scale: float = 1.0) -> Tensor:
+def gate(x: Tensor, g_c: Tensor, g_s: Tensor, scale: float = 1.0) -> Tensor:
     """``scale * x * g_c * g_s`` with each pixel's own cell [paper's summaries: sigmoid gating; ours: nearest cell].
 
     Args:
         x: ``(N, C, H, W)``; g_c: ``(N, C)``; g_s: ``(N, gh, gw)``; all in the accumulation dtype.
     """
-    return x * ((factor(scale, g_c) * g_c)[:, :, None, None] * spread(g_s, grid, (x.shape[2], x.shape[3]))[:, None])
+    return x * ((factor(scale, g_c) * g_c)[:, :, None, None] * spread(g_s, (x.shape[2], x.shape[3]))[:, None])
 
 
 def maps(
@@ -234,6 +234,7 @@ def maps(
     """The channel gate ``(N, C)`` and the spatial gate ``(N, gh, gw)``, in the accumulation dtype."""
     dtype = accumulation_dtype(x.dtype)
     _, o_c, _, o_s = tokens(x.to(dtype), channel_weight.to(dtype), spatial_weight.to(dtype), unit, grid)
+    # Not unflatten: ONNX's legacy exporter has it from opset 13 on, and takes the shape of its result for a constant.
     return sigmoid(o_c), sigmoid(o_s).view(x.shape[0], *grid)
 
 
@@ -248,7 +249,7 @@ def evaluate(
     """The unit on arguments that have been checked; differentiable, out of place."""
     dtype = accumulation_dtype(x.dtype)
     wide = x.to(dtype)
-    y = gate(wide, *maps(wide, channel_weight, spatial_weight, unit, grid), grid, unit.scale)
+    y = gate(wide, *maps(wide, channel_weight, spatial_weight, unit, grid), unit.scale)
     return finish(y, residual, unit.relu, x.dtype)
 
 
@@ -273,7 +274,7 @@ def forward(
     dtype = accumulation_dtype(x.dtype)
     wide = x.to(dtype)
     z, o_c, u, o_s = tokens(wide, channel_weight.to(dtype), spatial_weight.to(dtype), unit, grid)
-    y = gate(wide, sigmoid(o_c), sigmoid(o_s).view(x.shape[0], *grid), grid, unit.scale)
+    y = gate(wide, sigmoid(o_c), sigmoid(o_s).view(x.shape[0], *grid), unit.scale)
     return finish(y, residual, unit.relu, x.dtype), torch.cat((z, o_c, u, o_s), 1)
 
 
@@ -312,10 +313,10 @@ def backward(
     graph = ring(channels, unit.channel_radius, unit.self_loops, x.device)
     d_z, d_channel = _graph_backward(d_o_c, z, channel_weight.to(dtype), unit.num_heads, graph)
 
-    share = spread(d_u.view(samples, *grid) / (channels * counts), grid, (height, width))[:, None]
+    share = spread(d_u.view(samples, *grid) / (channels * counts), (height, width))[:, None]
     if unit.sequential:
         share = share * g_c[:, :, None, None]
-    d_x = gate(dy, g_c, g_s.view(samples, *grid), grid, unit.scale) + share + d_z[:, :, None, None] / (height * width)
+    d_x = gate(dy, g_c, g_s.view(samples, *grid), unit.scale) + share + d_z[:, :, None, None] / (height * width)
     return d_x, d_channel, d_spatial
 
 
