@@ -121,14 +121,11 @@ class Unit:
         """The cells per axis at a map of ``height`` x ``width``: at most one per pixel."""
         window = self.window
         if window is not None:
-            return -(-height // window), -(-width // window)
+            return ceil_div(height, window), ceil_div(width, window)
         gh, gw = self.grid_size  # type: ignore[misc]
         if type(height) is int and type(width) is int:
             return min(gh, height), min(gw, width)
-        # Python's min() would put a guard on a symbolic size, and an exported graph would serve a few sizes only.
-        if isinstance(height, torch.SymInt) or isinstance(width, torch.SymInt):
-            return torch.sym_min(gh, height), torch.sym_min(gw, width)
-        return min(gh, int(height)), min(gw, int(width))
+        return _least(gh, height), _least(gw, width)
 
     def check(
         self, x: Tensor, channel_weight: Tensor, spatial_weight: Tensor, residual: Tensor | None = None
@@ -161,6 +158,20 @@ class Unit:
         if residual is not None:
             _check_residual(residual, x)
         return self.grid(height, width)
+
+
+def ceil_div(a: Any, b: Any) -> Any:
+    """a / b rounded up, of sizes: ints, symbolic ints, or the tensors that a trace has for them.
+
+    No operand is negative: ONNX's division of integers rounds towards zero, so that -(-a // b) would round down there.
+    """
+    return (a + (b - 1)) // b
+
+
+def _least(cells: int, size: Any) -> Any:
+    # Python's min() compares: a symbolic size would get a guard, a traced one become a constant, and an exported graph
+    # serve a few sizes only.
+    return torch.where(size < cells, size, cells) if isinstance(size, Tensor) else torch.sym_min(cells, size)
 
 
 def _grid_size(value: Any) -> tuple[int, int]:
@@ -257,11 +268,9 @@ def ring_offsets(channels: int, radius: int, self_loops: bool) -> tuple[int, ...
     return tuple(offsets) or (0,)
 
 
-def lattice_offsets(grid: tuple[int, int], neighbors: int, self_loops: bool) -> tuple[tuple[int, int], ...]:
-    """The neighbours of a cell as (row, column) offsets, also beyond the edge; a lone cell attends to itself."""
+def lattice_offsets(neighbors: int) -> tuple[tuple[int, int], ...]:
+    """The 4 or 8 neighbours of a cell as (row, column) offsets, also beyond the edge; the cell itself is none."""
     offsets = [(-1, 0), (0, -1), (0, 1), (1, 0)]
     if neighbors == 8:
         offsets += [(-1, -1), (-1, 1), (1, -1), (1, 1)]
-    if self_loops or grid[0] * grid[1] == 1:
-        offsets.append((0, 0))
     return tuple(offsets)

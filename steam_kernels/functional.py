@@ -112,6 +112,8 @@ def steam(
         _log.debug("%s %s on %s: %s", tuple(x.shape), x.dtype, x.device, "reference" if plain else chosen)
     if plain:
         return reference.run(x, channel_weight, spatial_weight, residual, unit, grid)
+    if traced_as_operators:
+        grid = int(grid[0]), int(grid[1])  # a counter reads them from the trace, where sizes are tensors
     return ops.call(x, channel_weight, spatial_weight, residual, unit, grid, chosen if named else ops.AUTOMATIC)
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from .config import (
     Unit,
     accumulation_dtype,
+    ceil_div,
     check_backend,
     check_embed_dim,
     check_integer,
     lattice_offsets,
     make_unit,
-    ring_offsets,
 )
 from .memory import check_inplace, dense, match_strides
 from .scale import ScaledModule
@@ -44,12 +44,22 @@ def cell_of(size: int, cells: int, device: torch.device) -> Tensor:
 def cell_bounds(size: int, cells: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """First pixel and one past the last pixel of each cell of one axis, ``(cells,)`` int64 each."""
     cell = torch.arange(cells, device=device)
-    return (cell * size + (cells - 1)) // cells, ((cell + 1) * size + (cells - 1)) // cells
+    return ceil_div(cell * size, cells), ceil_div((cell + 1) * size, cells)
+
+
+def exporting() -> bool:
+    """Whether an exporter or ``torch.jit.trace`` writes down what runs here, perhaps for sizes that it will not see."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+
+
+def factor(value: float, like: Tensor) -> float | Tensor:
+    """``value`` to multiply or divide ``like`` by: as a tensor in an export, since ONNX would hold a float32 number."""
+    return torch.tensor(value, dtype=like.dtype, device=like.device) if exporting() else value
 
 
 def cell_sums(x: Tensor, grid: tuple[int, int]) -> Tensor:
     """``(N, C, gh, gw)``: the sum of ``x`` over each cell; a NaN or an Inf stays in its own cell."""
-    if torch.compiler.is_exporting():
+    if exporting():
         return _cell_sums_by_matrices(x, grid)
     return _sum_intervals(_sum_intervals(x, 2, grid[0]), 3, grid[1])
 
@@ -57,7 +67,7 @@ def cell_sums(x: Tensor, grid: tuple[int, int]) -> Tensor:
 def _sum_intervals(x: Tensor, dim: int, cells: int) -> Tensor:
     size = x.shape[dim]
     first, end = cell_bounds(size, cells, x.device)
-    pixel = first[:, None] + torch.arange(-(-size // cells), device=x.device)
+    pixel = first[:, None] + torch.arange(ceil_div(size, cells), device=x.device)
     shape = [1] * (x.dim() + 1)
     shape[dim], shape[dim + 1] = pixel.shape
     inside = (pixel < end[:, None]).view(shape)
@@ -115,25 +125,34 @@ def spread(cells: Tensor, size: tuple[int, int]) -> Tensor:
 
 # ---- graphs ----------------------------------------------------------------------------------------------------------
 
-#: Neighbour indices ``(n, K)``, and which of them exist (None: all).
-Graph = tuple[Tensor, "Tensor | None"]
+#: Neighbour indices ``(n, K)``, and which of them count ``(n, K)``. A node without neighbours attends to itself. Sizes
+#: decide by tensors alone here: a Python condition on one would hold in an exported graph for all other sizes too.
+Graph = tuple[Tensor, Tensor]
 
 
 def ring(channels: int, radius: int, self_loops: bool, device: torch.device) -> Graph:
     """The channel graph: each channel joined to those within ``radius``, modulo ``channels`` [ours]."""
-    offsets = torch.tensor(ring_offsets(channels, radius, self_loops), device=device)
-    return (torch.arange(channels, device=device)[:, None] + offsets) % channels, None
+    offsets = torch.arange(-radius, radius + 1, device=device)
+    # In a small ring several offsets lead to one node, which counts once, and some to the channel itself.
+    residues = offsets % channels
+    first = ~((residues[:, None] == residues) & (offsets[:, None] > offsets)).any(1)
+    inside = first if self_loops else first & (residues > 0)
+    inside = inside | (first & ~inside.any())
+    return (torch.arange(channels, device=device)[:, None] + offsets) % channels, inside.expand(channels, -1)
 
 
 def lattice(grid: tuple[int, int], neighbors: int, self_loops: bool, device: torch.device) -> Graph:
     """The spatial graph: each cell joined to its 4 or 8 bounded neighbours [second-hand: a few; ours: four]."""
     gh, gw = grid
-    down, right = torch.tensor(lattice_offsets(grid, neighbors, self_loops), device=device).unbind(1)
+    down, right = torch.tensor(lattice_offsets(neighbors), device=device).unbind(1)
     # By axis: a division of cell numbers by a symbolic gw is nothing that ONNX's exporter can translate.
     i, j = torch.arange(gh, device=device)[:, None, None], torch.arange(gw, device=device)[:, None]
-    row, column = i + down, j + right
+    row, column, cell = i + down, j + right, i * gw + j
     inside = ((row >= 0) & (row < gh)) & ((column >= 0) & (column < gw))
-    return torch.where(inside, row * gw + column, i * gw + j).flatten(0, 1), inside.flatten(0, 1)
+    alone = ~inside.any(-1, keepdim=True)
+    index = torch.cat((torch.where(inside, row * gw + column, cell), cell), -1)
+    inside = torch.cat((inside, torch.ones_like(alone) if self_loops else alone), -1)
+    return index.flatten(0, 1), inside.flatten(0, 1)
 
 
 def graph_transform(t: Tensor, weight: Tensor, num_heads: int, graph: Graph) -> Tensor:
@@ -150,7 +169,7 @@ def graph_transform(t: Tensor, weight: Tensor, num_heads: int, graph: Graph) -> 
     Returns:
         Pre-activations o ``(N, n)``.
     """
-    w_v, w_o = weight.unflatten(1, (num_heads, -1))[2:].unbind(0)  # (h, d_h) each
+    w_v, w_o = weight.view(4, num_heads, -1)[2:].unbind(0)  # (h, d_h) each
     alpha, origin, delta, scale = attention(t, weight, num_heads, graph)
     # The mean of the values about an origin: only differences of tokens meet the softmax, forwards and backwards.
     mean = origin[..., None] * w_v + (alpha[..., None] * (delta[..., None] * w_v)).sum(2)  # (N, n, h, d_h)
@@ -167,25 +186,20 @@ def attention(t: Tensor, weight: Tensor, num_heads: int, graph: Graph) -> tuple[
         a mean depends on it, so no gradient flows there.
     """
     neighbors, inside = graph
-    w_q, w_k = weight.unflatten(1, (num_heads, -1))[:2].unbind(0)
+    w_q, w_k = weight.view(4, num_heads, -1)[:2].unbind(0)
     t_j = t[:, neighbors]  # (N, n, K)
-    largest, smallest = t_j.detach(), t_j.detach()
-    if inside is not None:
-        largest, smallest = largest.masked_fill(~inside, -math.inf), smallest.masked_fill(~inside, math.inf)
-    largest, smallest = largest.amax(-1), smallest.amin(-1)  # (N, n)
+    largest = t_j.detach().masked_fill(~inside, -math.inf).amax(-1)  # (N, n)
+    smallest = t_j.detach().masked_fill(~inside, math.inf).amin(-1)
     scale, own = scale_of(torch.maximum(largest, -smallest)), scale_of(t.detach().abs())
     rises = ((w_q * w_k).sum(-1) * t[..., None] > 0).detach()  # (N, n, h): the score grows with t_j
     origin = torch.where(rises, (largest / scale)[..., None], (smallest / scale)[..., None])
     delta = (t_j / scale[..., None])[..., None] - origin[:, :, None]
-    if inside is not None:
-        delta = delta.masked_fill(~inside[..., None], 0)
+    delta = delta.masked_fill(~inside[..., None], 0)
     query, key = (t / own)[..., None, None] * w_q, delta[..., None] * w_k
-    score = (query[:, :, None] * key).sum(-1) / math.sqrt(w_q.shape[1])
+    score = (query[:, :, None] * key).sum(-1) / factor(math.sqrt(w_q.shape[1]), key)
     # The terms of the sum may have both signs; a score has one, and may overflow.
     score = score * own[..., None, None] * scale[..., None, None]
-    if inside is not None:
-        score = score.masked_fill(~inside[..., None], -math.inf)
-    return torch.softmax(score, 2), origin, delta, scale
+    return torch.softmax(score.masked_fill(~inside[..., None], -math.inf), 2), origin, delta, scale
 
 
 def scale_of(size: Tensor) -> Tensor:
@@ -195,7 +209,8 @@ def scale_of(size: Tensor) -> Tensor:
     2^-32 and 2^48 then, and its differences are no smaller than 2^-56.
     """
     bits = math.frexp(torch.finfo(size.dtype).max)[1]  # 128, or 1024
-    return torch.where(size > 2.0 ** (bits * 3 // 8), 2.0 ** (bits * 5 // 8), torch.ones_like(size))
+    large = torch.full_like(size, 2.0 ** (bits * 5 // 8))
+    return torch.where(size > torch.full_like(size, 2.0 ** (bits * 3 // 8)), large, torch.ones_like(size))
 
 
 def sigmoid(o: Tensor) -> Tensor:
@@ -231,7 +246,7 @@ def gate(x: Tensor, g_c: Tensor, g_s: Tensor, scale: float = 1.0) -> Tensor:
     Args:
         x: ``(N, C, H, W)``; g_c: ``(N, C)``; g_s: ``(N, gh, gw)``; all in the accumulation dtype.
     """
-    return x * ((scale * g_c)[:, :, None, None] * spread(g_s, (x.shape[2], x.shape[3]))[:, None])
+    return x * ((factor(scale, g_c) * g_c)[:, :, None, None] * spread(g_s, (x.shape[2], x.shape[3]))[:, None])
 
 
 def maps(
@@ -240,7 +255,8 @@ def maps(
     """The channel gate ``(N, C)`` and the spatial gate ``(N, gh, gw)``, in the accumulation dtype."""
     dtype = accumulation_dtype(x.dtype)
     _, o_c, _, o_s = tokens(x.to(dtype), channel_weight.to(dtype), spatial_weight.to(dtype), unit, grid)
-    return sigmoid(o_c), sigmoid(o_s).unflatten(1, grid)
+    # Not unflatten: ONNX's legacy exporter has it from opset 13 on, and takes the shape of its result for a constant.
+    return sigmoid(o_c), sigmoid(o_s).view(x.shape[0], *grid)
 
 
 def evaluate(
@@ -279,7 +295,7 @@ def forward(
     dtype = accumulation_dtype(x.dtype)
     wide = x.to(dtype)
     z, o_c, u, o_s = tokens(wide, channel_weight.to(dtype), spatial_weight.to(dtype), unit, grid)
-    y = gate(wide, sigmoid(o_c), sigmoid(o_s).unflatten(1, grid), unit.scale)
+    y = gate(wide, sigmoid(o_c), sigmoid(o_s).view(x.shape[0], *grid), unit.scale)
     return finish(y, residual, unit.relu, x.dtype), torch.cat((z, o_c, u, o_s), 1)
 
 
@@ -300,7 +316,7 @@ def backward(
     """
     dtype = accumulation_dtype(x.dtype)
     dy, x = dy.to(dtype), x.to(dtype)
-    _, channels, height, width = x.shape
+    samples, channels, height, width = x.shape
     cells = grid[0] * grid[1]
     z, o_c, u, o_s = saved.split((channels, channels, cells, cells), 1)
     g_c, g_s = torch.sigmoid(o_c), torch.sigmoid(o_s)
@@ -318,17 +334,17 @@ def backward(
     graph = ring(channels, unit.channel_radius, unit.self_loops, x.device)
     d_z, d_channel = _graph_backward(d_o_c, z, channel_weight.to(dtype), unit.num_heads, graph)
 
-    share = spread(d_u.unflatten(1, grid) / (channels * counts), (height, width))[:, None]
+    share = spread(d_u.view(samples, *grid) / (channels * counts), (height, width))[:, None]
     if unit.sequential:
         share = share * g_c[:, :, None, None]
-    d_x = gate(dy, g_c, g_s.unflatten(1, grid), unit.scale) + share + d_z[:, :, None, None] / (height * width)
+    d_x = gate(dy, g_c, g_s.view(samples, *grid), unit.scale) + share + d_z[:, :, None, None] / (height * width)
     return d_x, d_channel, d_spatial
 
 
 def _graph_backward(d_o: Tensor, t: Tensor, weight: Tensor, num_heads: int, graph: Graph) -> tuple[Tensor, Tensor]:
     """From the gradient of :func:`graph_transform`'s o to those of its tokens ``(N, n)`` and weight ``(4, d)``."""
     neighbors, inside = graph
-    w_q, w_k, w_v, w_o = weight.unflatten(1, (num_heads, -1)).unbind(0)
+    w_q, w_k, w_v, w_o = weight.view(4, num_heads, -1).unbind(0)
     root = math.sqrt(w_q.shape[1])
     a, b = (w_q * w_k).sum(1) / root, (w_v * w_o).sum(1)
     alpha, origin, delta, scale = attention(t, weight, num_heads, graph)
@@ -341,9 +357,7 @@ def _graph_backward(d_o: Tensor, t: Tensor, weight: Tensor, num_heads: int, grap
     variance = (weighted * spread_j).sum(2)
     d_m = b * d_o[..., None]  # (N, n, h)
     tilt = weighted * (a * token)[:, :, None] * own[:, :, None] * scale[:, :, None]
-    through = d_m[:, :, None] * (alpha + tilt)
-    if inside is not None:
-        through = through.masked_fill(~inside[..., None], 0)
+    through = (d_m[:, :, None] * (alpha + tilt)).masked_fill(~inside[..., None], 0)
     d_t = (d_m * a * variance * scale * scale).sum(2)
     d_t = d_t.index_add(1, neighbors.flatten(), through.sum(3).flatten(1))
     d_a = (d_m * token * variance * own * scale * scale).sum((0, 1))[:, None] / root
@@ -400,7 +414,7 @@ def run(
         check_inplace(x, channel_weight, spatial_weight, residual)
         return x.copy_(evaluate(x, channel_weight, spatial_weight, residual, unit, grid))
     y = evaluate(x, channel_weight, spatial_weight, residual, unit, grid)
-    if torch.compiler.is_exporting() or torch._C._are_functorch_transforms_active():
+    if exporting() or torch._C._are_functorch_transforms_active():
         return y
     return match_strides(y, dense(x))
 
@@ -547,6 +561,13 @@ class STEAM(ScaledModule):
         )
         grid = unit.check(x, self.channel_weight, self.spatial_weight)
         return maps(x, self.channel_weight, self.spatial_weight, unit, grid)
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """Called by ``torch.jit.script``, whose compiler cannot read a unit's Python."""
+        raise RuntimeError(
+            f"torch.jit.script cannot compile a {type(self).__name__}: use torch.jit.trace, whose trace serves maps of "
+            "every size, or torch.export"
+        )
 
     def extra_repr(self) -> str:
         """The constructor's arguments, those at their defaults left out."""

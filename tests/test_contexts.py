@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from typing import Any
 
 import cases
 import pytest
@@ -178,15 +179,22 @@ def test_fx_symbolic_trace_has_a_leaf(backend: str) -> None:
     assert torch.equal(traced(x), module(x))
 
 
-def test_jit_trace_holds_plain_operators(backend: str) -> None:
-    unit = FusedSTEAM(6, backend=backend).eval().requires_grad_(False)
-    x = torch.randn(2, 6, 12, 12)
+@pytest.mark.parametrize("options", [{}, {"window": 4, "self_loops": False}, {"grid_size": (2, 9)}], ids=str)
+@pytest.mark.parametrize("example", [(12, 12), (1, 3)])
+def test_jit_trace(backend: str, example: tuple[int, int], options: dict[str, Any]) -> None:
+    """A trace holds plain operators and serves maps of every size and batch, smaller and larger than it was made at."""
+    unit = FusedSTEAM(6, backend=backend, **options).eval().requires_grad_(False)
+    torch.nn.init.normal_(unit.spatial_weight)
+    x = torch.randn(2, 6, *example)
     with warnings.catch_warnings():
         # jit.trace calls itself deprecated, and warns of every size that it makes a constant
         warnings.simplefilter("ignore")
         traced = torch.jit.trace(unit, (x,), check_trace=False)
     assert "steam_kernels::" not in str(traced.inlined_graph) and "aten::mul" in str(traced.inlined_graph)
-    assert torch.allclose(traced(x), unit(x), rtol=1e-5, atol=1e-6)
+    for size in ((2, 6, *example), (1, 6, 13, 13), (3, 6, 17, 5), (1, 6, 2, 3), (2, 6, 1, 1)):
+        x = torch.randn(size).to(memory_format=torch.channels_last)
+        assert torch.allclose(traced(x), unit(x), rtol=1e-5, atol=1e-6)
+        assert traced(x).is_contiguous(memory_format=torch.channels_last)
 
 
 def test_deepcopy_of_a_traced_network(backend: str) -> None:

@@ -151,6 +151,8 @@ def test_fvcore(backend: str) -> None:
         assert (
             analysis.set_op_handle(**fvcore_handles()).total() == 3 * steam_kernels.cost(64, 9, 9, residual=True).flops
         )
+        window = counters.FlopCountAnalysis(FusedSTEAM(6, window=4), torch.randn(2, 6, 13, 9))
+        assert window.set_op_handle(**fvcore_handles()).total() == 2 * steam_kernels.cost(6, 13, 9, window=4).flops
     traced = torch.jit.trace(FusedSTEAM(6), torch.randn(1, 6, 9, 9), check_trace=False)
     assert "steam_kernels::" not in str(traced.inlined_graph)
 

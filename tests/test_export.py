@@ -73,9 +73,10 @@ def test_small_maps_keep_their_own_grid() -> None:
     assert torch.allclose(torch.export.export(unit, (x,)).module()(x), unit(x), rtol=1e-4, atol=1e-6)
 
 
-def test_decompositions() -> None:
+@pytest.mark.parametrize("options", [{}, {"window": 4, "self_loops": False}], ids=str)
+def test_decompositions(options: dict[str, Any]) -> None:
     """The exported graph survives the core decompositions, as ONNX and ahead-of-time compilers apply them."""
-    unit = FusedSTEAM(6).eval()
+    unit = FusedSTEAM(6, **options).eval()
     dims = {0: Dim("batch", min=1, max=64), 2: Dim("height", min=7, max=512), 3: Dim("width", min=7, max=512)}
     program = torch.export.export(unit, (torch.randn(2, 6, 16, 18),), dynamic_shapes=(dims,)).run_decompositions()
     assert not any("steam_kernels" in name or "adaptive" in name for name in operators(program))

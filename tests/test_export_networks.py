@@ -75,9 +75,10 @@ def test_onnx_of_resnet50(exported: tuple[nn.Module, ExportedProgram], tmp_path:
 @torch.no_grad()
 @pytest.mark.slow
 def test_aotinductor(tmp_path: Path) -> None:
-    """A package made ahead of time runs at sizes it was not made at. One unit: C++ of a whole ResNet takes minutes."""
-    convolutions = (nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 4, 1))
-    model = networks.strengthen(nn.Sequential(convolutions[0], FusedSTEAM(8), convolutions[1])).eval()
+    """A package made ahead of time runs at sizes it was not made at. Two units: C++ of a whole ResNet takes minutes."""
+    units = (FusedSTEAM(8), FusedSTEAM(4, window=5))
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), units[0], nn.Conv2d(8, 4, 1), units[1])
+    model = networks.strengthen(model).eval()
     program = torch.export.export(model, (torch.randn(2, 3, 40, 52),), dynamic_shapes=dynamic(7))
     path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
     package: Any = torch._inductor.aoti_load_package(path)
@@ -89,7 +90,7 @@ def test_aotinductor(tmp_path: Path) -> None:
 
 @torch.no_grad()
 def test_jit_trace_of_resnet18() -> None:
-    """A trace is of plain operators and serves the size that it was traced at; other sizes are other traces."""
+    """A trace is of plain operators and serves sizes that it was not made at."""
     model = networks.settle(networks.resnet()).requires_grad_(False)
     x = torch.randn(2, 3, 64, 96)
     with warnings.catch_warnings():
@@ -97,12 +98,21 @@ def test_jit_trace_of_resnet18() -> None:
         warnings.simplefilter("ignore")
         traced = torch.jit.trace(model, (x,), check_trace=False)
     assert "steam_kernels::" not in str(traced.inlined_graph)
-    other = torch.randn(2, 3, 64, 96)
-    assert close(traced(other), model(other))
+    for batch, height, width in ((2, 64, 96), *SIZES):
+        other = torch.randn(batch, 3, height, width)
+        assert close(traced(other), model(other)), (batch, height, width)
 
 
-def test_jit_script_does_not_work() -> None:
-    """docs/use_it_in.md says so."""
-    with warnings.catch_warnings(), pytest.raises((RuntimeError, ValueError, NotImplementedError)):
-        warnings.simplefilter("ignore")  # jit.script calls itself deprecated
-        torch.jit.script(FusedSTEAM(8))
+def test_jit_script_is_refused() -> None:
+    """In one sentence that says what to take instead, wherever the unit is; a traced unit in its place is taken."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # jit.script and jit.trace call themselves deprecated
+        for model in (FusedSTEAM(8), nn.Sequential(nn.Conv2d(3, 8, 1), FusedSTEAM(8)), networks.resnet()):
+            with pytest.raises(
+                RuntimeError, match=r"torch\.jit\.script cannot compile a FusedSTEAM: use torch\.jit\.trace"
+            ):
+                torch.jit.script(model)
+        unit = FusedSTEAM(8).requires_grad_(False)
+        traced = torch.jit.trace(unit, (torch.randn(1, 8, 9, 9),), check_trace=False)
+        x = torch.randn(2, 8, 12, 5)
+        assert close(torch.jit.script(nn.Sequential(traced, nn.Identity()))(x), unit(x))
