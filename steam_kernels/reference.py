@@ -499,7 +499,8 @@ class STEAM(nn.Module):
         self.order = order
         self.identity_init = identity_init
         self.activation = activation
-        self.inplace = inplace
+        # A private name, since tools set an attribute "inplace" wherever there is one, as Ultralytics does at loading.
+        self._inplace = inplace
         self._backend = backend
         self.scale = 1.0
         self.channel_weight = nn.Parameter(torch.empty(4, embed_dim, device=device, dtype=dtype))
@@ -547,7 +548,7 @@ class STEAM(nn.Module):
             order=self.order,
             scale=self.scale,
             activation=self.activation,
-            inplace=self.inplace,
+            inplace=self._inplace,
             backend=self._backend,
         )
 
@@ -588,8 +589,8 @@ class STEAM(nn.Module):
         given += [f"embed_dim={self.embed_dim}", f"num_heads={self.num_heads}"]
         given.append(f"grid_size={self.grid_size}" if self.window is None else f"window={self.window}")
         defaults = {"channel_radius": 1, "spatial_neighbors": 4, "self_loops": True, "order": "sequential"}
-        defaults |= {"scale": 1.0, "activation": None, "inplace": False, "backend": None}
-        given += [f"{k}={getattr(self, k)!r}" for k, default in defaults.items() if getattr(self, k) != default]
+        defaults |= {"scale": 1.0, "activation": None, "_inplace": False, "backend": None}
+        given += [f"{k.lstrip('_')}={v!r}" for k, default in defaults.items() if (v := getattr(self, k)) != default]
         return ", ".join(given)
 
     # The scale is a Python float: read without a host synchronisation, constant to compilers, untouched by .half() or
