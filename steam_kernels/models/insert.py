@@ -25,6 +25,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from ..module import FusedSTEAM
 from ..reference import STEAM
+from .dry_run import stage_ends
 from .families import PLACEMENTS, Place, channels_of
 
 #: The name under which a unit hangs below its module.
@@ -115,11 +116,13 @@ def insert_steam(
     Args:
         model: any module; the three placements by name are for networks of known blocks: ResNet (ResNeXt, Wide ResNet),
             MobileNetV2 and V3, ShuffleNetV2, EfficientNet, ConvNeXt and RegNet of torchvision, timm's, and whatever
-            has one of them inside: a detector, a segmentation model, an encoder. docs/models.md says what a stage and
-            a block is in each.
+            has one of them inside: a detector, a segmentation model, an encoder. The stages of any other CNN that takes
+            one image are found by a dry run of a copy on the meta device. docs/models.md says what a stage and a block
+            is in each.
         sites: "adaptive": a unit after blocks 3, 6, 9, ... of each stage, and after the last block of a shorter stage,
             which gives the paper's five units in a ResNet-50 [second-hand: five; ours: where].
-            "stages": after each stage. Both are after each of its ``feature_info`` in a timm model of unknown blocks.
+            "stages": after each stage. Both are after each of its ``feature_info`` in a timm model of unknown blocks,
+            and where the resolution falls in another network of unknown blocks.
             "blocks": in each block, at the end of its branch, before the addition (the concatenation in ShuffleNetV2).
             A list of module names (``model.named_modules()``), or a predicate ``(name, module) -> bool``, asked for
             each module below ``model``: after each of them. A module must return one tensor ``(N, C, H, W)``; for a
@@ -130,8 +133,8 @@ def insert_steam(
             leaves a trained model's output as it was, to the bit.
 
     Raises:
-        TypeError: ``model`` is no module, or has no known block where ``sites`` is a placement by name; ``sites`` is
-            none of the above; an option is not one of FusedSTEAM's.
+        TypeError: ``model`` is no module; ``sites`` is "blocks" and it has no known block, or another placement by name
+            and no stages are known or found; ``sites`` is none of the above; an option is not one of FusedSTEAM's.
         ValueError: ``sites`` names no placement, a module that is not there, none at all, one place twice, or a module
             that cannot have a unit; or ``model`` has units already, or is wrapped by DDP or FSDP, which would not know
             of the new parameters. Nothing is changed then.
@@ -303,11 +306,20 @@ def _places(model: nn.Module, sites: Any) -> list[Place]:
         if sites not in PLACEMENTS:
             raise ValueError(f"{_SITES}, got {sites!r}")
         places = list(PLACEMENTS[sites](model))
+        why = "none is known"
+        if sites != "blocks" and not all(_fits(place, model) for place in places):
+            places = []
+        if sites != "blocks" and not places:
+            try:
+                places = stage_ends(model, lambda place: _fits(place, model))
+                why += ", and its maps show no two stages, which end where the resolution falls"
+            except ValueError as error:
+                why += f", and a dry run shows none: {error}"
         if not places:
-            others = [repr(name) for name, placement in PLACEMENTS.items() if any(placement(model))]
+            others = [repr(name) for name in PLACEMENTS if name != "blocks"] if sites == "blocks" else []
             raise TypeError(
                 f"model must have blocks that are known where sites is {sites!r} (see help(insert_steam)); got "
-                f"{type(model).__module__}.{type(model).__qualname__}: give sites as "
+                f"{type(model).__module__}.{type(model).__qualname__}, of which {why}: give sites as "
                 f"{''.join(f'{name} or ' for name in others)}module names or a predicate"
             )
         return places
@@ -349,6 +361,14 @@ def _host(place: Place, model: nn.Module) -> Place:
             f"sites: {place.name!r} ends in {name!r}, which the model uses elsewhere too: name another module"
         )
     return Place(name, module, channels_of(module) if channels is None else channels)
+
+
+def _fits(place: Place, model: nn.Module) -> bool:
+    try:
+        _host(place, model)
+    except ValueError:
+        return False
+    return True
 
 
 def _check_host(name: str, module: nn.Module, model: nn.Module) -> None:
