@@ -46,6 +46,14 @@ def _with_unit(base: Any) -> Any:
     class WithUnit(base):
         without_unit = base
 
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            # peft makes the layers of a LoRA so, by the class of the convolution, and adds theirs to its output.
+            raise TypeError(
+                f"a {base.__qualname__} with a STEAM unit cannot be made from its class, as an adapter on it would: "
+                "its share would be added behind the unit, and be merged before it. Put the unit after a norm or a "
+                "block, which adapters leave alone (insert_steam(model, 'blocks') does)"
+            )
+
         @functools.wraps(base.forward)
         def forward(self, *args: Any, **kwargs: Any) -> Tensor:
             return _gated(self, super().forward(*args, **kwargs))
