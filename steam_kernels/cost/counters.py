@@ -43,8 +43,9 @@ def ptflops_hooks() -> dict[Any, Callable[..., Any]]:
 def thop_ops() -> dict[type, Callable[..., None]]:
     """For thop's ``profile(model, inputs=(x,), custom_ops=thop_ops())``, which counts no unit without it.
 
-    A thop that knows layers by their exact class (``thop``; not ``ultralytics-thop``, which has the same name) leaves
-    out a unit that follows a convolution or norm (sites "blocks"), or that layer. A residual must be given by position.
+    The ``thop`` of PyPI knows layers by their exact class, so it leaves out the own count of a convolution or norm that
+    a unit follows (sites "blocks"); ``ultralytics-thop``, which has the same name, does not. A residual must be given
+    by position.
     """
     return {FusedSTEAM: _added}
 
