@@ -38,7 +38,8 @@ def check_integer(name: str, value: Any, least: int = 1) -> None:
         raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
-def _flag(name: str, value: Any) -> None:
+def check_flag(name: str, value: Any) -> None:
+    """Raises TypeError unless ``value`` is a bool."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {value!r}")
 
@@ -96,7 +97,7 @@ class Unit:
         neighbors = self.spatial_neighbors
         if isinstance(neighbors, bool) or neighbors not in (4, 8):
             raise ValueError(f"spatial_neighbors must be 4 or 8, got {neighbors!r}")
-        _flag("self_loops", self.self_loops)
+        check_flag("self_loops", self.self_loops)
         if self.order not in ORDERS:
             raise ValueError(f"order must be one of {', '.join(map(repr, ORDERS))}, got {self.order!r}")
         if isinstance(self.scale, bool) or not isinstance(self.scale, (int, float)):
@@ -105,7 +106,7 @@ class Unit:
             raise ValueError(f"scale must be a finite float, got {self.scale!r}")
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation must be None or 'relu', got {self.activation!r}")
-        _flag("inplace", self.inplace)
+        check_flag("inplace", self.inplace)
         check_backend(self.backend)
 
         object.__setattr__(self, "sequential", self.order == "sequential")

@@ -23,6 +23,7 @@ from .config import (
     ceil_div,
     check_backend,
     check_embed_dim,
+    check_flag,
     check_integer,
     lattice_offsets,
     make_unit,
@@ -480,7 +481,7 @@ class STEAM(ScaledModule):
         self.order = order
         self.identity_init = identity_init
         self.activation = activation
-        self.inplace = inplace
+        self._inplace = inplace
         self._backend = backend
         self.channel_weight = nn.Parameter(torch.empty(4, embed_dim, device=device, dtype=dtype))
         self.spatial_weight = nn.Parameter(torch.empty(4, embed_dim, device=device, dtype=dtype))
@@ -495,6 +496,25 @@ class STEAM(ScaledModule):
     def backend(self, name: str | None) -> None:
         check_backend(name)
         self._backend = name
+
+    @property
+    def inplace(self) -> bool:
+        """May be set, checked when set; reading it is an AttributeError.
+
+        Tools turn it on wherever a module *has* such an attribute, as Ultralytics does at loading. They mean activations,
+        whose input nobody else reads; a unit's input may well be read again.
+        """
+        raise AttributeError(f"{type(self).__name__}.inplace can be set, but not read")
+
+    @inplace.setter
+    def inplace(self, value: bool) -> None:
+        check_flag("inplace", value)
+        self._inplace = value
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "inplace" in state:  # pickled whole by a version before 0.2
+            state["_inplace"] = state.pop("inplace")
+        super().__setstate__(state)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -527,7 +547,7 @@ class STEAM(ScaledModule):
             order=self.order,
             scale=self.host_scale(),
             activation=self.activation,
-            inplace=self.inplace,
+            inplace=self._inplace,
             backend=self._backend,
         )
 
@@ -575,8 +595,8 @@ class STEAM(ScaledModule):
         given += [f"embed_dim={self.embed_dim}", f"num_heads={self.num_heads}"]
         given.append(f"grid_size={self.grid_size}" if self.window is None else f"window={self.window}")
         defaults = {"channel_radius": 1, "spatial_neighbors": 4, "self_loops": True, "order": "sequential"}
-        defaults |= {"activation": None, "inplace": False, "backend": None}
-        given += [f"{k}={getattr(self, k)!r}" for k, default in defaults.items() if getattr(self, k) != default]
+        defaults |= {"activation": None, "_inplace": False, "backend": None}
+        given += [f"{k.lstrip('_')}={v!r}" for k, default in defaults.items() if (v := getattr(self, k)) != default]
         if (scale := self.host_scale()) != 1.0:
             given.append(f"scale={scale}")
         return ", ".join(given)

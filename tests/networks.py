@@ -31,12 +31,12 @@ def strengthen(model: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def settle(model: nn.Module) -> nn.Module:
+def settle(model: nn.Module, side: int = 64) -> nn.Module:
     """Gives the batch normalisations statistics of random images, so that activations keep their size; sets eval()."""
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     for norm in norms:
         norm.momentum = 1.0
-    model.train()(torch.randn(4, 3, 64, 64))
+    model.train()(torch.randn(4, 3, side, side))
     for norm in norms:
         norm.momentum = 0.1
     return model.eval()

@@ -14,7 +14,7 @@ import torch
 import steam_kernels
 from steam_kernels import FusedSTEAM, insert_steam
 from steam_kernels.cost import networks
-from steam_kernels.cost.counters import as_operators, fvcore_handles, ptflops_hooks
+from steam_kernels.cost.counters import as_operators, count_in_torchinfo, fvcore_handles, ptflops_hooks, thop_ops
 
 torchvision = pytest.importorskip("torchvision")
 ROOT = Path(__file__).resolve().parent.parent
@@ -170,3 +170,47 @@ def test_ptflops(backend: str, engine: str) -> None:
     unit = FusedSTEAM(16, window=4, num_heads=2, channel_radius=2, spatial_neighbors=8, self_loops=False)
     options = {"window": 4, "num_heads": 2, "channel_radius": 2, "spatial_neighbors": 8, "self_loops": False}
     assert total(unit, (16, 18, 13)) == steam_kernels.cost(16, 18, 13, **options).flops
+
+
+ODD = {"window": 4, "num_heads": 2, "channel_radius": 2, "spatial_neighbors": 8, "self_loops": False}
+
+
+@pytest.mark.parametrize("sites", ["adaptive", "blocks"])
+def test_thop(backend: str, sites: str) -> None:
+    """It says 0 for a unit that it has no rule for. With one, a network has its own count and that of its units."""
+    thop = pytest.importorskip("thop")
+
+    def total(model: torch.nn.Module, *x: torch.Tensor, ops: Any = None) -> float:
+        return thop.profile(model, inputs=x, custom_ops=ops, verbose=False)[0]
+
+    x = torch.randn(2, 3, 64, 97)
+    plain = torchvision.models.resnet18(weights=None).eval()
+    before = total(plain, x)
+    model = insert_steam(plain, sites)
+    assert total(model, x) == before
+    assert total(model, x, ops=thop_ops()) == before + expected(2) * (1 if sites == "adaptive" else 2)
+    assert total(FusedSTEAM(16, **ODD), x.new_ones(1, 16, 18, 13), ops=thop_ops()) == cost_of(16, 18, 13)
+    residual = total(FusedSTEAM(16, **ODD), x.new_ones(1, 16, 18, 13), x.new_ones(1, 16, 18, 13), ops=thop_ops())
+    assert residual == cost_of(16, 18, 13, residual=True)
+
+
+def cost_of(*shape: int, **options: Any) -> int:
+    return steam_kernels.cost(*shape, **ODD, **options).flops
+
+
+@pytest.mark.parametrize("sites", ["adaptive", "blocks"])
+def test_torchinfo(backend: str, sites: str) -> None:
+    """It guesses by a unit's parameters, and leaves out a layer that has a unit behind it: both are put right."""
+    torchinfo = pytest.importorskip("torchinfo")
+
+    def summary(model: torch.nn.Module, *size: int) -> Any:
+        return torchinfo.summary(model, size, verbose=0)
+
+    plain = torchvision.models.resnet18(weights=None).eval()
+    before = summary(plain, 2, 3, 64, 97).total_mult_adds
+    model = insert_steam(plain, sites)
+    right = before + expected(2) * (1 if sites == "adaptive" else 2)
+    assert summary(model, 2, 3, 64, 97).total_mult_adds != right
+    statistics = count_in_torchinfo(summary(model, 2, 3, 64, 97))
+    assert statistics.total_mult_adds == right
+    assert count_in_torchinfo(summary(FusedSTEAM(16, **ODD), 3, 16, 18, 13)).total_mult_adds == 3 * cost_of(16, 18, 13)

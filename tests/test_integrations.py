@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import json
 import pathlib
+import pickle
+import subprocess
 import sys
+import types
 from collections.abc import Iterator
 from typing import Any
 
+import networks
 import pytest
 import torch
 from torch import nn
@@ -156,13 +161,12 @@ head:
 """
 
 
-def test_ultralytics_yaml(tmp_path: pathlib.Path) -> None:
-    """A YOLO from YAML: one step of training and its validation, on images made here."""
+@pytest.fixture
+def detection(tmp_path: pathlib.Path) -> dict[str, Any]:
+    """Options of Ultralytics' train() and val() for four random images with a box each."""
     ultralytics = pytest.importorskip("ultralytics")
     image = pytest.importorskip("PIL.Image")
-    importlib.import_module("steam_kernels.integrations.ultralytics")
     ultralytics.settings.update({"sync": False})
-    (tmp_path / "net.yaml").write_text(NET)
     for split in ("train", "val"):
         (tmp_path / "images" / split).mkdir(parents=True)
         (tmp_path / "labels" / split).mkdir(parents=True)
@@ -173,78 +177,203 @@ def test_ultralytics_yaml(tmp_path: pathlib.Path) -> None:
     (tmp_path / "data.yaml").write_text(
         f"path: {tmp_path}\ntrain: images/train\nval: images/val\nnames: {{0: thing}}\n"
     )
+    options = {"data": str(tmp_path / "data.yaml"), "project": str(tmp_path / "runs"), "imgsz": 64, "batch": 2}
+    return options | {"device": "cpu", "workers": 0, "plots": False, "verbose": False}
 
+
+#: Of a training: one step an image, no check of mixed precision, which would fetch a network.
+TRAIN: dict[str, Any] = {"warmup_epochs": 0, "nbs": 2, "amp": False, "deterministic": False}
+
+
+def weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {k: v.detach().float().clone() for k, v in model.state_dict().items() if k.endswith("l_weight")}
+
+
+def changed(before: dict[str, torch.Tensor], model: nn.Module) -> bool:
+    after = weights(model)
+    return after.keys() == before.keys() and all((after[k] != before[k]).any() for k in before)
+
+
+def test_ultralytics_yaml(tmp_path: pathlib.Path, detection: dict[str, Any]) -> None:
+    """A YOLO from YAML: one step of training and its validation, on images made here."""
+    import ultralytics
+
+    importlib.import_module("steam_kernels.integrations.ultralytics")
+    (tmp_path / "net.yaml").write_text(NET)
     model = ultralytics.YOLO(str(tmp_path / "net.yaml"))
     units = [m for m in model.model.modules() if isinstance(m, FusedSTEAM)]
     assert len(units) == 3 and isinstance(model.model.model[3], FusedSTEAM)
-    start: list[torch.Tensor] = []
-    end: list[torch.Tensor] = []
-
-    def weights(trainer: Any) -> list[torch.Tensor]:
-        return [
-            p.detach().clone() for m in trainer.model.modules() if isinstance(m, FusedSTEAM) for p in m.parameters()
-        ]
-
-    model.add_callback("on_train_start", lambda trainer: start.extend(weights(trainer)))
-    model.add_callback("on_train_end", lambda trainer: end.extend(weights(trainer)))
-    common = {
-        "data": str(tmp_path / "data.yaml"),
-        "imgsz": 64,
-        "batch": 2,
-        "device": "cpu",
-        "workers": 0,
-        "plots": False,
-    }
-    common |= {"project": str(tmp_path / "runs"), "verbose": False}
-    model.train(**common, epochs=1, warmup_epochs=0, nbs=2, amp=False, deterministic=False, name="train")
-    assert len(start) == 6 and all((a != b).any() for a, b in zip(start, end, strict=True))
-    assert model.val(**common).box.map >= 0
+    start: dict[str, torch.Tensor] = {}
+    model.add_callback("on_train_start", lambda trainer: start.update(weights(trainer.model)))
+    model.add_callback("on_train_end", lambda trainer: start.update(changed=changed(dict(start), trainer.model)))
+    model.train(**detection, **TRAIN, epochs=1, name="train")
+    assert len(start) == 7 and start["changed"]
+    assert model.val(**detection).box.map >= 0
     loaded = ultralytics.YOLO(str(tmp_path / "runs" / "train" / "weights" / "last.pt"))
     assert sum(isinstance(m, FusedSTEAM) for m in loaded.model.modules()) == 3
 
 
-FUSED = """
-nc: 1
-backbone:
-  - [-1, 1, Conv, [8, 3, 2]]
-  - [-1, 1, Conv, [16, 3, 2]]
-  - [-1, 1, C2f, [16, True]]
-  - [-1, 1, SPPF, [16, 5]]
-head:
-  - [[2, 3], 1, Detect, [nc]]
+def test_ultralytics_loading_sets_no_unit_in_place(tmp_path: pathlib.Path) -> None:
+    """It sets "inplace" wherever a module has such an attribute; a map that a later layer reads was overwritten."""
+    ultralytics = pytest.importorskip("ultralytics")
+    importlib.import_module("steam_kernels.integrations.ultralytics")
+    net = "nc: 1\nbackbone:\n  - [-1, 1, Conv, [8, 3, 2]]\n  - [-1, 1, FusedSTEAM, []]\nhead:\n"
+    (tmp_path / "net.yaml").write_text(net + "  - [[0, 1], 1, Detect, [nc]]\n")
+    model = ultralytics.YOLO(str(tmp_path / "net.yaml"))
+    model.save(tmp_path / "net.pt")
+    loaded = ultralytics.YOLO(tmp_path / "net.pt").model
+    x = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(loaded.eval()(x)[0], model.model.half().float().eval()(x)[0])
+    loaded.train()(x)  # with gradients, which a unit in place refuses
+
+
+#: Sites in real networks: where each stage of the backbone ends, the neck, and inside a block.
+YOLOS = {
+    "yolov8n": ["model.2", "model.4.m.0", "model.6", "model.9", "model.16"],
+    "yolo11n": ["model.4", "model.6", "model.10"],
+    "yolo12n": ["model.4", "model.6", "model.8"],
+    "yolo26n": ["model.0", "model.4", "model.6", "model.10"],
+}
+
+
+@pytest.mark.parametrize("name", list(YOLOS))
+def test_ultralytics_training_keeps_units(name: str, tmp_path: pathlib.Path, detection: dict[str, Any]) -> None:
+    """Its trainer builds the network anew from its YAML file: the units are in what it trains, averages, saves and
+    validates, and in what it exports."""
+    import ultralytics
+
+    yolo = ultralytics.YOLO(f"{name}.yaml")
+    insert_steam(yolo.model, YOLOS[name], window=4)
+    start = weights(yolo.model)
+    assert len(start) == 2 * len(YOLOS[name])
+    seen: list[bool] = []
+    yolo.add_callback(
+        "on_train_end", lambda trainer: seen.extend((changed(start, trainer.model), changed(start, trainer.ema.ema)))
+    )
+    # MuSGD is what it takes by itself for long runs
+    yolo.train(**detection, **TRAIN, epochs=1, name="train", optimizer="MuSGD" if name == "yolo26n" else "auto")
+    assert seen == [True, True] and changed(start, yolo.model)
+    for checkpoint in ("best.pt", "last.pt"):
+        loaded = ultralytics.YOLO(tmp_path / "runs" / "train" / "weights" / checkpoint)
+        assert list(steam_sites(loaded.model)) == YOLOS[name] and changed(start, loaded.model)
+        assert all(unit.window == 4 for unit in steam_sites(loaded.model).values())
+
+    calls: list[nn.Module] = []
+    handles = [u.register_forward_hook(lambda u, a, y: calls.append(u)) for u in steam_sites(yolo.model).values()]
+    yolo.val(**detection)
+    assert len(set(calls)) == len(YOLOS[name])  # of the copy that it validates
+    for handle in handles:
+        handle.remove()
+
+    with torch.no_grad():
+        x = torch.rand(1, 3, 64, 64)
+        expected = networks.settle(networks.strengthen(yolo.model))(x)[0]
+        exported = torch.jit.load(yolo.export(format="torchscript", imgsz=64, device="cpu"))(x)
+        plain = remove_steam(yolo.model)(x)[0]
+    assert exported.shape == expected.shape
+    assert (exported - expected).abs().max() < 1e-3 * (plain - expected).abs().max()
+
+
+FINE_TUNE = """
+import json, sys
+import ultralytics
+yolo = ultralytics.YOLO(sys.argv[1])
+yolo.train(**json.loads(sys.argv[2]))
+print(sorted(name for name, _ in yolo.model.named_modules() if name.endswith(".steam")))
 """
 
 
-def test_ultralytics_fuse_and_export_keep_units(tmp_path: pathlib.Path) -> None:
-    """fuse() puts forward_fuse in forward's place and drops norms, an export forward_split: such sites are refused."""
-    ultralytics = pytest.importorskip("ultralytics")
-    (tmp_path / "net.yaml").write_text(FUSED)
-    model = ultralytics.YOLO(str(tmp_path / "net.yaml")).model.eval()
-    for name in ("model.0", "model.0.conv", "model.0.bn"):
-        with pytest.raises(ValueError, match=rf"sites .*'{name}'.*forward_fuse"):
-            insert_steam(model, [name])
-    branches = nn.Sequential(ultralytics.nn.modules.RepConv(4, 4))
-    with pytest.raises(ValueError, match=r"sites .*'0\.conv1\.act'.*a RepConv .*forward_fuse"):
-        insert_steam(branches, ["0.conv1.act"])
-    with pytest.raises(ValueError, match=r"sites .*'model\.2', a C2f.*forward_split"):
-        insert_steam(model, ["model.2"])
-    assert not steam_sites(model)
+def test_ultralytics_checkpoints_keep_units(tmp_path: pathlib.Path, detection: dict[str, Any]) -> None:
+    """Fine-tuned from a checkpoint by a process that knows Ultralytics alone, resumed, and as someone's weights."""
+    import ultralytics
+    from ultralytics.models.yolo.detect import DetectionTrainer
 
-    insert_steam(model, ["model.2.m.0", "model.3"])
-    calls: list[nn.Module] = []
-    for unit in steam_sites(model).values():
-        unit.register_forward_hook(lambda unit, args, y: calls.append(unit))
-    x = torch.rand(1, 3, 64, 64)
+    from steam_kernels.integrations.ultralytics import keep_units
+
+    yolo = ultralytics.YOLO("yolov8n.yaml")
+    insert_steam(yolo.model, ["model.2", "model.9"], identity_init=True)
+    yolo.train(**detection, **TRAIN, epochs=2, name="first", save_period=1)
+    folder = tmp_path / "runs" / "first" / "weights"
+    start = weights(yolo.model)
+
+    options = json.dumps({**detection, **TRAIN, "epochs": 1, "name": "second"})
+    command = [sys.executable, "-c", FINE_TUNE, str(folder / "best.pt"), options]
+    ran = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert ran.stdout.splitlines()[-1] == "['model.2.steam', 'model.9.steam']"
+    second = ultralytics.YOLO(tmp_path / "runs" / "second" / "weights" / "last.pt")
+    assert changed(start, second.model) and all(u.scale == 4.0 for u in steam_sites(second.model).values())
+
+    resumed = ultralytics.YOLO(folder / "epoch0.pt")
+    start = weights(resumed.model)
+    resumed.train(resume=True)
+    assert changed(start, resumed.model)
+
+    best = ultralytics.YOLO(folder / "best.pt")
+    plain = ultralytics.YOLO("yolov8n.yaml")
+    with pytest.raises(ValueError, match=r"weights .*\['model\.2', 'model\.9'\].*remove_steam"):
+        plain.load(folder / "best.pt")
+    with pytest.raises(ValueError, match=r"weights .*\['model\.2', 'model\.9'\]"):
+        DetectionTrainer(overrides={**detection, **TRAIN, "model": str(folder / "best.pt"), "name": "t"}).train()
+    plain.model.load(remove_steam(best.model))  # on purpose
+
+    best = ultralytics.YOLO(folder / "best.pt")
+    overrides = {**detection, **TRAIN, "model": str(folder / "best.pt"), "epochs": 1, "name": "third"}
+    trainer = keep_units(DetectionTrainer, steam_sites(best.model))(overrides=overrides)
+    trainer.setup_model()
+    assert all(torch.equal(v, weights(best.model)[k]) for k, v in weights(trainer.model).items())
+    assert list(steam_sites(trainer.model)) == ["model.2", "model.9"]
+
+
+def test_ultralytics_trainers_with_units_reach_other_processes() -> None:
+    """A training on several GPUs sends the trainer's class, made here, by cloudpickle."""
+    cloudpickle = pytest.importorskip("cloudpickle")
+    detect = pytest.importorskip("ultralytics.models.yolo.detect")
+    from steam_kernels.integrations.ultralytics import keep_units
+
+    kept = keep_units(detect.DetectionTrainer, {"model.9": FusedSTEAM(256)})
+    twin = pickle.loads(cloudpickle.dumps(kept))
+    trainer = twin.__new__(twin)
+    trainer.data, trainer.args = {"nc": 1, "channels": 3, "names": {0: "thing"}}, types.SimpleNamespace()
+    assert list(steam_sites(trainer.get_model("yolov8n.yaml", verbose=False))) == ["model.9"]
+
+
+@pytest.mark.parametrize("name", ["yolov8n", "yolov9t", "yolov10n", "yolo11n", "yolo12n", "yolo26n"])
+def test_ultralytics_every_layer_of_a_backbone_has_a_unit(name: str) -> None:
+    """Also where fuse() and an export put forward_fuse and forward_split in forward's place."""
+    ultralytics = pytest.importorskip("ultralytics")
+    model = networks.settle(ultralytics.YOLO(f"{name}.yaml").model)
+    x = torch.rand(1, 3, 64, 96)
     with torch.no_grad():
+        plain = model(x)[0]
+        sites = [f"model.{i}" for i in range(len(model.yaml["backbone"]))]
+        insert_steam(model, sites, identity_init=True)
+        assert torch.equal(model(x)[0], plain)
+        for unit in steam_sites(model).values():
+            unit.channel_weight.fill_(1.0)
         expected = model(x)[0]
+        difference = (expected - plain).abs().max()
+        calls: list[nn.Module] = []
+        for unit in steam_sites(model).values():
+            unit.register_forward_hook(lambda unit, args, y: calls.append(unit))
         model.fuse(verbose=False)
         for module in model.modules():
             if hasattr(module, "forward_split"):
                 module.forward = module.forward_split  # as the exporter does
         calls.clear()
         got = model(x)[0]
-    assert calls == list(steam_sites(model).values()) and len(calls) == 2
-    assert torch.allclose(got, expected, rtol=1e-4, atol=1e-4)
+    assert calls == list(steam_sites(model).values()) and len(calls) == len(sites)
+    assert (got - expected).abs().max() < 1e-3 * difference
+
+
+def test_ultralytics_sites_that_fuse_does_without_are_refused() -> None:
+    """fuse() makes a convolution anew, drops its norm, and a RepConv's branches."""
+    modules = pytest.importorskip("ultralytics.nn.modules")
+    layers = nn.Sequential(modules.Conv(4, 4), modules.RepConv(4, 4))
+    for name, owner in (("0.conv", "Conv"), ("0.bn", "Conv"), ("0.act", "Conv"), ("1.conv1.act", "RepConv")):
+        with pytest.raises(ValueError, match=rf"sites .*'{name}'.* a {owner} .*forward_fuse"):
+            insert_steam(layers, [name])
+    assert not steam_sites(layers)
 
 
 # ---- segmentation_models_pytorch -------------------------------------------------------------------------------------

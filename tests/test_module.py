@@ -244,3 +244,14 @@ def test_backend_may_be_set_later() -> None:
         unit.backend = "nonsense"
     assert unit.backend == "reference"
     unit.backend = None
+
+
+def test_inplace_may_be_set_later_but_tools_do_not_find_it() -> None:
+    """Ultralytics sets ``inplace`` at loading on each module that has it, and maps of a unit may be read again."""
+    unit, x = FusedSTEAM(6).requires_grad_(False), torch.randn(2, 6, 9, 8)
+    assert not hasattr(unit, "inplace") and unit(x) is not x
+    unit.inplace = True
+    assert unit(x) is x and "inplace=True" in repr(unit)
+    with pytest.raises(TypeError, match="inplace must be True or False, got 1"):
+        unit.inplace = 1  # type: ignore[assignment]
+    assert "inplace=True" in repr(unit)

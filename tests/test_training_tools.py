@@ -272,3 +272,70 @@ def test_quantisation_aware_preparation_leaves_norms_with_units_in_float() -> No
         assert [child for child, _ in norm.named_modules()] == ["", "steam"] and not unit._modules
     found = gradients(prepared, prepared(x).square().mean())
     assert sum("steam" in name and g.abs().max() > 0 for name, g in found.items()) == 8
+
+
+# ---- adapters
+
+
+@pytest.mark.parametrize("sites", ["adaptive", "stages", "blocks"])
+def test_lora_beside_units(sites: str) -> None:
+    """peft's adapters on convolutions: units stay, learn among modules_to_save, and merging keeps both."""
+    peft = pytest.importorskip("peft")
+    x = torch.randn(*X)
+    model = networks.settle(networks.resnet(sites=sites))
+    names, plain = list(steam_sites(model)), model(x)
+    config = peft.LoraConfig(
+        r=4, target_modules=["conv1", "conv2"], modules_to_save=["steam"], init_lora_weights=False, lora_alpha=1
+    )
+    adapted = peft.get_peft_model(model, config)
+    adapted.eval()
+    trained = [name for name, p in adapted.named_parameters() if p.requires_grad and ".steam." in name]
+    assert len(trained) == 2 * len(names)
+    optimizer = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=0.1)
+    start = {name: adapted.get_parameter(name).detach().clone() for name in trained}
+    adapted(x).square().mean().backward()
+    optimizer.step()
+    assert all((adapted.get_parameter(name) != start[name]).any() for name in trained)
+    saved = peft.get_peft_model_state_dict(adapted)
+    assert sum(".steam." in name and name.endswith("l_weight") for name in saved) == len(trained)
+    expected = adapted(x)
+    assert not torch.allclose(expected, plain, rtol=1e-2)
+    merged = adapted.merge_and_unload()
+    assert list(steam_sites(merged)) == names
+    assert torch.allclose(merged(x), expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+
+
+def test_lora_on_a_convolution_with_a_unit_is_refused() -> None:
+    """Its share would be added behind the unit, and be merged before it."""
+    peft = pytest.importorskip("peft")
+    model = networks.resnet(sites=["layer1.0.conv2"])
+    config = peft.LoraConfig(r=4, target_modules=["conv1", "conv2"])
+    with pytest.raises(TypeError, match=r"a Conv2d with a STEAM unit cannot be made .*after a norm or a block"):
+        peft.get_peft_model(model, config)
+    others = peft.LoraConfig(r=4, target_modules=["conv1"])
+    assert list(steam_sites(peft.get_peft_model(networks.resnet(sites=["layer1.0.conv2"]), others))) == [
+        "base_model.model.layer1.0.conv2"
+    ]
+
+
+def test_placements_by_name_leave_convolutions_alone() -> None:
+    """Adapters go to convolutions and linear layers: no placement by name puts a unit on one, where it has a choice."""
+    from torchvision import models
+
+    for name in (
+        "resnet50",
+        "mobilenet_v3_small",
+        "shufflenet_v2_x1_0",
+        "convnext_tiny",
+        "densenet121",
+        "vgg11",
+        "maxvit_t",
+    ):
+        for sites in ("adaptive", "stages", "blocks"):
+            if sites == "blocks" and name in ("densenet121", "vgg11", "maxvit_t"):
+                continue
+            with torch.device("meta"):
+                model = getattr(models, name)(weights=None)
+            hosts = [model.get_submodule(site) for site in steam_sites(insert_steam(model, sites))]
+            # MaxViT's stem ends in a bare convolution
+            assert sum(isinstance(host, (nn.Conv2d, nn.Linear)) for host in hosts) == (name == "maxvit_t")

@@ -8,11 +8,14 @@ take the compiled code of a network without units for one with them.
 
 from __future__ import annotations
 
+import copy
 import functools
+import importlib
 import inspect
 import logging
+import sys
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, get_origin, get_type_hints
 
 import torch
@@ -22,10 +25,14 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from ..module import FusedSTEAM
 from ..reference import STEAM
+from .dry_run import stage_ends
 from .families import PLACEMENTS, Place, channels_of
 
 #: The name under which a unit hangs below its module.
 NAME = "steam"
+
+#: Methods that Ultralytics puts in forward's place, in fuse() and in its exports. A unit stands behind them too.
+_STAND_INS = ("forward_fuse", "forward_split")
 
 _log = logging.getLogger(__name__)
 _NAMED = ", ".join(map(repr, PLACEMENTS))
@@ -39,15 +46,17 @@ def _with_unit(base: Any) -> Any:
     class WithUnit(base):
         without_unit = base
 
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            # peft makes the layers of a LoRA so, by the class of the convolution, and adds theirs to its output.
+            raise TypeError(
+                f"a {base.__qualname__} with a STEAM unit cannot be made from its class, as an adapter on it would: "
+                "its share would be added behind the unit, and be merged before it. Put the unit after a norm or a "
+                "block, which adapters leave alone (insert_steam(model, 'blocks') does)"
+            )
+
         @functools.wraps(base.forward)
         def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-            output = super().forward(*args, **kwargs)
-            if not isinstance(output, (Tensor, torch.fx.Proxy)):
-                raise TypeError(
-                    f"sites must be modules that return one tensor (N, C, H, W): a {base.__qualname__} has a unit, and "
-                    f"returns a {type(output).__name__}; remove_steam(model) takes the units out again"
-                )
-            return self.steam(output)
+            return _gated(self, super().forward(*args, **kwargs))
 
         def __reduce_ex__(self, protocol: Any) -> Any:
             make, arguments, *state = super().__reduce_ex__(max(protocol, 2))
@@ -56,16 +65,47 @@ def _with_unit(base: Any) -> Any:
             # A class made here has no name to be found by: a pickle holds the one that it derives from.
             return _remade, (make, tuple(base if a is WithUnit else a for a in arguments)), *state
 
+    def behind(name: str) -> Callable[..., Tensor]:
+        @functools.wraps(getattr(base, name))
+        def stand_in(self: Any, *args: Any, **kwargs: Any) -> Tensor:
+            return _gated(self, getattr(super(WithUnit, self), name)(*args, **kwargs))
+
+        return stand_in
+
+    for name in _STAND_INS:
+        if hasattr(base, name):
+            setattr(WithUnit, name, behind(name))
     # FX goes by a class's module, and people by its name.
     WithUnit.__module__, WithUnit.__name__, WithUnit.__qualname__ = base.__module__, base.__name__, base.__qualname__
     return WithUnit
 
 
+def _gated(module: Any, output: Any) -> Tensor:
+    if not isinstance(output, (Tensor, torch.fx.Proxy)):
+        kind = type(module).without_unit.__qualname__
+        raise TypeError(
+            f"sites must be modules that return one tensor (N, C, H, W): a {kind} has a unit, and returns a "
+            f"{type(output).__name__}; remove_steam(model) takes the units out again"
+        )
+    return module.steam(output)
+
+
 def _remade(make: Callable[..., Any], arguments: tuple[Any, ...]) -> nn.Module:
+    _have_trainers_keep_units()
     made = make(*arguments)
     kind: Any = type(made)
     made.__class__ = _with_unit(kind)
     return made
+
+
+def _have_trainers_keep_units() -> None:
+    """Ultralytics' trainer builds a network anew, and would lose its units: its adapter has it keep them.
+
+    The adapter is imported where units meet Ultralytics, which is when they are put in and when they are unpickled: a
+    user who forgot the import would train without units and not be told.
+    """
+    if "ultralytics.nn.tasks" in sys.modules:
+        importlib.import_module("steam_kernels.integrations.ultralytics")
 
 
 #: Classes, by name, that have taken a model's parameters when units would come.
@@ -84,11 +124,13 @@ def insert_steam(
     Args:
         model: any module; the three placements by name are for networks of known blocks: ResNet (ResNeXt, Wide ResNet),
             MobileNetV2 and V3, ShuffleNetV2, EfficientNet, ConvNeXt and RegNet of torchvision, timm's, and whatever
-            has one of them inside: a detector, a segmentation model, an encoder. docs/models.md says what a stage and
-            a block is in each.
+            has one of them inside: a detector, a segmentation model, an encoder. The stages of any other CNN that takes
+            one image are found by a dry run of a copy on the meta device. docs/models.md says what a stage and a block
+            is in each.
         sites: "adaptive": a unit after blocks 3, 6, 9, ... of each stage, and after the last block of a shorter stage,
             which gives the paper's five units in a ResNet-50 [second-hand: five; ours: where].
-            "stages": after each stage. Both are after each of its ``feature_info`` in a timm model of unknown blocks.
+            "stages": after each stage. Both are after each of its ``feature_info`` in a timm model of unknown blocks,
+            and where the resolution falls in another network of unknown blocks.
             "blocks": in each block, at the end of its branch, before the addition (the concatenation in ShuffleNetV2).
             A list of module names (``model.named_modules()``), or a predicate ``(name, module) -> bool``, asked for
             each module below ``model``: after each of them. A module must return one tensor ``(N, C, H, W)``; for a
@@ -99,8 +141,8 @@ def insert_steam(
             leaves a trained model's output as it was, to the bit.
 
     Raises:
-        TypeError: ``model`` is no module, or has no known block where ``sites`` is a placement by name; ``sites`` is
-            none of the above; an option is not one of FusedSTEAM's.
+        TypeError: ``model`` is no module; ``sites`` is "blocks" and it has no known block, or another placement by name
+            and no stages are known or found; ``sites`` is none of the above; an option is not one of FusedSTEAM's.
         ValueError: ``sites`` names no placement, a module that is not there, none at all, one place twice, or a module
             that cannot have a unit; or ``model`` has units already, or is wrapped by DDP or FSDP, which would not know
             of the new parameters. Nothing is changed then.
@@ -139,12 +181,7 @@ def insert_steam(
             )
         seen[module] = given
     units: list[Any] = [FusedSTEAM(channels, **{**_factory(model, name), **unit}) for name, _, channels in places]
-    kinds: list[Any] = [type(module) for _, module, _ in places]
-    for (_, module, _), made, kind in zip(places, units, [_with_unit(kind) for kind in kinds], strict=True):
-        made.train(module.training)
-        made.inserted = True  # tells it from a layer of the model's own, should a tool move it to another module
-        module.add_module(NAME, made)
-        module.__class__ = kind
+    _attach([module for _, module, _ in places], units)
     _log.info(
         "insert_steam: %d units, %d parameters, in %s, after: %s",
         len(units),
@@ -153,6 +190,30 @@ def insert_steam(
         ", ".join(f"{name} ({channels or 'any'} channels)" for name, _, channels in places),
     )
     return model
+
+
+def copy_steam(units: Mapping[str, FusedSTEAM], model: nn.Module) -> nn.Module:
+    """Puts copies of ``units`` into ``model``, in place, after the modules that they are named by; returns it.
+
+    ``units`` is :func:`steam_sites` of another network. The copies take the device and dtype that ``model`` has there.
+
+    Raises:
+        ValueError: as :func:`insert_steam`. Nothing is changed then.
+    """
+    places = [_host(place, model) for place in _places(model, list(units))]
+    copies = [copy.deepcopy(unit).to(**_factory(model, name)) for name, unit in units.items()]
+    _attach([module for _, module, _ in places], copies)
+    return model
+
+
+def _attach(modules: list[nn.Module], units: Sequence[Any]) -> None:
+    _have_trainers_keep_units()
+    kinds: list[Any] = [type(module) for module in modules]
+    for module, unit, kind in zip(modules, units, [_with_unit(kind) for kind in kinds], strict=True):
+        unit.train(module.training)
+        unit.inserted = True  # tells it from a layer of the model's own, should a tool move it to another module
+        module.add_module(NAME, unit)
+        module.__class__ = kind
 
 
 def steam_sites(model: nn.Module) -> dict[str, FusedSTEAM]:
@@ -253,11 +314,20 @@ def _places(model: nn.Module, sites: Any) -> list[Place]:
         if sites not in PLACEMENTS:
             raise ValueError(f"{_SITES}, got {sites!r}")
         places = list(PLACEMENTS[sites](model))
+        why = "none is known"
+        if sites != "blocks" and not all(_fits(place, model) for place in places):
+            places = []
+        if sites != "blocks" and not places:
+            try:
+                places = stage_ends(model, lambda place: _fits(place, model))
+                why += ", and its maps show no two stages, which end where the resolution falls"
+            except ValueError as error:
+                why += f", and a dry run shows none: {error}"
         if not places:
-            others = [repr(name) for name, placement in PLACEMENTS.items() if any(placement(model))]
+            others = [repr(name) for name in PLACEMENTS if name != "blocks"] if sites == "blocks" else []
             raise TypeError(
                 f"model must have blocks that are known where sites is {sites!r} (see help(insert_steam)); got "
-                f"{type(model).__module__}.{type(model).__qualname__}: give sites as "
+                f"{type(model).__module__}.{type(model).__qualname__}, of which {why}: give sites as "
                 f"{''.join(f'{name} or ' for name in others)}module names or a predicate"
             )
         return places
@@ -301,6 +371,14 @@ def _host(place: Place, model: nn.Module) -> Place:
     return Place(name, module, channels_of(module) if channels is None else channels)
 
 
+def _fits(place: Place, model: nn.Module) -> bool:
+    try:
+        _host(place, model)
+    except ValueError:
+        return False
+    return True
+
+
 def _check_host(name: str, module: nn.Module, model: nn.Module) -> None:
     if isinstance(module, (torch.fx.GraphModule, torch.jit.ScriptModule, LazyModuleMixin)) or is_parametrized(module):
         raise ValueError(
@@ -320,14 +398,12 @@ def _check_host(name: str, module: nn.Module, model: nn.Module) -> None:
         raise ValueError(
             f"sites must be modules with the forward of their class, got {name!r}, whose own forward was replaced"
         )
-    # Ultralytics puts these in forward's place, in fuse() and in an export; fuse() drops what the module holds too.
+    # Ultralytics' fuse() makes what stands in such a module anew or drops it; the module itself stays.
     for owner in model.modules():
-        if (hasattr(owner, "forward_fuse") and module in owner.modules()) or (
-            hasattr(owner, "forward_split") and module is owner
-        ):
+        if hasattr(owner, "forward_fuse") and module is not owner and module in owner.modules():
             raise ValueError(
-                f"sites must be modules whose forward stays: {name!r}, a {type(module).__qualname__}, is or stands in "
-                f"a {type(owner).__qualname__} with a forward_fuse or forward_split, which replaces it without the unit"
+                f"sites must be modules that stay: {name!r}, a {type(module).__qualname__}, stands in a "
+                f"{type(owner).__qualname__} with a forward_fuse, which does without it; name that module instead"
             )
 
 
