@@ -501,8 +501,8 @@ class STEAM(ScaledModule):
     def inplace(self) -> bool:
         """May be set, checked when set; reading it is an AttributeError.
 
-        Tools turn it on wherever a module *has* such an attribute, as Ultralytics does at loading. They mean activations,
-        whose input nobody else reads; a unit's input may well be read again.
+        Tools turn it on wherever a module *has* such an attribute, as Ultralytics does at loading. They mean
+        activations, whose input nobody else reads; a unit's input may well be read again.
         """
         raise AttributeError(f"{type(self).__name__}.inplace can be set, but not read")
 
