@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import cases
 import pytest
 import torch
@@ -68,6 +70,27 @@ def test_a_sample_does_not_depend_on_its_batch(
         )
         for name in ("y", "dx"):
             assert torch.equal(alone[name][0], together[name][n]), f"{name} of sample {n}"
+
+
+@pytest.fixture
+def deterministic() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("layout", ["nchw", "nhwc", "column_slice"])
+@pytest.mark.parametrize("tail", ["none", "residual_relu"])
+def test_deterministic_algorithms(deterministic: None, any_backend: str, tail: str, layout: str) -> None:
+    """PyTorch's switch, which makes operations without a deterministic form an error, finds none, also twice over."""
+    case = Case(space=(14, 13), channels=9, layout=layout, tail=tail)
+    first, again = run(case, any_backend), run(case, any_backend)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    inputs, _ = cases.make(case)
+    leaves = [t.requires_grad_() for t in inputs.values()]
+    y = steam_kernels.steam(**inputs, backend=any_backend, **case.options)
+    gradients = torch.autograd.grad(y.square().sum(), leaves, create_graph=True)
+    assert all(g.isfinite().all() for g in torch.autograd.grad(sum(g.square().sum() for g in gradients), leaves))
 
 
 def test_equal_bits_can_fail(backend: str) -> None:

@@ -208,6 +208,20 @@ def test_a_hundred_runs_have_equal_bits(case: Case, gpu: str) -> None:
     torch.cuda.synchronize()
 
 
+def test_deterministic_algorithms(gpu: str) -> None:
+    """PyTorch's switch finds no operation without a deterministic form, forwards, backwards and backwards again."""
+    case = SMALL[0]
+    inputs, _ = make(case)
+    leaves = [t.requires_grad_() for t in inputs.values()]
+    torch.use_deterministic_algorithms(True)
+    try:
+        y = steam_kernels.steam(**inputs, backend=gpu, **case.options)
+        gradients = torch.autograd.grad(y.square().sum(), leaves, create_graph=True)
+        torch.autograd.grad(sum(g.square().sum() for g in gradients), leaves)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_equal_bits_can_fail(gpu: str) -> None:
     """The control: one number of x changes every result."""
     case = Case(space=(28, 28), channels=9)
