@@ -77,7 +77,7 @@ def units(share: Share, caches: list[int], problems: list[Problem], effort: core
         }
         for cache in caches:
             with share.of(cache):
-                judged = core.judge(problem, tensors, 1)
+                judged = core.judge(problem, tensors)
                 judged.check(core.outputs(core.fused(), problem, tensors), problem.label)
             blocks |= {f"{d} {cache}": share.block(cache, block) for d, block in made.items()}
         m = core.interleaved(blocks, effort)

@@ -6,7 +6,6 @@ import logging
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function
 
 from . import backends, ops, reference
@@ -15,9 +14,6 @@ from .config import make_unit
 __all__ = ["steam"]
 
 _log = logging.getLogger("steam_kernels")
-
-#: Whether traces hold the operators: set by :func:`steam_kernels.cost.counters.as_operators` alone.
-traced_as_operators = False
 
 
 def steam(
@@ -33,7 +29,7 @@ def steam(
     spatial_neighbors: int = 4,
     self_loops: bool = True,
     order: str = "sequential",
-    scale: float = 1.0,
+    scale: float | Tensor = 1.0,
     activation: str | None = None,
     inplace: bool = False,
     backend: str | None = None,
@@ -56,7 +52,8 @@ def steam(
         spatial_neighbors: 4 or 8.
         self_loops: whether a node attends to itself too.
         order: "sequential" or "parallel".
-        scale: a finite factor of the gates.
+        scale: a finite factor of the gates; where an exporter, a tracer or a function transform looks into the call, it
+            may be a tensor of 0 dimensions.
         activation: None or "relu", applied after the residual is added.
         inplace: write y into x and return x; only where no gradient is recorded. ``residual`` may not share memory with
             x then.
@@ -92,6 +89,10 @@ def steam(
             inplace=inplace,
             backend=backend,
         )
+    looked_into = reference.looked_into()
+    by: Tensor | None = None
+    if looked_into and isinstance(scale, Tensor):
+        by, scale = scale, 1.0
     unit = make_unit(
         num_heads,
         grid_size,
@@ -107,24 +108,14 @@ def steam(
     )
     grid = unit.check(x, channel_weight, spatial_weight, residual)
     chosen, named = backends.choose(backends.Call(x, channel_weight, spatial_weight, residual, unit, grid))
-    plain = chosen not in ops.OPERATORS or _looked_into()
+    plain = looked_into or chosen not in ops.OPERATORS
     if not torch.compiler.is_compiling() and _log.isEnabledFor(logging.DEBUG):
         _log.debug("%s %s on %s: %s", tuple(x.shape), x.dtype, x.device, "reference" if plain else chosen)
     if plain:
-        return reference.run(x, channel_weight, spatial_weight, residual, unit, grid)
-    if traced_as_operators:
+        return reference.run(x, channel_weight, spatial_weight, residual, unit, grid, by)
+    if reference.traced_as_operators:
         grid = int(grid[0]), int(grid[1])  # a counter reads them from the trace, where sizes are tensors
     return ops.call(x, channel_weight, spatial_weight, residual, unit, grid, chosen if named else ops.AUTOMATIC)
-
-
-def _looked_into() -> bool:
-    """Whether an exporter, a tracer, a function transform or forward-mode differentiation needs plain operators."""
-    return (
-        torch.compiler.is_exporting()
-        or (torch.jit.is_tracing() and not traced_as_operators)
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-    )
 
 
 # FX keeps the call as one node. It patches the name meanwhile, and the node's target is to be the function itself.

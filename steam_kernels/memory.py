@@ -35,7 +35,8 @@ def check_inplace(x: Tensor, channel_weight: Tensor, spatial_weight: Tensor, res
             "inplace=True overwrites x, which the backward pass needs: call it under torch.no_grad() or "
             "torch.inference_mode(), or with inplace=False"
         )
-    if x.is_neg():
+    # A compiler cannot ask; it has resolved its inputs.
+    if not torch.compiler.is_compiling() and x.is_neg():
         raise ValueError("x must not be a negative view where inplace=True: give x.resolve_neg(), or use inplace=False")
     check_overlaps(x, residual)
 

@@ -34,7 +34,8 @@ class FusedSTEAM(reference.STEAM):
     Attributes:
         channel_weight, spatial_weight: ``(4, embed_dim)`` parameters: query, key, value and output rows; 8 d numbers in
             all [second-hand].
-        scale: float, 1.0 or, after ``identity_init``, 4.0; in the state_dict as a float32 scalar.
+        scale: persistent float32 buffer of 0 dimensions, 1 or, after ``identity_init``, 4. May be set to a number;
+            see :mod:`steam_kernels.scale` for when a buffer that a tool has written is seen.
         backend: may be set later, checked when set.
 
     Raises:

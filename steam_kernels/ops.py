@@ -113,18 +113,21 @@ def _fake_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (
         _map_like(x, need_x),
-        _like(channel_weight, need_channel_weight),
-        _like(spatial_weight, need_spatial_weight),
+        _weight_like(channel_weight, need_channel_weight),
+        _weight_like(spatial_weight, need_spatial_weight),
         _map_like(x, need_residual),
     )
 
 
 def _map_like(x: Tensor, wanted: bool) -> Tensor:
-    return _like(memory.dense(x), wanted)
+    return torch.empty_like(memory.dense(x)) if wanted else x.new_empty(0)
 
 
-def _like(t: Tensor, wanted: bool) -> Tensor:
-    return torch.empty_like(t) if wanted else t.new_empty(0)
+def _weight_like(weight: Tensor, wanted: bool) -> Tensor:
+    # Not empty_like of what is contiguous, whose fake forgets the stride of an axis of length 1.
+    if wanted and not weight.is_contiguous():
+        return torch.empty_like(weight)
+    return weight.new_empty(weight.shape if wanted else 0)
 
 
 def _fake_forward_(*args: Any) -> None:
@@ -205,12 +208,14 @@ def _plain_backward(
     need_residual: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     unit = _unit(num_heads, channel_radius, spatial_neighbors, self_loops, sequential, scale)
+    if need_residual and y is None:
+        raise ValueError("need_residual must be False where y is None: without a ReLU the residual's gradient is dy")
     with torch.no_grad():
         if y is not None:
             dy = dy.masked_fill(y <= 0, 0)
         gradients = reference.backward(dy, x, channel_weight, spatial_weight, saved, unit, (grid[0], grid[1]))
         needs = need_x, need_channel_weight, need_spatial_weight, need_residual
-        like = _map_like(x, needs[0]), _like(channel_weight, needs[1]), _like(spatial_weight, needs[2])
+        like = _map_like(x, needs[0]), _weight_like(channel_weight, needs[1]), _weight_like(spatial_weight, needs[2])
         out = *like, _map_like(x, needs[3])
         dx, dchannel, dspatial, dresidual = (
             t.copy_(value) if need else t for t, value, need in zip(out, (*gradients, dy), needs, strict=True)
@@ -237,7 +242,7 @@ def _plain_forward_(
         x.copy_(reference.evaluate(x, channel_weight, spatial_weight, residual, unit, (grid[0], grid[1])))
 
 
-def _with_any_strides(kernels: Operators) -> Operators:
+def with_any_strides(kernels: Operators) -> Operators:
     """Operators of any strides from kernels that take every map in the strides of a dense x, and contiguous weights."""
 
     def forward(
@@ -265,7 +270,7 @@ def _with_any_strides(kernels: Operators) -> Operators:
         weights = channel_weight.contiguous(), spatial_weight.contiguous()
         dx, *dweights, dresidual = kernels.backward(dy, x, y, *weights, saved.contiguous(), *options)
         dchannel, dspatial = (
-            dweight if weight is own or not dweight.numel() else torch.empty_like(own).copy_(dweight)
+            dweight if weight is own or not dweight.numel() else _weight_like(own, True).copy_(dweight)
             for dweight, weight, own in zip(dweights, weights, given, strict=True)
         )
         return dx, dchannel, dspatial, dresidual
@@ -284,7 +289,7 @@ def _with_any_strides(kernels: Operators) -> Operators:
     return Operators(forward, backward, forward_)
 
 
-_PLAIN = _with_any_strides(Operators(_plain_forward, _plain_backward, _plain_forward_))
+_PLAIN = with_any_strides(Operators(_plain_forward, _plain_backward, _plain_forward_))
 for _name, _plain in _PLAIN._asdict().items():
     _LIBRARY.impl(_name, _plain, "CompositeExplicitAutograd")
 
@@ -324,7 +329,7 @@ def _first_on_gpu(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-for _name, _kernel in _with_any_strides(Operators(*map(_triton, Operators._fields)))._asdict().items():
+for _name, _kernel in with_any_strides(Operators(*map(_triton, Operators._fields)))._asdict().items():
     _LIBRARY.impl(f"triton_{_name}", _kernel, "CompositeExplicitAutograd")
 for _name, _plain in _PLAIN._asdict().items():
     _LIBRARY.impl(_name, _first_on_gpu(_name, _plain), "CUDA")

@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from .config import (
     Unit,
@@ -32,6 +33,9 @@ from .memory import check_inplace, dense, match_strides
 from .scale import ScaledModule
 
 __all__ = ["STEAM", "gate", "graph_transform", "lattice", "pool", "ring", "steam"]
+
+#: Whether traces hold the operators: set by :func:`steam_kernels.cost.counters.as_operators` alone.
+traced_as_operators = False
 
 
 # ---- cells -----------------------------------------------------------------------------------------------------------
@@ -53,8 +57,20 @@ def exporting() -> bool:
     return torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 
-def factor(value: float, like: Tensor) -> float | Tensor:
+def looked_into() -> bool:
+    """Whether an exporter, a tracer, a function transform or forward-mode differentiation needs plain operators."""
+    return (
+        torch.compiler.is_exporting()
+        or (torch.jit.is_tracing() and not traced_as_operators)
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    )
+
+
+def factor(value: float | Tensor, like: Tensor) -> float | Tensor:
     """``value`` to multiply or divide ``like`` by: as a tensor in an export, since ONNX would hold a float32 number."""
+    if isinstance(value, Tensor):
+        return value.to(like.dtype)
     return torch.tensor(value, dtype=like.dtype, device=like.device) if exporting() else value
 
 
@@ -241,7 +257,7 @@ def tokens(
     return z, o_c, u, o_s
 
 
-def gate(x: Tensor, g_c: Tensor, g_s: Tensor, scale: float = 1.0) -> Tensor:
+def gate(x: Tensor, g_c: Tensor, g_s: Tensor, scale: float | Tensor = 1.0) -> Tensor:
     """``scale * x * g_c * g_s`` with each pixel's own cell [paper's summaries: sigmoid gating; ours: nearest cell].
 
     Args:
@@ -267,11 +283,16 @@ def evaluate(
     residual: Tensor | None,
     unit: Unit,
     grid: tuple[int, int],
+    scale: Tensor | None = None,
 ) -> Tensor:
-    """The unit on arguments that have been checked; differentiable, out of place."""
+    """The unit on arguments that have been checked; differentiable, out of place.
+
+    ``scale``, of 0 dimensions, stands in place of the unit's where it is given.
+    """
     dtype = accumulation_dtype(x.dtype)
     wide = x.to(dtype)
-    y = gate(wide, *maps(wide, channel_weight, spatial_weight, unit, grid), unit.scale)
+    gates = maps(wide, channel_weight, spatial_weight, unit, grid)
+    y = gate(wide, *gates, unit.scale if scale is None else scale)
     return finish(y, residual, unit.relu, x.dtype)
 
 
@@ -379,12 +400,15 @@ def steam(
     spatial_neighbors: int = 4,
     self_loops: bool = True,
     order: str = "sequential",
-    scale: float = 1.0,
+    scale: float | Tensor = 1.0,
     activation: str | None = None,
     inplace: bool = False,
     backend: str | None = None,
 ) -> Tensor:
     """:func:`steam_kernels.steam` in plain PyTorch: same arguments and errors; ``backend`` is checked, then ignored."""
+    by: Tensor | None = None
+    if isinstance(scale, Tensor) and looked_into():
+        by, scale = scale, 1.0
     unit = make_unit(
         num_heads,
         grid_size,
@@ -399,7 +423,7 @@ def steam(
         backend,
     )
     grid = unit.check(x, channel_weight, spatial_weight, residual)
-    return run(x, channel_weight, spatial_weight, residual, unit, grid)
+    return run(x, channel_weight, spatial_weight, residual, unit, grid, by)
 
 
 def run(
@@ -409,12 +433,13 @@ def run(
     residual: Tensor | None,
     unit: Unit,
     grid: tuple[int, int],
+    scale: Tensor | None = None,
 ) -> Tensor:
     """:func:`evaluate`, and what the caller was promised about memory: y's strides, or x written in place."""
     if unit.inplace:
         check_inplace(x, channel_weight, spatial_weight, residual)
-        return x.copy_(evaluate(x, channel_weight, spatial_weight, residual, unit, grid))
-    y = evaluate(x, channel_weight, spatial_weight, residual, unit, grid)
+        return x.copy_(evaluate(x, channel_weight, spatial_weight, residual, unit, grid, scale))
+    y = evaluate(x, channel_weight, spatial_weight, residual, unit, grid, scale)
     if exporting() or torch._C._are_functorch_transforms_active():
         return y
     return match_strides(y, dense(x))
@@ -512,7 +537,7 @@ class STEAM(ScaledModule):
         self._inplace = value
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        if "inplace" in state:  # pickled whole by a version before 0.2
+        if "inplace" in state:  # pickled whole by an older version
             state["_inplace"] = state.pop("inplace")
         super().__setstate__(state)
 
@@ -545,7 +570,7 @@ class STEAM(ScaledModule):
             spatial_neighbors=self.spatial_neighbors,
             self_loops=self.self_loops,
             order=self.order,
-            scale=self.host_scale(),
+            scale=self.scale if looked_into() else self.host_scale(),
             activation=self.activation,
             inplace=self._inplace,
             backend=self._backend,

@@ -1,13 +1,21 @@
 """The scale of a layer: a buffer to every tool that walks over tensors, a float to the layer's own call.
 
-Tools move, save, average, broadcast and shard what a module has as parameters and buffers, so that the scale is a
-buffer. A call takes it as a Python float, since reading a number from a GPU would make the host wait for it. The float
-is read again only where the buffer has changed.
+Tools move, save, average, broadcast and shard what a module has as parameters and buffers, so the scale is a buffer.
+The operators take it as a Python float. On the CPU the float is read at each call. On a GPU reading would make the host
+wait, so the buffer is read where it has changed: where another tensor is in its place, or its version counter says that
+it was written. Three things follow there, and in compiled code on any device:
+
+* Code that ``torch.compile`` made finds a buffer that was written in place after the next eager call of the unit, or of
+  :meth:`ScaledModule.host_scale`. ``load_state_dict`` and ``unit.scale = ...`` need neither.
+* A write that the version counter does not see (``unit.scale.data``, another process) is not seen on a GPU.
+* Under DistributedDataParallel on GPUs a change must be made on every rank, once the first call has been made.
+
+What is exported, traced or under a function transform takes the buffer itself, as a tensor.
 """
 
 from __future__ import annotations
 
-import math
+import struct
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -27,56 +35,81 @@ class ScaledModule(nn.Module):
 
     def __init__(self, device: torch.device | str | int | None = None) -> None:
         super().__init__()
-        self._value = 1.0
-        self.register_buffer("scale", torch.ones((), dtype=torch.float32, device=device))
-        self._keep()
+        self._set(1.0, device)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "scale" and not isinstance(value, Tensor):
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-                raise TypeError(f"scale must be a finite number, got {value!r}")
-            # The buffer holds float32: so does the float, lest a saved unit differ from the one that goes on.
-            self._value = torch.tensor(value, dtype=torch.float32, device="cpu").item()
-            value = torch.full((), self._value, dtype=torch.float32, device=self.scale.device)
-            super().__setattr__(name, value)
-            self._keep()
+            number = not isinstance(value, bool) and isinstance(value, (int, float))
+            if not number or not abs(value) <= torch.finfo(torch.float32).max:
+                raise TypeError(f"scale must be a finite number in float32's range, got {value!r}")
+            self._set(value, self.scale.device)
         else:
             super().__setattr__(name, value)
 
+    def _set(self, value: float, device: torch.device | str | int | None) -> None:
+        # A buffer made in inference mode could not be written outside it, and has no version counter.
+        with torch.inference_mode(False):
+            # The buffer holds float32: so does the float, lest a saved unit differ from the one that goes on.
+            (self._value,) = struct.unpack("f", struct.pack("f", value))
+            self.register_buffer("scale", torch.full((), self._value, dtype=torch.float32, device=device))
+        self._keep()
+
     def _keep(self) -> None:
         """Notes that the float is the value of the buffer as it is now."""
-        buffer = self._buffers["scale"]
-        self._seen: tuple[Tensor | None, int] | None = (buffer, _version(buffer))
+        self._seen: Tensor | None = self.scale
+        self._seen_version = _version(self.scale)
 
     def host_scale(self) -> float:
-        """The scale as a float; a buffer that was replaced or written is read once."""
-        _refresh(self)
+        """The scale as a float."""
+        if torch.compiler.is_compiling():
+            # The compiler puts guards on the float, and on whether the two are one tensor.
+            if self._buffers["scale"] is not self._seen:
+                _read_while_compiling(self)
+        elif not torch.jit.is_tracing():
+            self._refresh()
         return self._value
 
+    def _refresh(self) -> None:
+        """Reads the buffer, where it may hold another number than the float."""
+        buffer = self.scale
+        if _on_host(buffer):
+            if _has_value(buffer):
+                self._value = _read(buffer)
+                self._keep()
+            return
+        if self._seen is buffer and self._seen_version == _version(buffer):
+            return
+        if _has_value(buffer):
+            broadcast = self._seen is buffer and self._seen_version + 1 == _version(buffer) and _in_ddp_broadcast()
+            if not broadcast:
+                self._value = _read(buffer)
+            self._keep()
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ScaledModule:
-        _refresh(self)
-        before = self._buffers["scale"]
+        self._refresh()
+        before = self.scale
         super()._apply(fn, recurse)
-        if self._buffers["scale"] is not before:
+        if self.scale is not before:
             # In another dtype, or without a value, as after to_empty().
-            self.scale = self._value  # type: ignore[assignment]
+            self._set(self._value, self.scale.device)
         return self
 
     def _replicate_for_data_parallel(self) -> ScaledModule:
-        _refresh(self)
+        self._refresh()
         replica: ScaledModule = super()._replicate_for_data_parallel()
-        replica._seen = None  # its buffer is a copy of this one's, made anew for each call
+        replica._refresh = lambda: None  # type: ignore[method-assign]  # its buffer is a copy of this one's for one call
         return replica
 
+    def __getstate__(self) -> dict[str, Any]:
+        self._refresh()
+        return self.__dict__.copy()
+
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # Modules that were pickled whole by versions before 0.2 have the scale as a plain number.
+        # Modules that an older version pickled whole have the scale as a plain number.
         number = state.pop("scale", None)
         super().__setstate__(state)
         if "scale" not in self._buffers:
-            device = next((p.device for p in self._parameters.values() if p is not None), None)
-            self._value = 1.0
-            self.register_buffer("scale", torch.ones((), dtype=torch.float32, device=device))
-            self.scale = number
+            self._set(number, next((p.device for p in self._parameters.values() if p is not None), None))
         self._keep()
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
@@ -85,52 +118,45 @@ class ScaledModule(nn.Module):
             trained = any(prefix + name in state_dict for name in self._parameters)
             state_dict = {**state_dict, key: torch.ones((), dtype=torch.float32) if trained else self.scale}
         super()._load_from_state_dict(state_dict, prefix, *args)
-        _refresh(self)
+        if _has_value(self.scale):
+            self._value = _read(self.scale)
+        self._keep()
 
 
-def _version(buffer: Tensor | None) -> int:
-    return 0 if buffer is None or buffer.is_inference() else buffer._version
+def _version(buffer: Tensor) -> int:
+    return 0 if buffer.is_inference() else buffer._version
 
 
-def _refresh(module: ScaledModule) -> None:
-    """Reads the buffer of ``module`` where it is not what was read last."""
-    if module._seen is None:
-        return
-    buffer = module._buffers["scale"]
-    seen, version = module._seen
-    if buffer is seen and _version(buffer) == version:
-        return
-    if buffer is None or not _readable(buffer):
-        return
-    if not (buffer is seen and _version(buffer) == version + 1 and _broadcast(buffer)):
-        module._value = _read(buffer)
-    module._keep()
+def _read_while_compiling(module: ScaledModule) -> None:
+    if _has_value(module.scale):
+        module._value = _read(module.scale)
 
 
-# What torch.compiler.assume_constant_result does, which would import the compiler with this package: a compiler calls
-# the function while it traces, and finds the float as it is from then on, on which it puts a guard.
-_refresh._dynamo_marked_constant = True  # type: ignore[attr-defined]
+# What torch.compiler.assume_constant_result does, which would import the compiler with this package: the compiler calls
+# the function while it traces, and finds the float as it is from then on.
+_read_while_compiling._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _readable(buffer: Tensor) -> bool:
-    """Whether there is a number in it: tracers, function transforms and meta tensors have none."""
+def _has_value(buffer: Tensor) -> bool:
+    """Whether there is a number in it, which meta tensors and those of tracers and function transforms have not."""
+    return not (buffer.is_meta or torch._C._are_functorch_transforms_active() or _is_fake(buffer))
+
+
+def _is_fake(buffer: Tensor) -> bool:
+    if type(buffer) is Tensor:
+        return False
     from torch._subclasses.fake_tensor import is_fake
 
-    return not (
-        buffer.is_meta
-        or torch.compiler.is_exporting()
-        or torch._C._are_functorch_transforms_active()
-        or is_fake(buffer)
-    )
+    return bool(is_fake(buffer))
 
 
-def _broadcast(buffer: Tensor) -> bool:
-    """Whether the buffer's last change was DistributedDataParallel's, which sends the first rank's at each call.
+def _in_ddp_broadcast() -> bool:
+    """Whether DistributedDataParallel, in whose call this is, has sent the first rank's buffers to all.
 
-    It sent them when it was made too, outside a call, which was read: what it sends now is no news, and reading it from
-    a GPU would cost a synchronisation a step.
+    It does so at each call. It has done so when it was made, and that was read; reading it from a GPU again would cost
+    a synchronisation a step.
     """
-    if _on_host(buffer) or not torch.distributed.is_available():
+    if not torch.distributed.is_available():
         return False
     ddp = torch.nn.parallel.DistributedDataParallel._get_active_ddp_module()
     return ddp is not None and ddp.will_sync_module_buffers()

@@ -25,7 +25,7 @@ import torch
 from cases import Case
 from torch import Tensor
 
-from steam_kernels.ops import Operators
+from steam_kernels.ops import Operators, with_any_strides
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIM = ROOT / "tests" / "cuda_on_host"
@@ -249,7 +249,7 @@ class Host:
     # ---- the operators of steam_kernels/ops.py
 
     def operators(self) -> Operators:
-        return Operators(self.forward, self.backward, self.forward_)
+        return with_any_strides(Operators(self.forward, self.backward, self.forward_))
 
     def forward(
         self, x: Tensor, channel_weight: Tensor, spatial_weight: Tensor, residual: Tensor | None, *rest: Any

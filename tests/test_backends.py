@@ -107,9 +107,10 @@ def test_the_reference_does_not_run_in_silence(without_library: Path, call: str)
     assert found.endswith("python -m pip install --no-build-isolation --no-deps --force-reinstall PATH_OF_THE_SOURCES")
 
 
-def test_a_variant_that_is_not_there_is_warned_of(backend: str) -> None:
-    (found,) = warnings_of("unit(x)", PACKAGE.parent, STEAM_KERNELS_CPU="sse9")
-    assert "'sse9'" in found and found.endswith("What mends it: unset STEAM_KERNELS_CPU")
+@pytest.mark.parametrize("name,value", [("STEAM_KERNELS_CPU", "sse9"), ("STEAM_KERNELS_CACHE", "16M")])
+def test_a_variable_that_stops_the_kernels_is_warned_of(backend: str, name: str, value: str) -> None:
+    (found,) = warnings_of("unit(x)", PACKAGE.parent, **{name: value})
+    assert repr(value) in found and found.endswith(f"What mends it: unset {name}")
 
 
 def test_no_warning_where_the_reference_was_asked_for_or_kernels_run(without_library: Path, backend: str) -> None:

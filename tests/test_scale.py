@@ -12,6 +12,7 @@ from pathlib import Path
 import networks
 import pytest
 import torch
+import torch._dynamo.testing
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -52,8 +53,10 @@ class Reads:
 
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> Reads:
+    """Counts what would be read from a GPU: buffers count as being on one, where reading is a synchronisation."""
     found = Reads()
     monkeypatch.setattr(scale, "_read", found)
+    monkeypatch.setattr(scale, "_on_host", lambda buffer: False)
     return found
 
 
@@ -213,7 +216,7 @@ def test_checkpoints_of_older_versions(tmp_path: Path) -> None:
     unit = FusedSTEAM(identity_init=True)
     pickled = unit.__dict__.copy()
     pickled["_buffers"] = {}
-    del pickled["_seen"], pickled["_value"], pickled["_inplace"]
+    del pickled["_seen"], pickled["_seen_version"], pickled["_value"], pickled["_inplace"]
     older = FusedSTEAM.__new__(FusedSTEAM)
     older.__setstate__({**pickled, "scale": 4.0, "inplace": False})
     x = torch.randn(*X)
@@ -248,8 +251,24 @@ CONVERSIONS: dict[str, Callable[[Net], Net]] = {
     "save": _saved,
     "share_memory": lambda m: m.share_memory(),
     "channels_last": lambda m: m.to(memory_format=torch.channels_last),
-    "inference_mode": lambda m: _in_inference_mode().float(),
+    "inference_mode": lambda m: _in_inference_mode(False).float(),
+    "loaded in inference_mode": lambda m: _in_inference_mode(True),
+    "written, then deepcopy": lambda m: copy.deepcopy(_written()),
+    "written, then pickle": lambda m: pickle.loads(pickle.dumps(_written())),
+    "written, then half": lambda m: _written().half(),
+    "written by data": lambda m: _written(lambda scale: scale.data.copy_(torch.tensor(4.0))),
+    "written in shared memory": lambda m: _written(lambda scale: scale.numpy().fill(4.0)),
 }
+
+
+def _written(write: Callable[[Tensor], object] = lambda scale: scale.fill_(4.0)) -> Net:
+    """A network with the weights of the identity, whose scale alone was made otherwise and then written."""
+    model = Net(identity_init=True)
+    model.unit.scale = 1.0  # type: ignore[assignment]
+    model(torch.randn(*X))
+    with torch.no_grad():
+        write(model.unit.scale)
+    return model
 
 
 def _filled(model: Net) -> Net:
@@ -259,9 +278,13 @@ def _filled(model: Net) -> Net:
     return model
 
 
-def _in_inference_mode() -> Net:
+def _in_inference_mode(load: bool) -> Net:
     with torch.inference_mode():
-        return Net(identity_init=True)
+        if not load:
+            return Net(identity_init=True)
+        model = Net()
+        model.load_state_dict(Net(identity_init=True).state_dict())
+        return model
 
 
 @pytest.mark.parametrize("way", CONVERSIONS)
@@ -324,7 +347,6 @@ class Broadcasting:
 def test_broadcasts_of_each_call_are_not_read_from_a_gpu(reads: Reads, monkeypatch: pytest.MonkeyPatch) -> None:
     """DDP's first broadcast is read, those of each call are not, and another change beside one is."""
     unit, x = FusedSTEAM(), torch.randn(*X)
-    monkeypatch.setattr(scale, "_on_host", lambda buffer: False)
 
     def broadcast(value: float) -> None:
         with torch.no_grad():
@@ -347,6 +369,25 @@ def test_broadcasts_of_each_call_are_not_read_from_a_gpu(reads: Reads, monkeypat
 # ---- compiled --------------------------------------------------------------------------------------------------------
 
 
+def test_blocks_that_are_compiled_one_by_one_share_their_code(backend: str) -> None:
+    """As with regional compilation of a network that has more such blocks than recompilations are allowed."""
+    counter = torch._dynamo.testing.CompileCounter()
+    for _ in range(10):
+        unit = FusedSTEAM(backend=backend, identity_init=True)
+        unit.compile(fullgraph=True, backend=counter)
+        x = torch.randn(*X)
+        assert torch.equal(unit(x), x)
+    assert counter.frame_count == 1
+
+
+def test_compiled_finds_a_buffer_written_in_place_after_host_scale(backend: str) -> None:
+    unit, x = FusedSTEAM(backend=backend, identity_init=True), torch.randn(*X)
+    fast = torch.compile(unit, fullgraph=True, backend="aot_eager")
+    assert torch.equal(fast(x), x)
+    unit.scale.fill_(2.0)
+    assert unit.host_scale() == 2.0 and torch.equal(fast(x), x / 2)
+
+
 def test_compiled_after_a_tool_replaced_the_buffer(backend: str) -> None:
     """The compiler, which meets the unit before any eager call, finds the buffer's value; and a later one."""
     model = Net()
@@ -360,19 +401,37 @@ def test_compiled_after_a_tool_replaced_the_buffer(backend: str) -> None:
     assert torch.allclose(fast(x), model.convolution(x) / 2)
 
 
-def test_function_transforms_and_export_take_the_float() -> None:
-    model, x = Net(identity_init=True), torch.randn(3, *X)
-    state = dict(model.named_parameters()) | dict(model.named_buffers())
-    stacked = {name: torch.stack([value.detach()] * 3) for name, value in state.items()}
+def test_function_transforms_take_the_buffers_that_they_are_given() -> None:
+    """An ensemble of three scales, on a module of a fourth on the meta device."""
+    members, x = [Net(identity_init=True) for _ in range(3)], torch.randn(3, *X)
+    for factor, member in enumerate(members):
+        member.unit.scale = 4.0 * factor  # type: ignore[assignment]
+    base = Net().to("meta")
 
     def call(state: State, x: Tensor) -> Tensor:
-        return torch.func.functional_call(model, state, (x,))  # type: ignore[no-any-return]
+        return torch.func.functional_call(base, state, (x,))  # type: ignore[no-any-return]
 
-    expected = torch.stack([model.convolution(sample) for sample in x])
-    assert torch.allclose(torch.func.vmap(call)(stacked, x), expected, atol=1e-6)
-    exported = torch.export.export(model, (x[0],)).module()
-    assert torch.allclose(exported(x[0]), expected[0], atol=1e-6)
-    assert is_identity(model)
+    parameters, buffers = torch.func.stack_module_state(members)
+    got = torch.func.vmap(call)({**parameters, **buffers}, x)
+    expected = torch.stack([k * member.convolution(h) for k, (member, h) in enumerate(zip(members, x, strict=True))])
+    assert torch.allclose(got, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("how", ["replaced", "written"])
+def test_export_takes_the_buffer(how: str, strict: bool) -> None:
+    """Also one that was changed since the last call; in the exported program it is a buffer like any other."""
+    model, x = Net(identity_init=True), torch.randn(*X)
+    model.unit.scale = 1.0  # type: ignore[assignment]
+    if how == "replaced":
+        model.unit._buffers["scale"] = torch.tensor(4.0)
+    else:
+        model.unit.scale.data.fill_(4.0)
+    exported = torch.export.export(model, (x,), strict=strict)
+    assert exported.state_dict["unit.scale"] == 4.0
+    assert torch.allclose(exported.module()(x), model.convolution(x), atol=1e-6)
+    traced = torch.jit.trace(model, (x,))
+    assert torch.allclose(traced(x), model.convolution(x), atol=1e-6)
 
 
 def test_networks_with_units_average_and_load() -> None:

@@ -110,6 +110,7 @@ Problem problem(const Tensor& x, const Tensor& weight, const std::vector<int64_t
   STD_TORCH_CHECK(o.channel_radius >= 0, "steam_kernels: channel_radius must be at least 0, got ", o.channel_radius);
   STD_TORCH_CHECK(o.spatial_neighbors == 4 || o.spatial_neighbors == 8,
                   "steam_kernels: spatial_neighbors must be 4 or 8, got ", o.spatial_neighbors);
+  STD_TORCH_CHECK(weight.dim() == 2, "steam_kernels: channel_weight must have shape (4, embed_dim)");
   p.channel_radius = o.channel_radius;
   p.embed_dim = static_cast<int32_t>(weight.size(1));
   STD_TORCH_CHECK(weight.size(1) == p.embed_dim && p.embed_dim > 0 && o.num_heads > 0 && p.embed_dim % o.num_heads == 0,
@@ -182,7 +183,7 @@ Rows rows_of(const char* name, const Tensor& t, int64_t columns, const Tensor& x
 Tensor like_weight(const Tensor& gradient, const Tensor& weight, bool asked) {
   if (!asked || is_plain(weight)) return gradient;
   Tensor out = torch::stable::empty_like(weight);
-  return is_plain(out) ? gradient : torch::stable::copy_(out, gradient);
+  return torch::stable::copy_(out, gradient);
 }
 
 // Whether two elements of a map have one address; of strides that leave room for nothing in between, at most.
@@ -252,7 +253,8 @@ struct Operators {
                        bool self_loops, bool sequential, double scale, bool relu) {
     const Tensor x = dense(given);
     const bool copied = x.get() != given.get();
-    STD_TORCH_CHECK(!copied || !overlaps_itself(given), "steam_kernels: x must not overlap itself in memory");
+    STD_TORCH_CHECK(!copied || x.numel() == 0 || !overlaps_itself(given),
+                    "steam_kernels: x must not overlap itself in memory");
     const Problem p = problem(x, channel_weight, grid,
                               {num_heads, channel_radius, spatial_neighbors, self_loops, sequential, relu, scale});
     const Place place = B::place(x);

@@ -158,7 +158,8 @@ template <class L>
 STEAM_HD typename L::V edge_gradient(typename L::V d, typename L::V slope, typename L::V mean_grad,
                                      const Attention<L>& head) {
   const typename L::V alpha = L::exp_nonpositive(slope * d) * head.inverse;
-  return mean_grad * (alpha + slope * (alpha * (d - head.mean)));
+  const typename L::V given = mean_grad * alpha;
+  return given + slope * (given * (d - head.mean));
 }
 
 }  // namespace

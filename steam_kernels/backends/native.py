@@ -41,8 +41,8 @@ def shadowed() -> Path | None:
 
 def how_to_mend() -> str:
     """The line that brings the CPU kernels which calls do without here."""
-    if CPU.supported:  # the library is loaded, and was asked for a variant that it or the processor lacks
-        return f"unset {ENVIRONMENT}"
+    if CPU.supported:  # the library is loaded, and a variable asks for what it or the processor lacks
+        return f"unset {CPU.reason.partition('=')[0]}"
     if (other := shadowed()) is not None:
         return f"run from another folder than {PACKAGE.parent}, which hides the package installed in {other.parent}"
     if (PACKAGE.parent / "setup.py").is_file():

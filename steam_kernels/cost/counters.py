@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import functional, ops
+from .. import ops, reference
 from ..config import Unit
 from ..module import FusedSTEAM
 from . import cost, forward_flops
@@ -79,13 +79,13 @@ def as_operators() -> Iterator[None]:
 
     Gradients are off meanwhile. A trace that is made here is for counting: it runs in this process alone.
     """
-    before = functional.traced_as_operators
-    functional.traced_as_operators = True
+    before = reference.traced_as_operators
+    reference.traced_as_operators = True
     try:
         with torch.no_grad():
             yield
     finally:
-        functional.traced_as_operators = before
+        reference.traced_as_operators = before
 
 
 def _traced(inputs: list[Any], outputs: list[Any]) -> int:
