@@ -306,8 +306,8 @@ def backward(
     """``steam_kernels::backward``: the gradients of x, both weights and the residual, (0,) where not asked for.
 
     ``dy`` is the gradient of y, ``y`` what forward returned where there was a ReLU, else None, ``saved`` its second
-    result. Without a ReLU the residual's gradient is dy itself, and must not be asked for. The options are forward's;
-    gradients have the layouts and dtypes of what they are gradients of.
+    result. Without a ReLU the residual's gradient is dy itself, and must not be asked for. The options are forward's.
+    Gradients have the dtypes of what they are gradients of; those of maps have x's layout, weights' are contiguous.
     """
     options = num_heads, channel_radius, spatial_neighbors, self_loops, sequential
     call = _call(x, channel_weight, grid, *options, True, family)
@@ -318,14 +318,10 @@ def backward(
     elif need_residual:
         raise ValueError("need_residual must be False where y is None: without a ReLU the residual's gradient is dy")
     _check_saved(saved, p, x)
-    dx, dchannel, dspatial, dresidual = (
-        torch.empty_like(t) if need else t.new_empty(0)
-        for t, need in (
-            (x, need_x),
-            (channel_weight, need_channel_weight),
-            (spatial_weight, need_spatial_weight),
-            (x, need_residual),
-        )
+    dx, dresidual = (torch.empty_like(x) if need else x.new_empty(0) for need in (need_x, need_residual))
+    dchannel, dspatial = (
+        weight.new_empty(weight.shape if need else 0)
+        for weight, need in ((channel_weight, need_channel_weight), (spatial_weight, need_spatial_weight))
     )
     gates, shifts = _rows(x, p.channels + p.cells), _rows(x, p.channels + p.cells)
     partials = _rows(x, 4 * call.heads)
