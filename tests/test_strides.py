@@ -167,7 +167,9 @@ def random_call(seed: int) -> tuple[Case, dict[str, Tensor], Tensor]:
 def test_random_calls(backend: str, seed: int) -> None:
     case, inputs, dy = random_call(seed)
     got = cases.forward_backward(steam_kernels.steam, inputs, dy, backend=backend, **case.options)
-    cases.bounds_of(case, inputs, dy, cases.exact_by_oracle(case, inputs, dy)).check(got, case.id)
+    # In float64 the oracle, which shifts no score, is no truth to the last bit; the reference is nearer to it.
+    exact = cases.exact if case.dtype == torch.float64 else cases.exact_by_oracle
+    cases.bounds_of(case, inputs, dy, exact(case, inputs, dy)).check(got, case.id)
 
 
 WRONG = [
