@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import cases
 import pytest
 import torch
 from cases import Case
+from in_a_thread import in_a_thread
 
 import steam_kernels
 
@@ -57,23 +57,6 @@ def flushed(threads: int = 2) -> list[int]:
     torch.set_num_threads(threads)
     x = torch.full((1 << 20,), 1000, dtype=torch.int32).view(torch.float32)
     return [int((half == 0).sum()) for half in (x * 0.5).view(torch.int32).chunk(2)]
-
-
-def in_a_thread(call: Callable[[], None]) -> None:
-    """Runs it in a new thread, whose helpers are new too; what it raises is raised here."""
-    errors: list[BaseException] = []
-
-    def target() -> None:
-        try:
-            call()
-        except BaseException as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=target)
-    thread.start()
-    thread.join()
-    if errors:
-        raise errors[0]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.id)

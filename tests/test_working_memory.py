@@ -8,13 +8,12 @@ import random
 import re
 import subprocess
 import sys
-import threading
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from in_a_thread import in_a_thread
 from torch import Tensor
 
 import steam_kernels
@@ -33,13 +32,6 @@ def cpu(backend: str) -> ctypes.CDLL:
     library = ctypes.CDLL(str(LIBRARY))
     library.steam_cpu_probe_kept_bytes.restype = ctypes.c_int64
     return library
-
-
-def in_a_thread(call: Callable[[], None]) -> None:
-    """In a new thread, which has no working memory yet."""
-    thread = threading.Thread(target=call)
-    thread.start()
-    thread.join()
 
 
 def forward_backward(shape: tuple[int, ...], options: dict[str, object], dtype: torch.dtype) -> list[Tensor]:
@@ -213,7 +205,8 @@ def test_lack_of_memory_is_one_sentence_and_leaves_no_trace(
 ) -> None:
     code = LIMITED.format(shape=shape, options=options, channels_last=channels_last, threads=threads)
     # With one arena and blocks of their own, malloc has no address space in reserve.
-    environment = os.environ | {"GLIBC_TUNABLES": "glibc.malloc.arena_max=1:glibc.malloc.mmap_threshold=65536"}
+    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}  # of another malloc
+    environment |= {"GLIBC_TUNABLES": "glibc.malloc.arena_max=1:glibc.malloc.mmap_threshold=65536"}
     done = subprocess.run(
         [sys.executable, "-c", code],
         env=environment,
