@@ -71,9 +71,11 @@ class ScaledModule(nn.Module):
 
     def _refresh(self) -> None:
         """Reads the buffer, where it may hold another number than the float."""
-        buffer = self.scale
+        buffer = self._buffers["scale"]
+        assert buffer is not None
         if _on_host(buffer):
-            if _has_value(buffer):
+            # At each call, so no attribute is set that stays as it is.
+            if _has_value(buffer) and (buffer is not self._seen or _read(buffer) != self._value):
                 self._value = _read(buffer)
                 self._keep()
             return
@@ -139,15 +141,13 @@ _read_while_compiling._dynamo_marked_constant = True  # type: ignore[attr-define
 
 def _has_value(buffer: Tensor) -> bool:
     """Whether there is a number in it, which meta tensors and those of tracers and function transforms have not."""
-    return not (buffer.is_meta or torch._C._are_functorch_transforms_active() or _is_fake(buffer))
-
-
-def _is_fake(buffer: Tensor) -> bool:
-    if type(buffer) is Tensor:
+    if torch._C._are_functorch_transforms_active():
         return False
+    if type(buffer) is Tensor:
+        return not buffer.is_meta
     from torch._subclasses.fake_tensor import is_fake
 
-    return bool(is_fake(buffer))
+    return not (buffer.is_meta or is_fake(buffer))
 
 
 def _in_ddp_broadcast() -> bool:
