@@ -102,7 +102,8 @@ def test_two_thousand_shapes(cpu: ctypes.CDLL, threads: int) -> None:
 
 def test_a_large_block_is_not_kept(cpu: ctypes.CDLL) -> None:
     small = ((1, 8, 20, 20), {}, torch.float32)
-    large = ((1, 768, 2049, 8), {"grid_size": (2048, 1), "channel_radius": 400}, torch.float32)  # 96 MiB of column sums
+    # Column sums take 32 bytes a channel and row of cells, or more where vectors are longer: 128 MiB or more.
+    large = ((1, 2048, 2049, 8), {"grid_size": (2048, 1), "channel_radius": 400}, torch.float32)
     kept: list[int] = []
     same: list[bool] = []
 
