@@ -77,10 +77,16 @@ def pytest_report_header() -> list[str]:
     return lines
 
 
+#: Says which file of ratios this run has begun.
+_BEGUN = f"{tolerances.RECORD}_BEGUN"
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_sessionstart(session: pytest.Session) -> None:
     path = os.environ.get(tolerances.RECORD)
-    if path and not hasattr(session.config, "workerinput"):
+    # Once: a worker, or a pytest that a test starts, adds to the file.
+    if path and os.environ.get(_BEGUN) != path:
+        os.environ[_BEGUN] = path
         open(path, "w").close()
 
 

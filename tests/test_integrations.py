@@ -324,6 +324,28 @@ def test_ultralytics_checkpoints_keep_units(tmp_path: pathlib.Path, detection: d
     assert all(torch.equal(v, weights(best.model)[k]) for k, v in weights(trainer.model).items())
     assert list(steam_sites(trainer.model)) == ["model.2", "model.9"]
 
+    other = {name: FusedSTEAM(window=4) for name in ("model.2", "model.9")}
+    for units, said in (
+        ({"model.2": other["model.2"]}, r"\['model\.9'\]"),
+        (other, r"grid_size=\(7, 7\) at 'model\.2'"),
+    ):
+        with pytest.raises(ValueError, match=f"weights must be .*{said}"):
+            keep_units(DetectionTrainer, units)(overrides=overrides | {"name": "fourth"}).setup_model()
+
+
+def test_an_ultralytics_that_is_not_known_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inserting goes on, into any model; the warning says what this Ultralytics would do."""
+    import ultralytics.nn.tasks  # noqa: F401
+
+    from steam_kernels.models import insert
+
+    def fail(name: str) -> None:
+        raise ModuleNotFoundError("No module named 'ultralytics.engine'")
+
+    monkeypatch.setattr(insert.importlib, "import_module", fail)
+    with pytest.warns(UserWarning, match=r"YOLO\.train\(\) would build its network without units"):
+        insert_steam(torch.nn.Sequential(torch.nn.Conv2d(3, 8, 1)), ["0"])
+
 
 def test_ultralytics_trainers_with_units_reach_other_processes() -> None:
     """A training on several GPUs sends the trainer's class, made here, by cloudpickle."""

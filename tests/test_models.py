@@ -561,7 +561,7 @@ def test_stages_of_a_network_that_is_not_known(name: str) -> None:
     for sites in ("adaptive", "stages"):
         torch.set_rng_state(random)
         insert_steam(model, sites, identity_init=True, dtype=torch.float32, device="meta")
-        assert list(steam_sites(model)) == names
+        assert list(steam_sites(model)) == names and torch.equal(torch.get_rng_state(), random)
         remove_steam(model)
     hook.remove()
     assert not seen and not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
@@ -1031,3 +1031,27 @@ def test_the_package_imports_no_toolkit() -> None:
     code = "import sys, steam_kernels.models, steam_kernels.integrations; print(*sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert toolkits.isdisjoint(run.stdout.split())
+
+
+def test_a_known_network_is_not_placed_otherwise() -> None:
+    """Where a place between known blocks cannot have a unit, its name is the error; no dry run chooses others."""
+    model = models.resnet18(weights=None)
+    block = model.layer3[1]
+    block.forward = functools.partial(type(block).forward, block)
+    with pytest.raises(ValueError, match=r"'layer3\.1', whose own forward was replaced"):
+        insert_steam(model)
+
+
+class Teacher(nn.Conv2d):
+    """A module of which there is one, as frozen encoders are kept."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Teacher:
+        return self
+
+
+def test_a_module_that_is_not_copied_is_left_alone() -> None:
+    model = nn.Sequential(Teacher(3, 8, 3, 2), nn.Conv2d(8, 8, 3, 2), nn.Conv2d(8, 8, 3, 2)).train()
+    model[0].register_forward_hook(lambda m, args, y: None)
+    with pytest.raises(TypeError, match="a copy shares modules with it"):
+        insert_steam(model)
+    assert model[0].training and model[0]._forward_hooks

@@ -337,7 +337,7 @@ class Transform:
     def __init__(self, r: Exact, t: Tensor, weight: Tensor, heads: int, graph: reference.Graph) -> None:
         self.r, self.t, self.weight = r, t, weight.unflatten(1, (heads, -1))
         self.neighbors, inside = graph
-        self.outside = torch.zeros_like(self.neighbors, dtype=torch.bool) if inside is None else ~inside
+        self.outside = ~inside
         w_q, w_k, w_v, w_o = self.weight[:, None]
         self.root = math.sqrt(w_q.shape[-1])
         self.a = r(r.sum(r(w_q * w_k), 2) / self.root)[:, None, None]  # (draws, 1, 1, h)

@@ -50,6 +50,7 @@ def keep_units(trainer: Any, units: Mapping[str, FusedSTEAM]) -> Any:
     class KeepsUnits(trainer):
         def get_model(self, cfg: Any = None, weights: Any = None, verbose: bool = True) -> nn.Module:
             trained = steam_sites(weights) if isinstance(weights, nn.Module) else {}
+            _check_kept(trained, units)
             if trained:
                 weights = remove_steam(copy.deepcopy(weights))
             model = copy_steam(units, super().get_model(cfg=cfg, weights=weights, verbose=verbose))
@@ -63,6 +64,36 @@ def keep_units(trainer: Any, units: Mapping[str, FusedSTEAM]) -> Any:
     return KeepsUnits
 
 
+#: What a unit's weights mean something else under.
+_OPTIONS = (
+    "embed_dim",
+    "num_heads",
+    "grid_size",
+    "window",
+    "channel_radius",
+    "spatial_neighbors",
+    "self_loops",
+    "order",
+)
+
+
+def _check_kept(given: Mapping[str, FusedSTEAM], there: Mapping[str, FusedSTEAM]) -> None:
+    """Raises ValueError where weights come from a network with units that the one which takes them does not have."""
+    if lost := given.keys() - there.keys():
+        raise ValueError(
+            f"weights must be of a network whose units this one has, got units at {sorted(lost)}: use the network that "
+            "the checkpoint holds (YOLO(path)), or take its units out with steam_kernels.remove_steam"
+        )
+    for name, unit in given.items():
+        for option in _OPTIONS:
+            own, other = getattr(there[name], option), getattr(unit, option)
+            if own != other:
+                raise ValueError(
+                    f"weights must be of units with the options of this network's, got {option}={other!r} at {name!r}, "
+                    f"where it has {own!r}"
+                )
+
+
 _train = Model.train
 _load = tasks.BaseModel.load
 
@@ -72,18 +103,16 @@ def _train_with_units(self: Any, trainer: Any = None, **options: Any) -> Any:
     units = steam_sites(self.model) if isinstance(self.model, nn.Module) else {}
     if units:
         trainer = keep_units(trainer or self._smart_load("trainer"), copy.deepcopy(units))
-    return _train(self, trainer=trainer, **options)
+    if trainer is not None:
+        options["trainer"] = trainer
+    return _train(self, **options)
 
 
 @functools.wraps(_load)
 def _load_with_units(self: Any, weights: Any, *args: Any, **options: Any) -> Any:
     source = (weights.get("ema") or weights.get("model")) if isinstance(weights, dict) else weights
-    lost = steam_sites(source).keys() - steam_sites(self).keys() if isinstance(source, nn.Module) else ()
-    if lost:
-        raise ValueError(
-            f"weights must be of a network whose units this one has, got units at {sorted(lost)}: use the network that "
-            "the checkpoint holds (YOLO(path)), or take its units out with steam_kernels.remove_steam"
-        )
+    if isinstance(source, nn.Module):
+        _check_kept(steam_sites(source), steam_sites(self))
     return _load(self, weights, *args, **options)
 
 

@@ -134,6 +134,9 @@ def _copy(model: nn.Module) -> nn.Module:
         twin = copy.deepcopy(model, memo)
     except Exception as error:
         raise ValueError(f"it cannot be copied ({_said(error)})") from error
+    own = set(map(id, model.modules()))
+    if any(id(module) in own for module in twin.modules()):
+        raise ValueError("it cannot be copied (a copy shares modules with it)")
     for module in twin.modules():
         for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
             getattr(module, hooks).clear()

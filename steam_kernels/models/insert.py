@@ -26,7 +26,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from ..module import FusedSTEAM
 from ..reference import STEAM
 from .dry_run import stage_ends
-from .families import PLACEMENTS, Place, channels_of
+from .families import PLACEMENTS, Place, channels_of, find_blocks
 
 #: The name under which a unit hangs below its module.
 NAME = "steam"
@@ -105,7 +105,14 @@ def _have_trainers_keep_units() -> None:
     user who forgot the import would train without units and not be told.
     """
     if "ultralytics.nn.tasks" in sys.modules:
-        importlib.import_module("steam_kernels.integrations.ultralytics")
+        try:
+            importlib.import_module("steam_kernels.integrations.ultralytics")
+        except (ImportError, AttributeError) as error:
+            warnings.warn(
+                "steam_kernels does not know the trainer of the Ultralytics that is loaded (it knows 8.4's), so that "
+                f"YOLO.train() would build its network without units ({type(error).__name__}: {error})",
+                stacklevel=2,
+            )
 
 
 #: Classes, by name, that have taken a model's parameters when units would come.
@@ -315,7 +322,8 @@ def _places(model: nn.Module, sites: Any) -> list[Place]:
             raise ValueError(f"{_SITES}, got {sites!r}")
         places = list(PLACEMENTS[sites](model))
         why = "none is known"
-        if sites != "blocks" and not all(_fits(place, model) for place in places):
+        # A place between known blocks is refused by its name below; a dry run would choose others in its stead.
+        if sites != "blocks" and not find_blocks(model) and not all(_fits(place, model) for place in places):
             places = []
         if sites != "blocks" and not places:
             try:
