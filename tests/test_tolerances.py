@@ -132,7 +132,9 @@ def judged() -> list[tuple[Case, dict[str, Tensor], Tensor, tolerances.Judge]]:
 
 
 @pytest.mark.parametrize("mistake", PLANTED, ids=lambda m: m.__name__)
-def test_planted_errors_are_caught_in_the_median_case(mistake: Callable[..., Any], judged: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_planted_errors_are_caught_in_the_median_case(
+    mistake: Callable[..., Any], judged: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A badly conditioned case hides a small mistake, so the smallest share is small; the usual case shows it."""
     name, smallest, usual = PLANTED[mistake]
     monkeypatch.setattr(reference, name, mistake)
