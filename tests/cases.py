@@ -98,6 +98,19 @@ class Case:
             out["activation"] = "relu"
         return out
 
+    @property
+    def operator_options(self) -> tuple[Any, ...]:
+        """The options of the operators, from grid to scale."""
+        return (
+            list(self.resolved_grid),
+            self.attention[1],
+            self.radius,
+            self.neighbors,
+            self.self_loops,
+            self.order == "sequential",
+            self.scale,
+        )
+
     def but(self, **changes: Any) -> Case:
         return replace(self, **changes)
 

@@ -86,19 +86,6 @@ def operator(prefix: str, name: str) -> Any:
     return getattr(torch.ops.steam_kernels, prefix + name)
 
 
-def options(case: Case) -> tuple[Any, ...]:
-    """The operators' options of a case, grid to scale."""
-    return (
-        list(case.resolved_grid),
-        case.attention[1],
-        case.radius,
-        case.neighbors,
-        case.self_loops,
-        case.order == "sequential",
-        case.scale,
-    )
-
-
 def run_operators(
     prefix: str, case: Case, inputs: dict[str, Tensor], dy: Tensor, form: dict[str, Callable[[Tensor], Tensor]]
 ) -> tuple[dict[str, Tensor], list[tuple[Any, tuple[Any, ...], tuple[Tensor, ...]]]]:
@@ -107,13 +94,13 @@ def run_operators(
     ``form`` gives "y" and "saved" another form on the way from one operator to the other.
     """
     forward, backward = operator(prefix, "forward"), operator(prefix, "backward")
-    arguments = (*(inputs[name] for name in FORWARD), *options(case), True, True)
+    arguments = (*(inputs[name] for name in FORWARD), *case.operator_options, True, True)
     y, saved = forward(*arguments)
     calls = [(forward, arguments, (y, saved))]
     between = {"y": y, "saved": saved}
     between |= {name: form[name](value) for name, value in between.items() if name in form}
     given = inputs | between | {"dy": dy}
-    arguments = (*(given[name] for name in BACKWARD), *options(case), *NEEDS)
+    arguments = (*(given[name] for name in BACKWARD), *case.operator_options, *NEEDS)
     gradients = backward(*arguments)
     calls.append((backward, arguments, gradients))
     names = ("dx", "dchannel_weight", "dspatial_weight", "dresidual")

@@ -30,22 +30,10 @@ UTILITIES = (
 )
 
 
-def options(case: Case) -> tuple[Any, ...]:
-    return (
-        list(case.resolved_grid),
-        case.attention[1],
-        case.radius,
-        case.neighbors,
-        case.self_loops,
-        case.order == "sequential",
-        case.scale,
-    )
-
-
 def forward_arguments(case: Case, save: bool = True) -> tuple[Any, ...]:
     inputs, _ = cases.make(case)
     weights = (inputs["channel_weight"], inputs["spatial_weight"])
-    return inputs["x"], *weights, inputs.get("residual"), *options(case), case.tail.endswith("relu"), save
+    return inputs["x"], *weights, inputs.get("residual"), *case.operator_options, case.tail.endswith("relu"), save
 
 
 def backward_arguments(case: Case, need: tuple[bool, ...] = (True, True, True, True)) -> tuple[Any, ...]:
@@ -55,7 +43,7 @@ def backward_arguments(case: Case, need: tuple[bool, ...] = (True, True, True, T
     x, channel_weight, spatial_weight = arguments[:3]
     dy = torch.empty_like(x).normal_()
     need = (*need[:3], need[3] and relu)
-    return dy, x, y if relu else None, channel_weight, spatial_weight, saved, *options(case), *need
+    return dy, x, y if relu else None, channel_weight, spatial_weight, saved, *case.operator_options, *need
 
 
 @pytest.mark.parametrize("save", [True, False])

@@ -89,7 +89,7 @@ def test_operator_in_place(prefix: str, tensor: str, form: str, layout: str) -> 
     """``forward_`` has the bits of ``forward`` and leaves alone what surrounds x, or says why it cannot."""
     case = CASE.but(layout=layout)
     inputs, _ = strided.formed(case, {tensor: FORMS[form]})
-    arguments = (*inputs.values(), *strided.options(case), True)
+    arguments = (*inputs.values(), *case.operator_options, True)
     before = storages(inputs)
     refused = {"expanded": "x must not overlap itself", "negative": None}  # the latter by the dispatcher itself
     if tensor == "x" and form.split()[0] in refused:
@@ -134,7 +134,7 @@ def test_operator_in_place_refuses_a_residual_in_x(prefix: str, how: str) -> Non
     inputs["residual"] = {"same": x, "view": x.view_as(x), "overlap": wide[1 : 1 + CASE.batch]}[how]
     before = wide.clone()
     with pytest.raises((ValueError, RuntimeError), match="residual must not share memory with x"):
-        strided.operator(prefix, "forward_")(*inputs.values(), *strided.options(CASE), True)
+        strided.operator(prefix, "forward_")(*inputs.values(), *CASE.operator_options, True)
     assert torch.equal(wide, before)
 
 
@@ -149,7 +149,7 @@ def test_one_column_and_no_samples(prefix: str) -> None:
     empty = torch.empty(0, 6, 1, 4).expand(0, 6, 5, 4)
     inputs, _ = strided.formed(CASE, {})
     weights = inputs["channel_weight"], inputs["spatial_weight"]
-    strided.operator(prefix, "forward_")(empty, *weights, None, *strided.options(CASE), True)
+    strided.operator(prefix, "forward_")(empty, *weights, None, *CASE.operator_options, True)
 
 
 def random_call(seed: int) -> tuple[Case, dict[str, Tensor], Tensor]:

@@ -370,9 +370,7 @@ def test_twice_differentiable() -> None:
 def forward_arguments(case: Case) -> tuple[Any, ...]:
     inputs, _ = cases.make(case)
     weights = inputs["channel_weight"], inputs["spatial_weight"]
-    options = list(case.resolved_grid), case.attention[1], case.radius, case.neighbors, case.self_loops
-    options = *options, case.order == "sequential", case.scale
-    return inputs["x"], *weights, inputs.get("residual"), *options, case.tail.endswith("relu"), True
+    return inputs["x"], *weights, inputs.get("residual"), *case.operator_options, case.tail.endswith("relu"), True
 
 
 def backward_arguments(case: Case, need: tuple[bool, ...]) -> tuple[Any, ...]:

@@ -101,7 +101,7 @@ def _warn_once_of_reference(kind: str) -> None:
 
 
 # What torch.compiler.assume_constant_result does, which would import the compiler with this package: the compiler calls
-# the function while it traces.
+# the function while it traces. It would trace what a cached function wraps, so this is not the cached one.
 _warn_of_reference._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
