@@ -7,6 +7,7 @@ of which size, in which order, and on what each depends; nothing is computed, an
 from __future__ import annotations
 
 import copy
+import functools
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -21,6 +22,9 @@ SIDES = (224, 256, 288, 299, 320, 384, 448, 512, 600, 160, 128, 96, 64, 48, 40, 
 
 #: A map smaller than this share of a stage's first is of the next one: convolutions without padding take off less.
 FALL = 2 / 3
+
+#: Modules whose outputs are maps NCHW. Height and width tell those of other modules from tokens and maps NHWC.
+_MAPS = {f"torch.nn.modules.{kind}" for kind in ("batchnorm", "conv", "pooling")}
 
 _ELEMENTWISE = {f"torch.nn.modules.{kind}" for kind in ("activation", "batchnorm", "instancenorm", "normalization")}
 
@@ -39,52 +43,131 @@ class Call(NamedTuple):
     parts: int
 
     @property
-    def side(self) -> int:
-        """Of a square map (N, C, H, W) of more than one pixel; else 0."""
+    def size(self) -> tuple[int, int]:
+        """Height and width of a map (N, C, H, W); (0, 0) of anything else, a line and a pixel among them."""
         height, width = self.shape[2:] if len(self.shape) == 4 else (0, 0)
-        return height if height == width > 1 else 0
+        return (height, width) if min(height, width) > 1 else (0, 0)
 
 
-def stage_ends(model: nn.Module, fits: Callable[[Place], bool]) -> list[Place]:
-    """The last place of each stage, at which ``fits`` says a unit can be; empty where the network has not two stages.
+class Pass(NamedTuple):
+    """A pass of the copy, to its end or as far as it ran.
 
-    A place is a module on whose map all smaller maps (and the logits, if the output is that) depend, and by nothing
-    beside it. Of those in a stage it is one with many convolutions, more than half as many as any has; the outermost
-    of these, and the last; then the norms and activations that follow it in its container. Where it cannot have a unit,
-    the next that can takes its place, as the norm behind a block of a DenseNet does.
+    Attributes:
+        calls: those that returned one tensor, in the order in which they ended.
+        times: how often each module was called.
+        outputs: what the copy returned, of which each depends on the image; none where it failed.
+        opened: the modules whose calls had not ended when the pass failed, from the outermost to the innermost.
+        error: what it failed with.
+        channels: those of the image.
+    """
+
+    calls: list[Call]
+    times: Counter[nn.Module]
+    outputs: list[Tensor]
+    opened: list[nn.Module]
+    error: Exception | None
+    channels: int
+
+    def head(self, twin: nn.Module) -> nn.Module | None:
+        """The innermost module in which all layers lie that a failed pass left out; None where it left out none.
+
+        Layers in a module whose call ended were not left out, but are those that it does without.
+        """
+        opened = set(self.opened)
+        left: list[nn.Module] = []
+        stack = [twin] if self.error else []
+        while stack:
+            module = stack.pop()
+            if module in opened or module not in self.times:
+                stack += module.children()
+                if module not in opened and module._parameters:
+                    left.append(module)
+        holders = [module for module in self.opened if set(left) <= set(module.modules())]
+        return holders[-1] if left else None
+
+    def ends(self) -> list[Any]:
+        """What computed the outputs; where none is known, the maps of which nothing was made."""
+        if self.outputs:
+            return [output.grad_fn for output in self.outputs]
+        used: set[Any] = set()
+        stack = [call.node for call in self.calls]
+        while stack:
+            before = {source for source, _ in stack.pop().next_functions if source is not None} - used
+            used |= before
+            stack += before
+        return [call.node for call in self.calls if call.node not in used]
+
+
+def stage_ends(model: nn.Module, host: Callable[[Place], Place | None]) -> list[Place]:
+    """The last place of each stage that can have a unit; empty where the network has not two stages.
+
+    A place is a module through which alone its stage reaches smaller maps, or the outputs where it reaches none; and
+    through which alone the image reaches the places of later stages. What a neck makes when it has gone up in
+    resolution is none, since outputs are reached past it. In a classifier the image, too, reaches all smaller maps and
+    the logits through it alone. Of the places in a stage it is one with many convolutions, more than half as many as
+    any has; the outermost of these, and the last; then the norms and activations that follow it in its container, and,
+    unless logits are put out, what follows there with as many channels. Where it cannot have a unit, the next that can
+    takes its place, as the norm behind a block of a DenseNet does.
+
+    The pass may fail in a head, which is left out then. So is the last layer with weights where the output is no map.
+
+    Args:
+        model: the network.
+        host: gives the module that has the unit of a place, or None where none can.
 
     Raises:
-        ValueError: the model cannot be copied, or no image of the sides that are tried passes; the message says why.
+        ValueError: the model cannot be copied, or no image of the sides that are tried shows stages; the message says
+            why.
     """
-    twin = _copy(model)
-    calls, output = _pass_that_runs(twin)
-    counts = Counter(id(call.module) for call in calls)
-    dominators = _dominators([call.node for call in calls] + [output.grad_fn])
-    logits = output.dim() == 2
-    # What gives the logits, the last layer with weights, is no stage.
-    leaves = [c.start for c in calls if c.module._parameters and not list(c.module.children())]
-    before = max(leaves, default=0) if logits else len(calls)
+    with torch.inference_mode(False):
+        twin = _copy(model)
+        ran = _furthest_pass(twin)
+        places = _stage_ends(model, twin, ran, host)
+    if len(places) > 1:
+        return places
+    if ran.error:
+        raise ValueError(
+            f"no image of {ran.channels} channels passes through it on the meta device ({_said(ran.error)})"
+        )
+    return []
 
-    places = []
-    stages = _groups(sorted({call.side for call in calls} - {0}, reverse=True))
-    for number, sides in enumerate(stages):
-        smaller = {side for stage in stages[number + 1 :] for side in stage}
-        behind = [call.node for call in calls if call.side in smaller] + [output.grad_fn] * logits
-        through = [
-            call
-            for call in calls[:before]
-            if call.side in sides
-            and call.name
-            and counts[id(call.module)] == 1
-            and all(call.node in dominators[node] for node in behind)
-        ]
-        place = _end(through, model, fits)
+
+def _stage_ends(model: nn.Module, twin: nn.Module, ran: Pass, host: Callable[[Place], Place | None]) -> list[Place]:
+    logits = bool(ran.outputs) and ran.outputs[0].dim() == 2
+    head = ran.head(twin)
+    inside = set(head.modules()) if head else set()
+    before = len(ran.calls)
+    if not head and not (ran.outputs and ran.outputs[0].dim() == 4):
+        leaves = (c.start for c in ran.calls if c.module._parameters and not list(c.module.children()))
+        before = max(leaves, default=0)
+    calls = [c for c in ran.calls[:before] if c.module not in inside]
+
+    def fits(place: Place) -> bool:
+        found = host(place)
+        return found is not None and ran.times[twin.get_submodule(found.name)] == 1
+
+    places: list[Place] = []
+    ends = ran.ends()
+    last: Any = None
+    of_maps = {call.size for call in calls if type(call.module).__module__ in _MAPS or call.size[0] == call.size[1]}
+    stages = _groups({call.size for call in calls if call.parts and call.size in of_maps} - {(0, 0)})
+    for number, sizes in enumerate(stages):
+        later = {size for stage in stages[number + 1 :] for size in stage}
+        smaller = [call.node for call in ran.calls if call.size in later]
+        stage = [call.node for call in ran.calls if call.size in sizes]
+        nodes = _through(stage, smaller, ends, logits)
+        if last is not None:
+            behind = _ways(stage, [last], from_image=True)
+            nodes = {node for node in nodes if behind[node]}
+        through = [c for c in calls if c.size in sizes and c.name and ran.times[c.module] == 1 and c.node in nodes]
+        place = _end(through, model, fits, keeps=not logits)
         if place is not None:
             places.append(place)
-    return places if len(places) > 1 else []
+            last = next(call.node for call in through if call.name == place.name)
+    return places
 
 
-def _end(through: list[Call], model: nn.Module, fits: Callable[[Place], bool]) -> Place | None:
+def _end(through: list[Call], model: nn.Module, fits: Callable[[Place], bool], keeps: bool) -> Place | None:
     most = max((call.parts for call in through), default=0)
     if not most:
         return None
@@ -93,9 +176,11 @@ def _end(through: list[Call], model: nn.Module, fits: Callable[[Place], bool]) -
     end = next(call for call in reversed(large) if call.name.count(".") == depth)
     container = end.name.rpartition(".")[0]
     after = through[through.index(end) + 1 :]
-    for call in after:
-        if call.name.rpartition(".")[0] == container and type(call.module).__module__ in _ELEMENTWISE:
+    for call in (call for call in after if call.name.rpartition(".")[0] == container):
+        if type(call.module).__module__ in _ELEMENTWISE or (keeps and call.shape[1] == end.shape[1]):
             end = call
+        elif keeps:
+            break
     for call in (end, *through[through.index(end) + 1 :]):
         # The outermost of the modules whose map this is.
         around = [c for c in through if c.node is call.node and f"{call.name}.".startswith(f"{c.name}.")]
@@ -106,9 +191,28 @@ def _end(through: list[Call], model: nn.Module, fits: Callable[[Place], bool]) -
     return None
 
 
-def _dominators(ends: list[Any]) -> dict[Any, set[Any]]:
-    """For each node of the graph that led to ``ends``, the nodes through which all ways to it go."""
-    found: dict[Any, set[Any]] = {}
+def _through(stage: list[Any], smaller: list[Any], ends: list[Any], logits: bool) -> set[Any]:
+    """Those of a stage's nodes through which all ways from it go to ``smaller``, or to ``ends`` if to none of these.
+
+    Where logits are put out: all ways from the image, to both.
+    """
+    ways = _ways([*smaller, *ends], stage, from_image=logits)
+    reached = [node for node in smaller if ways[node] != -1]
+    if logits or not reached:
+        reached += [node for node in ends if ways[node] != -1]
+    common = functools.reduce(int.__and__, (ways[node] for node in reached), -1 if reached else 0)
+    return {node for number, node in enumerate(stage) if common >> number & 1}
+
+
+def _ways(ends: list[Any], among: list[Any], from_image: bool) -> dict[Any, int]:
+    """For each node that led to ``ends``, which of ``among`` (a bit each) all ways to it pass; -1 if none leads there.
+
+    The ways are those from the image, or else those from the first of ``among``.
+    """
+    bits: dict[Any, int] = {}
+    for number, node in enumerate(among):
+        bits[node] = bits.get(node, 0) | 1 << number
+    found: dict[Any, int] = {}
     stack = list(ends)
     while stack:
         node = stack[-1]
@@ -118,7 +222,10 @@ def _dominators(ends: list[Any]) -> dict[Any, set[Any]]:
             stack += missing
             continue
         stack.pop()
-        found[node] = {node}.union(set.intersection(*(found[source] for source in before)) if before else ())
+        ways = functools.reduce(int.__and__, (found[source] for source in before), -1)
+        if ways == -1 and ((from_image and not before) or node in bits):
+            ways = 0
+        found[node] = ways if ways == -1 else ways | bits.get(node, 0)
     return found
 
 
@@ -130,6 +237,8 @@ def _copy(model: nn.Module) -> nn.Module:
             if isinstance(tensor, Tensor):
                 on_meta = torch.empty_like(tensor, device="meta", requires_grad=False)
                 memo[id(tensor)] = nn.Parameter(on_meta, False) if isinstance(tensor, nn.Parameter) else on_meta
+        # What hooks belong to may be anything, a file or a trainer: none is copied.
+        memo.update({id(hooks): type(hooks)() for name, hooks in vars(module).items() if name.endswith("_hooks")})
     try:
         twin = copy.deepcopy(model, memo)
     except Exception as error:
@@ -137,44 +246,46 @@ def _copy(model: nn.Module) -> nn.Module:
     own = set(map(id, model.modules()))
     if any(id(module) in own for module in twin.modules()):
         raise ValueError("it cannot be copied (a copy shares modules with it)")
-    for module in twin.modules():
-        for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
-            getattr(module, hooks).clear()
     return twin.eval()
 
 
-def _pass_that_runs(twin: nn.Module) -> tuple[list[Call], Tensor]:
+def _furthest_pass(twin: nn.Module) -> Pass:
+    """The first that does not fail; where all do, that of the most calls."""
     first = next((m for m in twin.modules() if isinstance(m, nn.Conv2d)), None)
     if first is None:
         raise ValueError("it has no convolution")
-    said = ""
+    furthest: Pass | None = None
     for channels in dict.fromkeys((first.in_channels, 3)):
         for side in SIDES:
-            image = torch.empty(1, channels, side, side, device="meta", dtype=first.weight.dtype)
-            try:
-                return _run(twin, image)
-            except Exception as error:
-                said = said or _said(error)
-    raise ValueError(f"no image of {first.in_channels} channels passes through it on the meta device ({said})")
+            ran = _run(twin, torch.empty(1, channels, side, side, device="meta", dtype=first.weight.dtype))
+            if ran.error is None:
+                return ran
+            if furthest is None or len(ran.calls) > len(furthest.calls):
+                furthest = ran
+    assert furthest is not None
+    return furthest
 
 
 def _said(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
-def _run(twin: nn.Module, image: Tensor) -> tuple[list[Call], Tensor]:
-    """One pass: the calls that return a tensor, in the order in which they end, and the first tensor of the output.
-
-    The image alone requires a gradient, so that autograd's graph holds what depends on it.
-    """
+def _run(twin: nn.Module, image: Tensor) -> Pass:
+    """One pass. The image alone requires a gradient, so that autograd's graph holds what depends on it."""
     calls: list[Call] = []
-    starts: list[int] = []
+    times: Counter[nn.Module] = Counter()
+    opened: list[tuple[nn.Module, int]] = []
+    outputs: list[Tensor] = []
+    failed: Exception | None = None
 
     def begin(module: nn.Module, args: Any) -> None:
-        starts.append(len(calls))
+        times[module] += 1
+        opened.append((module, len(calls)))
 
     def end(name: str, parts: int, module: nn.Module, output: Any) -> None:
-        start = starts.pop()
+        while opened[-1][0] is not module:  # it caught what was raised in those
+            opened.pop()
+        start = opened.pop()[1]
         if isinstance(output, Tensor) and output.grad_fn is not None:
             calls.append(Call(name, module, start, output.shape, output.grad_fn, parts))
 
@@ -185,13 +296,15 @@ def _run(twin: nn.Module, image: Tensor) -> tuple[list[Call], Tensor]:
         handles.append(module.register_forward_hook(lambda m, args, y, name=name, parts=parts: end(name, parts, m, y)))
     try:
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
-            output = next(_tensors(twin(image.requires_grad_().clone())))
+            outputs = [y for y in _tensors(twin(image.requires_grad_().clone())) if y.grad_fn is not None]
+        if not calls:
+            raise ValueError("its output does not depend on the image")
+    except Exception as error:
+        failed = error
     finally:
         for handle in handles:
             handle.remove()
-    if output.grad_fn is None:
-        raise ValueError("its output does not depend on the image")
-    return calls, output
+    return Pass(calls, times, outputs, [module for module, _ in opened], failed, image.shape[1])
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:
@@ -202,10 +315,11 @@ def _tensors(output: Any) -> Iterator[Tensor]:
             yield from _tensors(part)
 
 
-def _groups(sides: list[int]) -> list[list[int]]:
-    groups: list[list[int]] = []
-    for side in sides:
-        if not groups or side < FALL * groups[-1][0]:
+def _groups(sizes: set[tuple[int, int]]) -> list[list[tuple[int, int]]]:
+    """``sizes`` by stage, the largest first."""
+    groups: list[list[tuple[int, int]]] = []
+    for height, width in sorted(sizes, key=lambda size: (-size[0] * size[1], size)):
+        if not groups or height < FALL * groups[-1][0][0] or width < FALL * groups[-1][0][1]:
             groups.append([])
-        groups[-1].append(side)
+        groups[-1].append((height, width))
     return groups

@@ -323,11 +323,11 @@ def _places(model: nn.Module, sites: Any) -> list[Place]:
         places = list(PLACEMENTS[sites](model))
         why = "none is known"
         # A place between known blocks is refused by its name below; a dry run would choose others in its stead.
-        if sites != "blocks" and not find_blocks(model) and not all(_fits(place, model) for place in places):
+        if sites != "blocks" and not find_blocks(model) and not all(_host_if_fit(place, model) for place in places):
             places = []
         if sites != "blocks" and not places:
             try:
-                places = stage_ends(model, lambda place: _fits(place, model))
+                places = stage_ends(model, lambda place: _host_if_fit(place, model))
                 why += ", and its maps show no two stages, which end where the resolution falls"
             except ValueError as error:
                 why += f", and a dry run shows none: {error}"
@@ -379,12 +379,11 @@ def _host(place: Place, model: nn.Module) -> Place:
     return Place(name, module, channels_of(module) if channels is None else channels)
 
 
-def _fits(place: Place, model: nn.Module) -> bool:
+def _host_if_fit(place: Place, model: nn.Module) -> Place | None:
     try:
-        _host(place, model)
+        return _host(place, model)
     except ValueError:
-        return False
-    return True
+        return None
 
 
 def _check_host(name: str, module: nn.Module, model: nn.Module) -> None:
