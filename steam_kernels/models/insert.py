@@ -42,16 +42,15 @@ _SITES = f"sites must be one of {_NAMED}, a list of module names, or a predicate
 @functools.cache
 def _with_unit(base: Any) -> Any:
     """``base`` with the unit ``steam`` behind its forward."""
+    _watch_for_adapters()
 
     class WithUnit(base):
         without_unit = base
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
-            # peft makes the layers of a LoRA so, by the class of the convolution, and adds theirs to its output.
             raise TypeError(
-                f"a {base.__qualname__} with a STEAM unit cannot be made from its class, as an adapter on it would: "
-                "its share would be added behind the unit, and be merged before it. Put the unit after a norm or a "
-                "block, which adapters leave alone (insert_steam(model, 'blocks') does)"
+                f"a {base.__qualname__} with a STEAM unit cannot be made from its class: it would have no unit. Make a "
+                f"{base.__qualname__}, and give it one by insert_steam"
             )
 
         @functools.wraps(base.forward)
@@ -78,6 +77,27 @@ def _with_unit(base: Any) -> Any:
     # FX goes by a class's module, and people by its name.
     WithUnit.__module__, WithUnit.__name__, WithUnit.__qualname__ = base.__module__, base.__name__, base.__qualname__
     return WithUnit
+
+
+def _is_adapter(module: nn.Module) -> bool:
+    """Whether it is one of peft's layers, which hold the layer that they adapt as ``base_layer``."""
+    return any(c.__name__ == "BaseTunerLayer" for c in type(module).__mro__)
+
+
+@functools.cache
+def _watch_for_adapters() -> None:
+    """Has an adapter refused when it takes a module with a unit, which it does by making it its child."""
+
+    def refuse(adapter: nn.Module, name: str, module: Any) -> None:
+        if name == "base_layer" and hasattr(type(module), "without_unit") and _is_adapter(adapter):
+            raise TypeError(
+                f"a {type(module).__qualname__} with a STEAM unit cannot have an adapter, got a "
+                f"{type(adapter).__module__}.{type(adapter).__qualname__}: its share would be added behind the unit, "
+                "and be merged before it. Put the unit after a norm or a block, which adapters leave alone "
+                "(insert_steam(model, 'blocks') does)"
+            )
+
+    nn.modules.module.register_module_module_registration_hook(refuse)
 
 
 def _gated(module: Any, output: Any) -> Tensor:
@@ -405,6 +425,12 @@ def _check_host(name: str, module: nn.Module, model: nn.Module) -> None:
         raise ValueError(
             f"sites must be modules with the forward of their class, got {name!r}, whose own forward was replaced"
         )
+    for owner in model.modules():
+        if _is_adapter(owner) and module in owner.modules():
+            raise ValueError(
+                f"sites must be modules that stay: {name!r}, a {type(module).__qualname__}, is an adapter or stands in "
+                "one, which merging replaces; name a norm or a block instead"
+            )
     # Ultralytics' fuse() makes what stands in such a module anew or drops it; the module itself stays.
     for owner in model.modules():
         if hasattr(owner, "forward_fuse") and module is not owner and module in owner.modules():
