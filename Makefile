@@ -6,13 +6,13 @@
 # make bench   runs all benchmarks, and writes docs/benchmarks.md and its pictures (BENCH_FLAGS, RUN, PAGE, IMAGES);
 #              with BENCH_FLAGS=--quick all output goes to build/bench
 # make train   trains a small ResNet with and without attention on handwritten digits
-# make gpu-report   runs the GPU suite and the benchmarks on this machine's GPU, and writes one file in benchmarks/results/
-#              (REPORT_FLAGS)
+# make gpu-report   runs the GPU suite and the benchmarks on this machine's GPU, and writes one file in
+#              benchmarks/results/ (REPORT_FLAGS)
 # make clean   removes all built files and .venv
 #
 # PYTHON is the interpreter that makes .venv. STEAM_KERNELS_BUILD is `require` here, so that make stops if a library
-# cannot be built; `make test STEAM_KERNELS_BUILD=auto` continues without it. The CUDA library is built if nvcc is found.
-# It is built for one GPU architecture, because all major ones take minutes; CMAKE_CUDA_ARCHITECTURES=90-real chooses one.
+# cannot be built; `make test STEAM_KERNELS_BUILD=auto` continues without it. The CUDA library is built if nvcc is
+# found, for one GPU architecture, because all major ones take minutes; CMAKE_CUDA_ARCHITECTURES=90-real chooses it.
 
 PYTHON ?= python3
 STEAM_KERNELS_BUILD ?= require

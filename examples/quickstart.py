@@ -186,9 +186,9 @@ def report(comparisons: Mapping[str, Mapping[str, Comparison]]) -> bool:
             print(f"{unit:<12}{label:<28}{figures}{'' if ok else '   BOUND BROKEN'}")
     print(
         "difference: largest |fused - reference|, both float32. error: largest |fused - float64|. size: largest value\n"
-        "The bound of an error is 2 x the reference's error + the change for inputs changed by 4 eps + a rounding (for\n"
-        "the network: 2 x the reference's error). The bound of a difference is larger by the reference's error. Each\n"
-        "unit is compared on its own activations and upstream gradient, because rounding grows through random layers."
+        "The bound of an error is 2 x the reference's error + the change for inputs changed by 4 eps + a rounding\n"
+        "(for the network: 2 x the reference's error). The bound of a difference is larger by the reference's error.\n"
+        "Each unit is compared on its own activations and upstream gradient: rounding grows through random layers."
     )
     return sound
 
