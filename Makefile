@@ -1,17 +1,18 @@
-# make venv    .venv with everything that the other targets need, and the native libraries built in place
-# make demo    a ResNet-50 with five units on a photo, fused beside reference
-# make test    the tests                      (PYTEST_FLAGS="-k layouts" for some of them)
-# make test-slow   those that compile or interpret for minutes, which make test leaves out
-# make lint    ruff, clang-format, mypy, and the check that no CPU variant's code leaks into another
-# make bench   all benchmarks, and docs/benchmarks.md with its pictures from them (BENCH_FLAGS, RUN, PAGE, IMAGES);
-#              with BENCH_FLAGS=--quick all of it goes to build/bench
-# make train   a small ResNet with and without attention on handwritten digits
-# make gpu-report   the GPU suite and the benchmarks on this machine's GPU, as one file in benchmarks/results/ (REPORT_FLAGS)
-# make clean   removes what was built, .venv too
+# make venv    makes .venv with everything that the other targets need, and builds the native libraries in place
+# make demo    runs a ResNet-50 with five units on a photo, with the fused kernels and with the reference
+# make test    runs the tests (PYTEST_FLAGS="-k layouts" selects some of them)
+# make test-slow   runs the tests that compile or interpret for minutes, which make test leaves out
+# make lint    runs ruff, clang-format, mypy, and the check that no CPU variant's code replaces another's
+# make bench   runs all benchmarks, and writes docs/benchmarks.md and its pictures (BENCH_FLAGS, RUN, PAGE, IMAGES);
+#              with BENCH_FLAGS=--quick all output goes to build/bench
+# make train   trains a small ResNet with and without attention on handwritten digits
+# make gpu-report   runs the GPU suite and the benchmarks on this machine's GPU, and writes one file in
+#              benchmarks/results/ (REPORT_FLAGS)
+# make clean   removes all built files and .venv
 #
-# PYTHON is the interpreter that .venv is made from. STEAM_KERNELS_BUILD is `require` here, so that a library that
-# cannot be built stops make; `make test STEAM_KERNELS_BUILD=auto` goes on without it. The CUDA library is built where nvcc
-# is, for one GPU architecture, since all major ones take minutes: CMAKE_CUDA_ARCHITECTURES=90-real for another.
+# PYTHON is the interpreter that makes .venv. STEAM_KERNELS_BUILD is `require` here, so that make stops if a library
+# cannot be built; `make test STEAM_KERNELS_BUILD=auto` continues without it. The CUDA library is built if nvcc is
+# found, for one GPU architecture, because all major ones take minutes; CMAKE_CUDA_ARCHITECTURES=90-real chooses it.
 
 PYTHON ?= python3
 STEAM_KERNELS_BUILD ?= require
@@ -26,7 +27,7 @@ NATIVE_SOURCES := $(shell find csrc include cmake -type f 2>/dev/null) CMakeList
 PYTEST_FLAGS ?=
 BENCH_FLAGS ?=
 REPORT_FLAGS ?=
-# A quick run says nothing of what things take, so that it does not take the committed run's place.
+# The times of a quick run mean nothing, so its output must not replace the committed run.
 QUICK := $(filter --quick,$(BENCH_FLAGS))
 RUN ?= $(if $(QUICK),build/bench/results,benchmarks/results/latest)
 PAGE ?= $(if $(QUICK),build/bench/benchmarks.md,docs/benchmarks.md)
@@ -37,8 +38,8 @@ IMAGES ?= $(if $(QUICK),build/bench/images,docs/images)
 
 venv: $(INSTALLED) $(LIBRARY)
 
-# The stamp is written last, so a run that was cut off is taken up again; venv and pip leave alone what is right already,
-# and an environment whose pip itself was cut off is made anew.
+# The stamp is written last, so that make repeats an interrupted installation. venv and pip keep the parts that are
+# complete. If pip itself is incomplete, the environment is made again.
 $(INSTALLED): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "steam_kernels needs Python 3.10 or newer; PYTHON=$(PYTHON) is " + sys.version.split()[0])'
 	$(PYTHON) -m venv $(VENV) && $(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
@@ -65,7 +66,7 @@ lint: venv
 	$(PY) -m mypy
 	$(PY) .ci/check_symbols.py build/cmake
 
-# A wrong or failed row stops neither the others nor the page, but it fails make at the end.
+# After a wrong or failed row, make still runs the other benchmarks and writes the page, and fails at the end.
 bench: venv
 	@mkdir -p $(RUN)
 	rm -f $(addprefix $(RUN)/,unit.json unit.csv end_to_end.json host.json scaling.json)

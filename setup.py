@@ -1,20 +1,21 @@
 """Builds the package. CMakeLists.txt alone describes the native libraries; this file finds torch and calls CMake.
 
-The environment variable STEAM_KERNELS_BUILD says what happens where a native library cannot be built:
+The environment variable STEAM_KERNELS_BUILD chooses the behaviour if a native library cannot be built:
 
-    auto (default)  go on without it, and say in one line which one is missing and why
+    auto (default)  continue without the library, and print in one line its name and the reason
     require         fail
-    skip            build none
+    skip            build no library
 
-The CUDA library needs more than the other: nvcc, and a torch with CUDA. STEAM_KERNELS_CUDA says what happens without:
+The CUDA library also needs nvcc and a torch with CUDA. STEAM_KERNELS_CUDA chooses the behaviour without them:
 
-    auto (default)  go on without it, also under `require`, and say so in that line
+    auto (default)  continue without the library, also under `require`, and print the reason in that line
     on              fail
-    off             do not try
+    off             do not build the library
 
-CMAKE_CUDA_ARCHITECTURES, in CMake's form, is what it is built for: all major ones from 7.5 unless set. CUDACXX is nvcc.
-What became of each library is also written to steam_kernels/_build.txt, one line each, since pip hides what a build
-prints. MAX_JOBS (or CMAKE_BUILD_PARALLEL_LEVEL) limits the compilers that run at once; CXX and CXXFLAGS are CMake's.
+CMAKE_CUDA_ARCHITECTURES, in CMake's form, lists the architectures of the CUDA library; without it, all major ones from
+7.5. CUDACXX is the path of nvcc. steam_kernels/_build.txt keeps one line for each library, built or not, because pip
+hides the output of a build. MAX_JOBS (or CMAKE_BUILD_PARALLEL_LEVEL) limits the number of compilers that run at a time.
+CMake reads CXX and CXXFLAGS.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ OLDEST_TORCH = (2, 10)
 
 
 def environment(name: str, allowed: tuple[str, ...]) -> str:
-    """The value of a variable that has a few; the first is the default."""
+    """The value of an environment variable, one of `allowed`, of which the first is the default."""
     value = os.environ.get(name, allowed[0])
     if value not in allowed:
         sys.exit(f"steam_kernels: {name} is {value!r}; allowed are {', '.join(allowed)}")
@@ -56,7 +57,7 @@ class BuildError(Exception):
 
 
 class LeftOut(BuildError):
-    """Why the CUDA library is not even tried."""
+    """Why the build does not try the CUDA library."""
 
 
 class Torch(NamedTuple):
@@ -78,7 +79,7 @@ class Configured(NamedTuple):
 
 
 def find_tool(name: str) -> str | None:
-    """A program of this Python's environment, or else of the PATH."""
+    """The path of a program in this Python's environment, or else on the PATH."""
     return shutil.which(name, path=sysconfig.get_path("scripts")) or shutil.which(name)
 
 
@@ -140,7 +141,7 @@ def run(step: str, command: list[str]) -> str:
 
 
 def why_not_cuda(torch: Torch) -> str:
-    """ "" where the CUDA library can be tried, else why not."""
+    """ "" if the build can try the CUDA library, else the reason why not."""
     if CUDA == "off":
         return "STEAM_KERNELS_CUDA=off"
     if not torch.cuda_library.is_file():
@@ -161,7 +162,7 @@ def configure(build_dir: Path) -> Configured:
     if ninja is None and find_tool("make") is None:
         raise BuildError("neither ninja nor make was found (pip install ninja)")
 
-    # CMake keeps its first compilers and generator for ever: other ones start afresh.
+    # CMake never changes the compilers and generator of a build folder, so other ones need a new folder.
     nvcc = find_nvcc()
     flags = map(os.environ.get, ("CXX", "CXXFLAGS", "LDFLAGS", "CUDAHOSTCXX", "CUDAFLAGS"))
     signature = json.dumps([cmake, ninja, nvcc, *flags])
@@ -185,7 +186,7 @@ def configure(build_dir: Path) -> Configured:
     try:
         printed = run("cmake", command)
     except BuildError:
-        shutil.rmtree(build_dir, ignore_errors=True)  # a half-made cache would outlive its cause
+        shutil.rmtree(build_dir, ignore_errors=True)  # the next build would read an incomplete cache
         raise
     signature_file.write_text(signature)
     return Configured(cmake, torch, printed)
@@ -205,7 +206,7 @@ def build_library(name: str, build_dir: Path, configured: Configured) -> tuple[P
 
 
 class BuildNative(build_ext):
-    """Places the native libraries in the package, or says why they are not there."""
+    """Places the native libraries in the package, or records why one is missing."""
 
     def run(self) -> None:
         folder = ROOT / PACKAGE if self.inplace else Path(self.build_lib) / PACKAGE
@@ -226,7 +227,7 @@ class BuildNative(build_ext):
                     raise configured
                 built, note = build_library(name, build_dir, configured)
             except BuildError as error:
-                target.unlink(missing_ok=True)  # an older library would run in its place
+                target.unlink(missing_ok=True)  # otherwise Python would load an older library
                 lines.append(f"lib{name}: not built: {error}")
                 demands = ["STEAM_KERNELS_BUILD=require"] * (MODE == "require" and not isinstance(error, LeftOut))
                 demands += ["STEAM_KERNELS_CUDA=on"] * (CUDA == "on" and name == "steam_cuda")
@@ -234,7 +235,7 @@ class BuildNative(build_ext):
                     (folder / "_build.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
                     sys.exit(f"steam_kernels: {lines[-1]} ({demands[0]})")
             else:
-                # A process that has the old library open keeps it whole.
+                # The replacement leaves the old file intact for a process that has it open.
                 beside = target.with_suffix(f".{os.getpid()}.tmp")
                 shutil.copyfile(built, beside)
                 os.replace(beside, target)
@@ -247,7 +248,7 @@ class BuildNative(build_ext):
 
 
 class Wheel(bdist_wheel):
-    """A wheel for any Python: the libraries use torch's stable ABI, and nothing of Python's."""
+    """A wheel for any Python: the libraries use torch's stable ABI, and no ABI of Python."""
 
     def get_tag(self) -> tuple[str, str, str]:
         return ("py3", "none", "any" if MODE == "skip" else super().get_tag()[2])

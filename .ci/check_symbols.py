@@ -1,9 +1,9 @@
 """Checks that no code of one CPU variant can run in place of another's: `python .ci/check_symbols.py BUILD_DIR`.
 
-The variants are the same sources under different -march flags. Where two of their objects hold one weak symbol (an
-inline function, a template instance), the linker keeps either for both, and a processor without AVX-512 meets AVX-512
-code. So a variant's object may have no weak symbol at all, and exports one name: <source>_<variant>, which dispatch.cpp
-picks from.
+The variants are the same sources, compiled with different -march flags. If the objects of two variants have the same
+weak symbol (an inline function, a template instance), the linker keeps one of them for both, and a processor without
+AVX-512 may run AVX-512 code. So an object of a variant must have no weak symbol, and exports only the name
+<source>_<variant>, which dispatch.cpp calls.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def check(build_dir: Path) -> tuple[list[str], list[Path]]:
     for variant in VARIANTS:
         folder = build_dir / "CMakeFiles" / f"steam_cpu_{variant}.dir"
         if not folder.is_dir() and variant != "generic":
-            continue  # left out by CMake: this compiler or processor does not have it
+            continue  # CMake leaves out a variant that this compiler or processor does not have
         found = sorted(folder.rglob("*.o"))
         if sorted(path.name for path in found) != sorted(f"{source}.cpp.o" for source in SOURCES):
             bad.append(f"{folder}: expected the objects of {', '.join(SOURCES)}, found {[path.name for path in found]}")

@@ -1,21 +1,20 @@
-"""A ResNet-50 with five STEAM units on a photo: that the kernels compute what the reference computes, and how fast.
+"""Runs a ResNet-50 with five STEAM units on a photo, and compares the kernels with the reference: results and times.
 
     python examples/quickstart.py [--out build/quickstart]
 
 The network (torchvision's ResNet-50, random weights from a fixed seed, training mode) runs on one batch with the fused
-kernels, with the reference in the same dtype, and with the reference in float64, which serves as the truth.
+kernels, with the reference in the same dtype, and with the reference in float64, which counts as exact.
 
-How each bound is derived: a float32 result is as good as plain PyTorch's if its error against float64 is at most twice
-that of the float32 reference, plus what rounding alone can do. The second part is measured, not guessed: a value
-passes about eight dependent roundings of eps/2 on its way, so the float64 unit is run again with each input moved by 4
-eps, with random signs, and the change of its result is added. (A whole network has no such second part here; its own
-float32 error takes its place.) The difference from the reference, which is printed, is then at most the bound on the
-error plus the reference's own error.
+Bounds: the error of a float32 result against float64 may be at most twice the error of the float32 reference, plus the
+effect of rounding. This effect is measured. A value passes about eight dependent roundings of eps/2, so the float64
+unit runs again with each input changed by 4 eps with random signs, and the change of its result is the effect. (A whole
+network has the reference's float32 error in place of this effect.) The printed difference from the reference may be at
+most the bound on the error plus the reference's error.
 
-Gradients are compared unit by unit, each on its own real activations and its own real upstream gradient, both captured
-in the fused run: in a random network with batch normalisation, rounding grows from layer to layer, so that the
-gradients of the whole network would say more about the network than about the units. The whole network's output has
-its bound; its gradient is for information.
+Gradients are compared for each unit alone, on its real activations and its real upstream gradient, both captured in the
+fused run. Rounding grows from layer to layer in a random network with batch normalisation, so the gradients of the
+whole network would measure the network rather than the units. The output of the whole network has a bound. Its gradient
+is printed for information only.
 """
 
 from __future__ import annotations
@@ -66,8 +65,8 @@ class Site(NamedTuple):
 
 
 def photo_batch() -> tuple[Tensor, np.ndarray]:
-    """A (8, 3, 224, 224) batch, normalised: four crops of scikit-learn's china.jpg and their mirror images; and the
-    first as a picture."""
+    """A normalised (8, 3, 224, 224) batch of four crops of scikit-learn's china.jpg and their mirror images, and the
+    first crop as a picture."""
     photo = torch.from_numpy(load_sample_image("china.jpg").copy()).permute(2, 0, 1) / 255
     height, width = photo.shape[1:]
     crops = []
@@ -175,7 +174,7 @@ def compare_unit(site: Site) -> dict[str, Comparison]:
 
 
 def report(comparisons: Mapping[str, Mapping[str, Comparison]]) -> bool:
-    """Print the table; whether every bound holds."""
+    """Print the table, and return whether every bound holds."""
     sound = True
     print(f"\n{'unit':<12}{'result':<28}{'difference':>12}{'bound':>12}{'error':>12}{'bound':>12}{'size':>12}")
     for unit, rows in comparisons.items():
@@ -187,9 +186,9 @@ def report(comparisons: Mapping[str, Mapping[str, Comparison]]) -> bool:
             print(f"{unit:<12}{label:<28}{figures}{'' if ok else '   BOUND BROKEN'}")
     print(
         "difference: largest |fused - reference|, both float32. error: largest |fused - float64|. size: largest value\n"
-        "An error's bound is 2 x the reference's error + the change under inputs moved by 4 eps + a rounding (for the\n"
-        "network: 2 x the reference's error); a difference's is that + the reference's error. Each unit is judged on\n"
-        "its own activations and upstream gradient, captured in the network: rounding grows through random layers."
+        "The bound of an error is 2 x the reference's error + the change for inputs changed by 4 eps + a rounding\n"
+        "(for the network: 2 x the reference's error). The bound of a difference is larger by the reference's error.\n"
+        "Each unit is compared on its own activations and upstream gradient: rounding grows through random layers."
     )
     return sound
 
@@ -225,7 +224,7 @@ def times(sites: list[Site], rounds: int) -> dict[str, dict[str, float]]:
 
 
 def draw(sites: list[Site], photo: np.ndarray, path: Path) -> None:
-    """The photo, and each unit's spatial gate for it on top, every one in its own range."""
+    """Draws the photo, and the spatial gate of each unit over the photo, each with its own colour range."""
     figure, axes = plt.subplots(1, len(sites) + 1, figsize=(3.1 * (len(sites) + 1), 3.5), constrained_layout=True)
     axes[0].imshow(photo)
     axes[0].set_title("photo", fontsize=9)

