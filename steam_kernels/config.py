@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,18 +55,6 @@ def check_embed_dim(embed_dim: Any, num_heads: int) -> None:
     check_integer("embed_dim", embed_dim)
     if embed_dim % num_heads:
         raise ValueError(f"num_heads must divide embed_dim, got num_heads={num_heads} and embed_dim={embed_dim}")
-
-
-class Arguments(NamedTuple):
-    """The options that the operators take, last and in this order, as they are in their schemas."""
-
-    num_heads: int
-    channel_radius: int
-    spatial_neighbors: int
-    self_loops: bool
-    sequential: bool
-    scale: float
-    relu: bool
 
 
 @dataclass(frozen=True)
