@@ -121,18 +121,18 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 
 @pytest.fixture(autouse=True)
 def _fresh(request: pytest.FixtureRequest) -> Iterator[None]:
-    threads = torch.get_num_threads()
+    """A test starts with the same seed, threads and environment variables, whichever tests ran before it.
+
+    Packages set variables and leave them: peft's BOFT leaves CXX=gcc, with which a later build does not link.
+    """
+    threads, variables = torch.get_num_threads(), dict(os.environ)
     torch.manual_seed(0)
     if "compile" in request.node.nodeid:
         torch._dynamo.reset()
     yield
     torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def environment() -> Iterator[None]:
-    """Environment variables as they were, after a toolkit that sets some."""
-    before = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
+    for name in (os.environ.keys() | variables.keys()) - {"PYTEST_CURRENT_TEST"}:  # pytest itself sets that one
+        if name not in variables:
+            del os.environ[name]
+        elif os.environ.get(name) != variables[name]:
+            os.environ[name] = variables[name]

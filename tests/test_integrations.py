@@ -21,8 +21,6 @@ from torch import nn
 from steam_kernels import FusedSTEAM, insert_steam, remove_steam, steam_sites
 from steam_kernels.models import reattach_steam
 
-pytestmark = pytest.mark.usefixtures("environment")
-
 STUBS = pathlib.Path(__file__).parent / "stubs"
 
 

@@ -15,8 +15,6 @@ from typing import NamedTuple
 
 import pytest
 
-pytestmark = pytest.mark.usefixtures("environment")
-
 ROOT = pathlib.Path(__file__).parents[1]
 STUBS = pathlib.Path(__file__).parent / "stubs"
 PAGES = ["README.md", "docs/cost.md", "docs/use_it_in.md"]
