@@ -2,7 +2,7 @@
 
 * A *problem* is a shape, dtype, memory format and unit; it makes the tensors.
 * A *contender* is a way to compute it. It is judged (output and every gradient, by the rule of
-  ``tests/tolerances.py``) before it is timed.
+  ``tests/support/tolerances.py``) before it is timed.
 * The *floor* is the least memory traffic that a pass can have: ``torch.mul(x, 0.5, out=y)`` forward and
   ``torch.add(x, dy, out=dx)`` backward, in the same run, memory format and dtype, on preallocated tensors.
 * Rounds of everything that is compared are interleaved and medians are taken, so that a drift of the machine hits all
@@ -88,7 +88,7 @@ def tolerances() -> Any:
     """The tests' rule of tolerance; the one place where it is written."""
     name = "steam_benchmarks_tolerances"
     if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, ROOT / "tests" / "tolerances.py")
+        spec = importlib.util.spec_from_file_location(name, ROOT / "tests" / "support" / "tolerances.py")
         assert spec is not None and spec.loader is not None
         sys.modules[name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules[name])
@@ -788,7 +788,7 @@ def _processor() -> str:
 #: What a figure depends on; a run rewrites the rest, its own results, page and pictures.
 CODE = (
     "steam_kernels", "csrc", "include", "cmake", "CMakeLists.txt", "setup.py", "pyproject.toml", "Makefile",
-    "tests/tolerances.py", "benchmarks", ":(exclude)benchmarks/results",
+    "tests/support/tolerances.py", "benchmarks", ":(exclude)benchmarks/results",
 )  # fmt: skip
 
 

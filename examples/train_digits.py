@@ -11,7 +11,8 @@ same convolutions and see the same scenes.
 epoch. The stages are *train*, *compare* (the fused unit and the reference backend, same seed), *times* and *report*;
 ``--only`` chooses among them. Times and memory are measured for one training step, times in interleaved rounds.
 
-The bound of *compare*: the result of a unit passes about eight dependent roundings of eps/2 (``tests/tolerances.py``).
+The bound of *compare*: the result of a unit passes about eight dependent roundings of eps/2
+(``tests/support/tolerances.py``).
 So the reference is trained three more times, with all inputs and outputs of the units changed by 4 eps with random
 signs at every step. The loss of the fused run may differ from the reference's by twice the largest change so far in
 these three runs, plus 4 eps of the loss. Training amplifies any rounding, so the bound grows with the steps.

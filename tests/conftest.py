@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 import glob
 import importlib
 import os
+import shutil
 import tempfile
 from collections.abc import Generator, Iterator
+from pathlib import Path
 from typing import Any
 
 # Before torch, which may import Triton: where there is no GPU, its kernels run in the interpreter, for who names them.
@@ -15,10 +16,12 @@ if not glob.glob("/dev/nvidia[0-9]*") + glob.glob("/dev/kfd"):
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
-import tolerances
 import torch
 
 import steam_kernels
+from tests.support import tolerances
+from tests.support.poison import POISONED
+from tests.support.processes import PACKAGE
 
 # Ultralytics asks the network and writes into the home directory from its import on, unless told not to.
 _ULTRALYTICS = tempfile.TemporaryDirectory(prefix="steam_kernels_ultralytics_")
@@ -35,21 +38,23 @@ def import_or_skip(name: str, *args: Any, **options: Any) -> Any:
 
 pytest.importorskip = import_or_skip
 
-M_PERTURB = -6
+
+def restore(variables: dict[str, str]) -> None:
+    """Sets the environment variables to these."""
+    for name in (os.environ.keys() | variables.keys()) - {"PYTEST_CURRENT_TEST"}:  # pytest itself sets that one
+        if name not in variables:
+            del os.environ[name]
+        elif os.environ.get(name) != variables[name]:
+            os.environ[name] = variables[name]
 
 
-def poison_memory() -> bool:
-    """Has every allocation of this process come back as NaN until it is written, those of the C++ kernels included.
-
-    glibc fills what malloc returns with the complement of this byte: 0xFF, a NaN in every floating dtype. The
-    value is kept as an int, so that 0x100 is "on" although its low byte is 0.
-    A block of less than 1 KB may come from the thread's cache of freed ones instead, and then hold what it held.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    return mallopt is not None and mallopt(M_PERTURB, 0x100) == 1 and bool(torch.empty(100_000).isnan().all())
-
-
-POISONED = poison_memory()
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Takes back what imports of test files set: peft's BOFT leaves CXX=gcc, with which a later build does not link."""
+    variables = dict(os.environ)
+    result = yield
+    restore(variables)
+    return result
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -77,24 +82,34 @@ def pytest_report_header() -> list[str]:
     return lines
 
 
-#: Says which file of ratios this run has begun.
+#: Says which file of ratios this run, with its workers and the runs that tests start, has begun.
 _BEGUN = f"{tolerances.RECORD}_BEGUN"
+#: The file of ratios that this process began and judges at its end.
+_RECORD = pytest.StashKey[Path]()
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_sessionstart(session: pytest.Session) -> None:
     path = os.environ.get(tolerances.RECORD)
-    # Once: a worker, or a pytest that a test starts, adds to the file.
+    # A worker, or a pytest that a test starts, adds to the file that this run has begun.
     if path and os.environ.get(_BEGUN) != path:
         os.environ[_BEGUN] = path
-        open(path, "w").close()
+        session.config.stash[_RECORD] = Path(path)
+        Path(path).write_text("")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    path = session.config.stash.get(_RECORD, None)
+    if path is not None and tolerances.too_near(path.read_text().splitlines()) and session.exitstatus == 0:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if path := os.environ.get(tolerances.RECORD):
-        with open(path) as file:
-            for line in tolerances.summary(file.read().splitlines()):
-                terminalreporter.write_line(line)
+    if path := terminalreporter.config.stash.get(_RECORD, None):
+        lines = path.read_text().splitlines()
+        for line in [*tolerances.summary(lines), *tolerances.too_near(lines)]:
+            terminalreporter.write_line(line)
     # the header is not shown under -q
     for name, why in _unusable().items():
         terminalreporter.write_line(f"kernel tests NOT RUN on {name}: {why}")
@@ -121,18 +136,21 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 
 @pytest.fixture(autouse=True)
 def _fresh(request: pytest.FixtureRequest) -> Iterator[None]:
-    """A test starts with the same seed, threads and environment variables, whichever tests ran before it.
-
-    Packages set variables and leave them: peft's BOFT leaves CXX=gcc, with which a later build does not link.
-    """
+    """A test starts with the same seed, threads and environment variables, whichever tests ran before it."""
     threads, variables = torch.get_num_threads(), dict(os.environ)
     torch.manual_seed(0)
     if "compile" in request.node.nodeid:
         torch._dynamo.reset()
     yield
     torch.set_num_threads(threads)
-    for name in (os.environ.keys() | variables.keys()) - {"PYTEST_CURRENT_TEST"}:  # pytest itself sets that one
-        if name not in variables:
-            del os.environ[name]
-        elif os.environ.get(name) != variables[name]:
-            os.environ[name] = variables[name]
+    restore(variables)
+
+
+@pytest.fixture(scope="module")
+def without_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The package, copied without its compiled libraries."""
+    target = tmp_path_factory.mktemp("plain")
+    shutil.copytree(
+        PACKAGE, target / "steam_kernels", ignore=shutil.ignore_patterns("*.so", "__pycache__", "_build.txt")
+    )
+    return target

@@ -1,0 +1,153 @@
+"""The report on a GPU, from made-up input; and the benchmarks' refusal where there is no GPU."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import conftest, core, cuda, gpu_report  # noqa: E402
+from benchmarks.bench_unit import Row  # noqa: E402
+
+FACTS: dict[str, Any] = {
+    "gpu": "Made-Up GPU 9000",
+    "gpu_architecture": "sm_90",
+    "gpu_memory_gbytes": 80.0,
+    "cuda": "13.0",
+    "torch": "2.14.1",
+    "date": "2027-01-02T03:04:05+00:00",
+    "copy_gbytes": 2000.0,
+    "backends": {"triton": "", "cuda": "not built"},
+}
+XML = """<testsuites><testsuite>
+<testcase classname="tests.test_gpu" name="test_right[triton-a]"/>
+<testcase classname="tests.test_gpu" name="test_right[triton-b]"/>
+<testcase classname="tests.test_gpu" name="test_wrong[triton]"><failure message="dx|dy&#10;more"/></testcase>
+<testcase classname="tests.test_gpu" name="test_setup[triton]"><error message=""/></testcase>
+<testcase classname="tests.test_gpu" name="test_second_device[triton]"><skipped message="needs two GPUs"/></testcase>
+</testsuite></testsuites>"""
+
+
+def measured(device: str) -> Row:
+    """A made-up measurement: the floor takes 1 ms, ours 1.25 ms and eager 5 ms, in each direction."""
+    row = Row(core.Problem(32, *core.STAGES["56"], device=device))
+    times = {"triton": 1.25e-3, "eager": 5e-3}
+    samples = {f"floor-{d}": [{d: 1e-3}] for d in ("forward", "backward")}
+    for name, seconds in times.items():
+        samples[f"{name} forward"] = [{"forward": seconds}]
+        samples[f"{name} training"] = [{"backward": seconds, "both": 2 * seconds}]
+    row.measured = core.Measured(samples)
+    return row
+
+
+def test_report_on_made_up_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "copy_gbytes", lambda: FACTS["copy_gbytes"])
+    rows = measured("cuda").lines()
+    text = gpu_report.report(FACTS, gpu_report.read_tests(XML), rows)
+    lines = text.splitlines()
+    assert lines[0] == "# steam_kernels on Made-Up GPU 9000"
+    assert "| gpu architecture | sm_90 |" in lines and "| cuda | 13.0 |" in lines
+    assert "This GPU copies a large buffer at 2000 GB/s, read and write counted." in lines
+    assert "Backend triton: usable." in lines and "Backend cuda: not built." in lines
+    assert "2 passed, 2 failed, 1 skipped." in lines
+    assert "- `tests.test_gpu::test_wrong[triton]`: dx|dy" in lines
+    assert "- `tests.test_gpu::test_second_device[triton]`: needs two GPUs" in lines
+    assert [line for line in lines if line.startswith("#")][1:] == [
+        "## The GPU suite",
+        "## Benchmarks",
+        "### Forward, without gradients",
+        "### Backward, by autograd",
+        "### Forward and backward, by autograd",
+    ]
+    # x is 32 x 256 x 56 x 56 float32: forward moves two maps of 102.76 MB in 1.25 ms
+    ours = "| 32x256x56x56-float32-nchw-cuda | triton | 1.25 ms | 164 | 0.08 | 1.25 | 4.00 | - | - |"
+    assert lines.count(ours) == 1
+    assert sum(line.startswith("| 32x256x56x56") for line in lines) == 6
+    for line in lines:
+        if line.startswith("| 32x"):
+            assert line.count("|") == 10
+
+
+def test_empty_and_quick_reports_say_so() -> None:
+    text = gpu_report.report(FACTS, gpu_report.Tests(), [], quick=True)
+    assert "None was measured." in text and "A quick run" in text and "0 passed, 0 failed, 0 skipped." in text
+
+
+def test_file_name_has_device_and_day() -> None:
+    assert gpu_report.output_path(FACTS) == ROOT / "benchmarks/results/gpu_made_up_gpu_9000_2027-01-02.md"
+
+
+def test_share_of_copy_is_of_a_gpu_alone() -> None:
+    assert all(row["of_copy"] is None for row in measured("cpu").lines())
+
+
+def test_events_are_timed_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The blocks on made-up events: each call lies between two marks, the cache is evicted before and not within."""
+    log: list[str] = []
+    clock = iter(range(1000))
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            self.at = -1
+
+        def record(self) -> None:
+            self.at = next(clock)
+            log.append("mark")
+
+        def elapsed_time(self, end: Event) -> float:
+            return 1000.0 * (end.at - self.at)  # ms
+
+    class Evictor:
+        def zero_(self) -> None:
+            log.append("evict")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("wait"))
+    monkeypatch.setattr(cuda, "_evictor", Evictor)
+    assert cuda.timed("forward", lambda: log.append("call"))(2) == {"forward": 1.0}
+    assert log == ["call", *["evict", "mark", "call", "mark"] * 2, "wait"]
+    log.clear()
+    forward = lambda: log.append("forward") or torch.zeros(1)  # noqa: E731
+    assert cuda.timed_pair(forward, lambda y: log.append("backward"))(1) == {"both": 2.0, "backward": 1.0}
+    assert log[:2] == ["forward", "backward"]
+    assert log[2:] == ["evict", "mark", "forward", "mark", "backward", "mark", "wait", "wait"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize(
+    "command",
+    [["-m", "benchmarks.gpu_report"], ["-m", "pytest", "benchmarks", "--benchmark-only", "--device", "cuda", "-q"]],
+    ids=["report", "benchmarks"],
+)
+def test_without_a_gpu_one_sentence(command: list[str]) -> None:
+    alone = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}  # not a worker of pytest-xdist
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, env=alone)
+    assert done.returncode != 0
+    assert "sees no GPU" in done.stdout + done.stderr and "Traceback" not in done.stdout + done.stderr
+
+
+def test_contenders_on_a_gpu_are_its_backends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU ours is one row; on a GPU each usable backend is one, by name."""
+
+    class Config:
+        def __init__(self, device: str) -> None:
+            self.device = device
+
+        def getoption(self, option: str) -> str:
+            return {"--device": self.device}.get(option, "")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(core, "machine", lambda: {"backends": {"triton": "", "cuda": "not built", "cpu": ""}})
+    peers = ["eager", "compiled", "plain", "plain-compiled"]
+    peers += [*core.GATES, *(f"{name}-compiled" for name in core.GATES)]
+    assert conftest.contenders(Config("cpu")) == ["fused", *peers]  # type: ignore[arg-type]
+    assert conftest.contenders(Config("cuda")) == ["triton", *peers]  # type: ignore[arg-type]
+    assert {p.device for p in conftest.problems(Config("cuda"))} == {"cuda"}  # type: ignore[arg-type]

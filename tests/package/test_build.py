@@ -1,0 +1,354 @@
+"""The native build: what its environment variables do, what the compilers are told, what the libraries let out."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from tests.support.build import BUILD_DIR, ROOT, setup_py, tool, write_torch
+
+LIBRARY = ROOT / "steam_kernels" / "libsteam_cpu.so"
+CUDA_LIBRARY = LIBRARY.with_name("libsteam_cuda.so")
+X86_64 = platform.machine() in ("x86_64", "AMD64")
+MARCH = {"avx512": "-march=x86-64-v4", "avx2": "-march=x86-64-v3"}
+
+
+def report(tree: Path) -> list[str]:
+    """What the build said of each library."""
+    return (tree / "steam_kernels" / "_build.txt").read_text().splitlines()
+
+
+def empty_sources(tree: Path) -> None:
+    """Sources that compile in no time, and libraries of the stand-in that can be linked."""
+    for folder in ("cpu", "cuda"):
+        for source in (tree / "csrc" / folder).glob("*.c*"):
+            source.write_text("")
+    library = tree.parent / "modules" / "torch" / "lib" / "libtorch_cpu.so"
+    compiler = tool("c++", "g++", "clang++")
+    subprocess.run([compiler, "-shared", "-x", "c++", "/dev/null", "-o", str(library)], check=True)
+
+
+def torch_with_cuda(tree: Path) -> None:
+    library = tree.parent / "modules" / "torch" / "lib" / "libtorch_cpu.so"
+    shutil.copy(library, library.with_name("libtorch_cuda.so"))
+
+
+# --- STEAM_KERNELS_BUILD ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["sometimes", "", "AUTO"])
+def test_unknown_mode_is_refused(tree: Path, mode: str) -> None:
+    done = setup_py(tree, "build_ext", "--inplace", STEAM_KERNELS_BUILD=mode)
+    assert done.returncode != 0
+    assert f"STEAM_KERNELS_BUILD is {mode!r}; allowed are auto, require, skip" in done.stderr
+    assert not (tree / "steam_kernels" / "_build.txt").exists()
+
+
+def test_auto_goes_on_without_a_compiler_and_says_why_in_one_line(tree: Path) -> None:
+    tool("cmake")
+    stale = tree / "steam_kernels" / LIBRARY.name
+    stale.touch()
+    done = setup_py(tree, "build_ext", "--inplace", STEAM_KERNELS_BUILD="auto", CXX="/bin/false")
+    assert done.returncode == 0, done.stdout + done.stderr
+    said = [line for line in done.stdout.splitlines() if line.startswith("steam_kernels: ")]
+    assert len(said) == 2
+    for name, line in zip(("cpu", "cuda"), said, strict=True):
+        assert re.match(rf'steam_kernels: libsteam_{name}: not built: cmake failed: .*"/bin/false".*compile.*\.$', line)
+    assert said == ["steam_kernels: " + line for line in report(tree)]
+    assert not stale.exists(), "an older library would run instead of the one that could not be built"
+
+
+def test_auto_names_the_first_error_of_the_compiler(tree: Path) -> None:
+    tool("cmake")
+    tool("c++", "g++", "clang++")
+    empty_sources(tree)
+    (tree / "csrc" / "cpu" / "dispatch.cpp").write_text("int broken = ;\n")
+    done = setup_py(tree, "build_ext", "--inplace", STEAM_KERNELS_BUILD="auto")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.match(r"libsteam_cpu: not built: the compiler failed: .*dispatch\.cpp:1:.* error: .+$", report(tree)[0])
+
+
+def test_require_fails_without_a_compiler(tree: Path) -> None:
+    tool("cmake")
+    done = setup_py(tree, "build_ext", "--inplace", STEAM_KERNELS_BUILD="require", CXX="/bin/false")
+    assert done.returncode != 0
+    assert "libsteam_cpu: not built: cmake failed" in done.stderr
+
+
+def test_skip_builds_nothing(tree: Path) -> None:
+    write_torch(tree, 'raise AssertionError("skip has no use for torch")')
+    done = setup_py(tree, "build_ext", "--inplace", STEAM_KERNELS_BUILD="skip")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert report(tree) == [f"libsteam_{name}: not built: STEAM_KERNELS_BUILD=skip" for name in ("cpu", "cuda")]
+    assert not (tree / "build" / "cmake").exists()
+
+
+@pytest.mark.parametrize(
+    "torch, why",
+    [
+        ("raise ModuleNotFoundError(\"No module named 'torch'\", name='torch')", "--no-build-isolation"),
+        ("raise OSError('libcudart.so: no such file')", "libcudart.so: no such file"),
+        ("__version__ = '2.9.1+cpu'", "torch is 2.9.1+cpu; 2.10 or newer is needed"),
+    ],
+    ids=["missing", "broken", "old"],
+)
+def test_a_torch_that_cannot_serve_is_a_reason(tree: Path, torch: str, why: str) -> None:
+    write_torch(tree, torch)
+    done = setup_py(tree, "build_ext", "--inplace", STEAM_KERNELS_BUILD="auto")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert all(why in line for line in report(tree))
+    assert setup_py(tree, "build_ext", "--inplace", STEAM_KERNELS_BUILD="require").returncode != 0
+
+
+@pytest.mark.parametrize("mode, platform_tag", [("auto", ".+_.+"), ("skip", "any")])
+def test_wheel_is_for_any_python_and_carries_the_reason(tree: Path, mode: str, platform_tag: str) -> None:
+    done = setup_py(tree, "bdist_wheel", STEAM_KERNELS_BUILD=mode, CXX="/bin/false")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (wheel,) = (tree / "dist").iterdir()
+    assert re.fullmatch(rf"steam_kernels-[\d.]+-py3-none-{platform_tag}\.whl", wheel.name)
+    with zipfile.ZipFile(wheel) as content:
+        names = content.namelist()
+        assert "not built" in content.read("steam_kernels/_build.txt").decode()
+    assert "steam_kernels/py.typed" in names
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+    assert {name.split("/")[0].split("-")[0] for name in names} == {"steam_kernels"}
+
+
+# --- STEAM_KERNELS_CUDA -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", ["yes", "", "ON"])
+def test_unknown_cuda_mode_is_refused(tree: Path, value: str) -> None:
+    done = setup_py(tree, "build_ext", "--inplace", STEAM_KERNELS_CUDA=value)
+    assert done.returncode != 0
+    assert f"STEAM_KERNELS_CUDA is {value!r}; allowed are auto, on, off" in done.stderr
+
+
+def test_require_does_not_demand_cuda_of_a_torch_without_it(tree: Path) -> None:
+    empty_sources(tree)
+    done = setup_py(tree, "build_ext", "--inplace", STEAM_KERNELS_BUILD="require")
+    assert done.returncode == 0, done.stdout + done.stderr
+    cpu, cuda = report(tree)
+    assert cpu.startswith("libsteam_cpu: built: ")
+    assert cuda == "libsteam_cuda: not built: torch 2.14.1 is built without CUDA"
+    assert (tree / "steam_kernels" / LIBRARY.name).is_file()
+
+    done = setup_py(tree, "build_ext", "--inplace", STEAM_KERNELS_CUDA="on")
+    assert done.returncode != 0
+    assert "libsteam_cuda: not built: torch 2.14.1 is built without CUDA (STEAM_KERNELS_CUDA=on)" in done.stderr
+
+
+def test_cuda_off_builds_none_and_removes_an_older_one(tree: Path) -> None:
+    empty_sources(tree)
+    torch_with_cuda(tree)
+    stale = tree / "steam_kernels" / CUDA_LIBRARY.name
+    stale.touch()
+    done = setup_py(tree, "build_ext", "--inplace", STEAM_KERNELS_BUILD="require", STEAM_KERNELS_CUDA="off")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert report(tree)[1] == "libsteam_cuda: not built: STEAM_KERNELS_CUDA=off"
+    assert not stale.exists()
+
+
+def test_an_nvcc_that_does_not_work_costs_the_cuda_library_alone(tree: Path) -> None:
+    empty_sources(tree)
+    torch_with_cuda(tree)
+    env = {"STEAM_KERNELS_BUILD": "require", "CUDACXX": "/bin/false"}
+    done = setup_py(tree, "build_ext", "--inplace", **env)
+    assert done.returncode == 0, done.stdout + done.stderr
+    cpu, cuda = report(tree)
+    assert cpu.startswith("libsteam_cpu: built: ")
+    assert cuda.startswith("libsteam_cuda: not built: no nvcc that works was found")
+    assert setup_py(tree, "build_ext", "--inplace", STEAM_KERNELS_CUDA="on", **env).returncode != 0
+
+
+def test_cuda_library_is_built_for_the_architectures_asked_for(tree: Path) -> None:
+    tool("nvcc")
+    empty_sources(tree)
+    torch_with_cuda(tree)
+    env = {"STEAM_KERNELS_CUDA": "on", "CMAKE_CUDA_ARCHITECTURES": "80-real;90"}
+    done = setup_py(tree, "build_ext", "--inplace", **env)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.match(r"libsteam_cuda: built: 80-real, 90, by nvcc [\d.]+; against torch 2\.14\.1$", report(tree)[1])
+    assert (tree / "steam_kernels" / CUDA_LIBRARY.name).is_file()
+    commands = (tree / "build" / "cmake" / "compile_commands.json").read_text()
+    assert "arch=compute_80,code=[sm_80]" in commands and "arch=compute_90,code=[compute_90,sm_90]" in commands
+    assert "compute_75" not in commands
+
+    # the next build is told nothing, and takes the default: every major one, the newest as PTX too
+    for source in (tree / "csrc" / "cuda").glob("*.cu"):
+        source.write_text("int broken = ;\n")
+    setup_py(tree, "build_ext", "--inplace")
+    commands = (tree / "build" / "cmake" / "compile_commands.json").read_text()
+    built = re.findall(r"code=\[sm_(\d+)\]", commands.split("backward.cu")[0])
+    newest = re.findall(r"code=\[compute_(\d+)\]", commands.split("backward.cu")[0])
+    assert {"75", "80", "90"} <= set(built) and not set(built) & {"86", "89"}
+    assert set(newest) == {max(built, key=int)}
+    assert re.match(r"libsteam_cuda: not built: the compiler failed: .*\.cu.* error: .+$", report(tree)[1])
+
+
+# --- CMake ------------------------------------------------------------------------------------------------------------
+
+
+def configure(build_dir: Path, **env: str) -> tuple[str, dict[str, list[str]]]:
+    """CMake without torch: what it printed, and for each target and source the words of the compiler's command."""
+    command = [tool("cmake"), "-S", str(ROOT), "-B", str(build_dir), "-G", "Ninja"]
+    command += [f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}", "-DSTEAM_CUDA=OFF"]
+    done = subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    commands = {}
+    for entry in json.loads((build_dir / "compile_commands.json").read_text()):
+        words = shlex.split(entry["command"])
+        target = re.search(r"CMakeFiles/(\w+)\.dir", words[words.index("-o") + 1])
+        assert target is not None
+        commands[f"{target.group(1)}/{Path(entry['file']).name}"] = words
+    return done.stdout, commands
+
+
+def test_without_torch_cmake_builds_the_kernels_alone(tmp_path: Path) -> None:
+    tool("c++", "g++", "clang++")
+    printed, commands = configure(tmp_path)
+    variants = ("avx512", "avx2", "generic") if X86_64 else ("generic",)
+    expected = {f"steam_cpu_{variant}/{source}.cpp" for variant in variants for source in ("forward", "backward")}
+    expected |= {f"steam_cpu_common/{source}.cpp" for source in ("cache", "dispatch", "scratch")}
+    assert set(commands) == expected | {"steam_cpu_kernels/c_api.cpp"}
+    assert f"CPU variants: {';'.join(variants)}" in printed
+    for name, words in commands.items():
+        assert {"-O2", "-std=c++20", "-fvisibility=hidden", "-fPIC"} <= set(words), name
+        assert not [word for word in words if "fast-math" in word or "torch" in word.lower()], name
+        variant = name.split("/")[0].removeprefix("steam_cpu_")
+        assert [word for word in words if word.startswith("-m")] == ([MARCH[variant]] if variant in MARCH else []), name
+        if variant in variants:
+            assert f"-DSTEAM_CPU_VARIANT={variant}" in words
+    offered = {word for word in commands["steam_cpu_common/dispatch.cpp"] if word.startswith("-DSTEAM_CPU_HAS_")}
+    assert offered == {f"-DSTEAM_CPU_HAS_{variant.upper()}" for variant in variants if variant != "generic"}
+
+
+@pytest.mark.skipif(not X86_64, reason="only x86-64 has variants to leave out")
+def test_a_compiler_without_a_variants_flag_leaves_that_variant_out(tmp_path: Path) -> None:
+    compiler = tmp_path / "c++"
+    compiler.write_text(
+        '#!/bin/sh\ncase " $* " in *" -march=x86-64-v4 "*) echo "error: bad value for -march=" >&2; exit 1;; esac\n'
+        f'exec {tool("c++", "g++", "clang++")} "$@"\n'
+    )
+    compiler.chmod(0o755)
+    printed, commands = configure(tmp_path / "build", CXX=str(compiler))
+    assert "the avx512 kernels are left out: this compiler does not know -march=x86-64-v4" in printed
+    assert "CPU variants: avx2;generic" in printed
+    dispatch = commands["steam_cpu_common/dispatch.cpp"]
+    assert "-DSTEAM_CPU_HAS_AVX2" in dispatch and "-DSTEAM_CPU_HAS_AVX512" not in dispatch
+    assert not [name for name in commands if "avx512" in name]
+
+
+# --- Symbols ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def check_symbols() -> ModuleType:
+    tool("nm")
+    spec = importlib.util.spec_from_file_location("check_symbols", ROOT / ".ci" / "check_symbols.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+HIDDEN = "namespace { int answer(int x) { return x + 1; } }\n"
+INLINE = "inline int shared(int x) { return x * 3; }\nint (*volatile keep)(int) = shared;"
+STATIC_MEMBER = """
+template <class T> struct S { static T value; };
+template <class T> T S<T>::value = 2;
+int use() { return ++S<int>::value; }
+"""
+CLEAN = HIDDEN + "namespace steam { int forward_avx2(int x) { return answer(x); } }\n"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads ELF symbols")
+@pytest.mark.parametrize(
+    "source, complaint",
+    [
+        (CLEAN, None),
+        (CLEAN + INLINE, "weak symbol (W): shared"),
+        (CLEAN + STATIC_MEMBER, "weak symbol (u): S<int>"),
+        (CLEAN + "int leaked(int x) { return x; }", "exported beside forward_avx2 (T): leaked"),
+        (CLEAN + "int stranger = 3;", "exported beside forward_avx2 (D): stranger"),
+        (CLEAN.replace("avx2", "avx512"), "exported beside forward_avx2 (T): steam::forward_avx512"),
+        (HIDDEN + "int (*volatile keep)(int) = answer;", "exports forward_avx2 0 times"),
+    ],
+    ids=["clean", "inline", "static member", "function", "data", "another variant's", "no entry"],
+)
+@pytest.mark.parametrize("level", ["-O1", "-O3"])
+def test_symbol_check_finds_what_is_planted(
+    check_symbols: ModuleType, tmp_path: Path, source: str, complaint: str | None, level: str
+) -> None:
+    (tmp_path / "planted.cpp").write_text(source)
+    compiler = tool("g++", "c++", "clang++")
+    subprocess.run([compiler, "-std=c++20", level, "-c", "planted.cpp", "-o", "planted.o"], cwd=tmp_path, check=True)
+    found = check_symbols.complaints(tmp_path / "planted.o", "forward_avx2")
+    if complaint is None:
+        assert found == []
+    else:
+        assert any(complaint in text for text in found), found
+
+
+def test_symbol_check_does_not_pass_on_nothing(check_symbols: ModuleType, tmp_path: Path) -> None:
+    bad, objects = check_symbols.check(tmp_path)
+    assert bad and not objects
+
+
+@pytest.mark.skipif(not BUILD_DIR.is_dir(), reason="the native library was not built in this tree")
+def test_built_objects_leak_nothing(check_symbols: ModuleType) -> None:
+    bad, objects = check_symbols.check(BUILD_DIR)
+    assert bad == []
+    assert len(objects) >= 2
+
+
+def built(library: Path) -> Path:
+    """The library, where there is one whose symbols can be read."""
+    if not library.is_file():
+        pytest.skip(f"{library.name} was not built in this tree")
+    if sys.platform != "linux":
+        pytest.skip("reads an ELF file")
+    return library
+
+
+@pytest.mark.parametrize(
+    "library, torch",
+    [(LIBRARY, ["libtorch_cpu.so"]), (CUDA_LIBRARY, ["libtorch_cpu.so", "libtorch_cuda.so"])],
+    ids=["cpu", "cuda"],
+)
+def test_library_depends_on_torch_alone_and_finds_it_in_the_process(library: Path, torch: list[str]) -> None:
+    readelf = [tool("readelf"), "-d", str(built(library))]
+    dynamic = subprocess.run(readelf, check=True, capture_output=True, text=True).stdout
+    assert not re.search(r"\((RPATH|RUNPATH)\)", dynamic)
+    needed = re.findall(r"\(NEEDED\).*\[(.+)\]", dynamic)
+    # CUDA's runtime is inside the library, whatever version torch has
+    others = ("libtorch", "libc10", "libpython", "libcu", "libnv")
+    assert sorted(name for name in needed if name.startswith(others)) == torch
+
+
+@pytest.mark.parametrize(
+    "library, names",
+    [
+        (LIBRARY, {"steam_cpu_supported", "steam_cpu_variant", "steam_cpu_select"}),
+        (CUDA_LIBRARY, {"steam_cuda_usable", "steam_cuda_architectures"}),
+    ],
+    ids=["cpu", "cuda"],
+)
+def test_library_lets_out_only_its_own_names(library: Path, names: set[str]) -> None:
+    nm = [tool("nm"), "-D", "--defined-only", str(built(library))]
+    lines = subprocess.run(nm, check=True, capture_output=True, text=True).stdout.split("\n")
+    strong = {line.split()[-1] for line in lines if re.search(r" [TDRB] ", line)}
+    assert names <= strong
+    assert not [name for name in strong if not name.startswith(("steam_cpu_", "steam_cuda_"))]

@@ -1,0 +1,43 @@
+"""Programs that build the package, and setup.py on a copy of the sources."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+BUILD_DIR = ROOT / "build" / "cmake"
+
+
+def tool(*names: str) -> str:
+    """The first of these programs that is there; a test that needs one is skipped where none is."""
+    for name in names:
+        found = shutil.which(name, path=sysconfig.get_path("scripts")) or shutil.which(name)
+        if found:
+            return found
+    pytest.skip(f"needs {' or '.join(names)}")
+
+
+def write_torch(tree: Path, source: str) -> None:
+    torch = tree.parent / "modules" / "torch"
+    (torch / "lib").mkdir(parents=True, exist_ok=True)
+    (torch / "lib" / "libtorch_cpu.so").touch()
+    (torch / "lib" / "libtorch_cpu.dylib").touch()
+    (torch / "__init__.py").write_text(source)
+
+
+# What whoever runs the tests may have set for a build of their own.
+BUILD_VARIABLES = ("STEAM_KERNELS_BUILD", "STEAM_KERNELS_CUDA", "CMAKE_CUDA_ARCHITECTURES", "CUDAFLAGS")
+
+
+def setup_py(tree: Path, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+    inherited = {name: value for name, value in os.environ.items() if name not in BUILD_VARIABLES}
+    env = {**inherited, "PYTHONPATH": str(tree.parent / "modules"), "PYTHONDONTWRITEBYTECODE": "1", **env}
+    command = [sys.executable, "setup.py", "--quiet", *arguments]
+    return subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True, timeout=120)

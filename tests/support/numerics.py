@@ -1,0 +1,74 @@
+"""Checks of tokens far from zero and of saturated gates, where the naive forms lose every digit.
+
+Every backend with kernels is tested by them.
+"""
+
+from __future__ import annotations
+
+import torch
+
+import steam_kernels
+from tests.support import cases
+from tests.support.cases import Case
+from tests.support.tolerances import within
+
+
+def far_from_zero(
+    backend: str,
+    mean: float,
+    spread: float,
+    space: tuple[int, int],
+    channels: int,
+    layout: str,
+    options: dict[str, object],
+    dtype: torch.dtype,
+) -> None:
+    case = Case(space=space, channels=channels, layout=layout, dtype=dtype).but(**options)
+    # weights that make scores of the order of 1 from tokens of 50 that differ by 0.01
+    inputs, dy = cases.make(case, mean=mean, spread=spread, weight_scale=0.5)
+    cases.check(case, backend, inputs, dy)
+
+
+def constant_maps_are_not_noisy(
+    backend: str, space: tuple[int, int], channels: int, layout: str, mean: float, spread: float
+) -> None:
+    """All tokens equal: every variance is 0, so the query and key rows get no gradient at all."""
+    case = Case(space=space, channels=channels, layout=layout, order="parallel")
+    inputs, dy = cases.make(case)
+    inputs["x"].fill_(mean)
+    got = cases.forward_backward(steam_kernels.steam, inputs, dy, backend=backend, **case.options)
+    value_rows = got["dchannel_weight"][2:].abs().max()
+    # a token is a mean of equal numbers: off by a few eps at most, and its square counts
+    noise = (8 * torch.finfo(torch.float32).eps * mean) ** 2 * abs(mean)
+    bound = max(noise, 1e-6) * max(value_rows.item(), 1.0)
+    assert within(got["dchannel_weight"][:2].abs().max().item(), bound, f"query and key rows {case.id}")
+
+
+def saturated_gates(backend: str, dtype: torch.dtype, layout: str, which: str, sign: float, strength: float) -> None:
+    """Pre-activations of 12, 40, 80: 1 - g is sigma(-o), not 1 minus a rounded 1, which keeps the digits."""
+    case = Case(space=(14, 14), channels=12, layout=layout, dtype=dtype)
+    inputs, dy = cases.make(case, mean=1.0, spread=0.1)
+    for name in ("channel", "spatial"):
+        weight = inputs[name + "_weight"]
+        if which in (name, "both"):
+            # o = sum_k b_k m_i with m near the channels' token of 1, so b sums to the strength
+            weight[2] = 1.0
+            weight[3] = sign * strength / 8
+    if which == "both" and sign < 0 and strength > 40:
+        # u, pooled from the gated map, is then 1e-35: nothing left to saturate
+        case = case.but(order="parallel")
+    cases.check(case, backend, inputs, dy)
+    got = cases.forward_backward(steam_kernels.steam, inputs, dy, backend=backend, **case.options)
+    assert all(v.isfinite().all() for v in got.values())
+
+
+def sharp_attention(backend: str, layout: str, sign: float) -> None:
+    """Scores of hundreds: the softmax is one-hot and neither overflows nor divides by zero."""
+    case = Case(space=(14, 14), channels=24, layout=layout, radius=2, neighbors=8)
+    inputs, dy = cases.make(case, mean=0.0, spread=5.0)
+    for name in ("channel_weight", "spatial_weight"):
+        inputs[name][0] = 30.0
+        inputs[name][1] = sign * 30.0
+    got = cases.forward_backward(steam_kernels.steam, inputs, dy, backend=backend, **case.options)
+    assert all(v.isfinite().all() for v in got.values())
+    cases.check(case, backend, inputs, dy)

@@ -1,0 +1,417 @@
+"""The CUDA kernels on this machine's memory: builds cuda_on_host with a host compiler and runs it as a backend.
+
+The runner is a process that takes one call after another over pipes; when a call kills it, what it said is the error.
+
+    python -m tests.support.on_host     writes docs/cuda_verification.md's table of shared memory
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from steam_kernels.ops import Operators, with_any_strides
+from tests.support.cases import Case
+
+ROOT = Path(__file__).resolve().parents[2]
+SHIM = Path(__file__).with_name("cuda_on_host")
+KERNELS = ROOT / "csrc" / "cuda"
+BUILD = ROOT / "build" / "cuda_on_host"
+
+FLAGS = ["-std=c++20", "-O1", "-g1", "-DSTEAM_CUDA_ON_HOST", "-fno-strict-aliasing", "-Wno-unknown-pragmas"]
+#: Variant -> compiler flags and environment.
+VARIANTS: dict[str, tuple[list[str], dict[str, str]]] = {
+    "plain": ([], {}),
+    "address": (
+        # GCC's "undefined" does not hold the conversions
+        ["-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover=all", "-fno-sanitize=vptr"],
+        {"ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0", "UBSAN_OPTIONS": "print_stacktrace=1"},
+    ),
+    "thread": (["-fsanitize=thread"], {"TSAN_OPTIONS": "halt_on_error=1"}),
+}
+
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
+ARRAYS = (
+    "channel_weight",
+    "spatial_weight",
+    "x",
+    "residual",
+    "dy",
+    "y",
+    "saved",
+    "dx",
+    "dresidual",
+    "dchannel",
+    "dspatial",
+)
+ABSENT, READ, WRITTEN, IS_X = range(4)
+
+
+class Failed(Exception):
+    """The runner said that a call failed, or died of it."""
+
+
+def compiler() -> str | None:
+    """GCC, whose names for the sanitizers the header knows."""
+    return shutil.which("g++") if sys.platform == "linux" else None
+
+
+#: The runner with the kernels behind it.
+RUNNER = (SHIM / "runner.cpp", KERNELS / "forward.cu", KERNELS / "backward.cu")
+
+
+def build(variant: str, sources: Sequence[Path] = RUNNER) -> Path:
+    """A program in one of the VARIANTS, compiled where it is not there yet."""
+    cxx = compiler()
+    assert cxx is not None
+    flags = [*FLAGS, *VARIANTS[variant][0], f"-I{SHIM}", f"-I{KERNELS}"]
+    headers = [
+        *SHIM.glob("*.h"),
+        *KERNELS.glob("*.cuh"),
+        KERNELS / "kernels.h",
+        *(ROOT / "csrc" / "common").glob("*.h"),
+    ]
+    BUILD.mkdir(parents=True, exist_ok=True)
+
+    def compiled(source: Path) -> Path:
+        digest = hashlib.sha256(" ".join([cxx, *flags]).encode())
+        for file in sorted([source, *headers]):
+            digest.update(file.read_bytes())
+        target = BUILD / f"{source.stem}-{digest.hexdigest()[:20]}.o"
+        return made(target, [cxx, *flags, "-x", "c++", "-c", str(source)])
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = [str(path) for path in pool.map(compiled, sources)]
+    name = hashlib.sha256("".join(objects).encode()).hexdigest()[:20]
+    return made(BUILD / f"{sources[0].stem}-{variant}-{name}", [cxx, *flags, *objects])
+
+
+def made(target: Path, command: list[str]) -> Path:
+    """``target``, from a compiler's run where it is not there: by one process, and whole or not at all."""
+    with open(target.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():
+            beside = target.with_suffix(".tmp")
+            done = subprocess.run([*command, "-o", str(beside)], capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+            os.replace(beside, target)
+    return target
+
+
+class Problem(ctypes.Structure):
+    """csrc/common/problem.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("samples", "channels", "height", "width", "grid_h", "grid_w", "radius")),
+        *((name, ctypes.c_int32) for name in ("embed_dim", "num_heads", "neighbors")),
+        *((name, ctypes.c_bool) for name in ("self_loops", "sequential", "channels_last", "relu")),
+        ("scale", ctypes.c_double),
+        ("dtype", ctypes.c_int32),
+    ]
+
+
+class Array(ctypes.Structure):
+    _fields_ = [("role", ctypes.c_int64), ("bytes", ctypes.c_int64), ("offset", ctypes.c_int64)]
+
+
+class Call(ctypes.Structure):
+    _fields_ = [
+        ("problem", Problem),
+        ("weight_dtype", ctypes.c_int32),
+        ("backward", ctypes.c_int32),
+        ("seed", ctypes.c_uint64),
+        ("shared_memory_limit", ctypes.c_int64),
+        ("failing_launch", ctypes.c_int64),
+        ("only_plans", ctypes.c_int64),
+        ("arrays", Array * len(ARRAYS)),
+    ]
+
+
+def raw(t: Tensor) -> bytes:
+    """A dense tensor's memory, in its own order."""
+    flat = t.detach().as_strided((t.numel(),), (1,))
+    return ctypes.string_at(flat.data_ptr(), flat.numel() * flat.element_size()) if t.numel() else b""
+
+
+def fill(t: Tensor, data: bytes) -> None:
+    assert len(data) == t.numel() * t.element_size()
+    if data:
+        ctypes.memmove(t.data_ptr(), data, len(data))
+
+
+class Launch(NamedTuple):
+    blocks: int
+    threads: int
+    shared_bytes: int
+
+
+@dataclass
+class Host:
+    """The kernels of one variant. What a call leaves open is set here."""
+
+    variant: str = "plain"
+    sources: Sequence[Path] = RUNNER
+    seed: int = 1
+    shared_memory_limit: int = 99 << 10
+    failing_launch: int = 0  # counted from 1; 0: none
+    #: Results lie beside a 16-byte boundary as their inputs do, as C's callers may have it; else on one, as torch's.
+    keeps_phase: bool = False
+    launched: list[Launch] = field(default_factory=list)  # by the last call
+    _process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
+    _log: Any = field(default=None, repr=False)
+
+    def close(self) -> None:
+        if self._process is not None:
+            assert self._process.stdin is not None and self._process.stdout is not None
+            self._process.stdin.close()
+            self._process.stdout.close()
+            self._process.wait()
+            self._log.close()
+            self._process = None
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        if self._process is None:
+            self._log = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the process)
+            self._process = subprocess.Popen(
+                [build(self.variant, self.sources)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._log,
+                env={**os.environ, **VARIANTS[self.variant][1]},
+            )
+        return self._process
+
+    def _read(self, count: int) -> bytes:
+        assert self._process is not None and self._process.stdout is not None
+        data = self._process.stdout.read(count)
+        if len(data) < count:
+            raise BrokenPipeError
+        return data
+
+    def call(self, problem: Problem, weight_dtype: torch.dtype, backward: bool, **arrays: tuple[int, Tensor]) -> None:
+        """One call; the tensors with the role WRITTEN are filled."""
+        call = Call(problem, DTYPES[weight_dtype], backward, self.seed, self.shared_memory_limit, self.failing_launch)
+        data = []
+        for k, name in enumerate(ARRAYS):
+            role, t = arrays.get(name, (ABSENT, None))
+            if t is not None:
+                call.arrays[k] = Array(role, t.numel() * t.element_size(), t.data_ptr() % 16)
+                if role == READ:
+                    data.append(raw(t))
+        results = [arrays[name][1] for name in ARRAYS if arrays.get(name, (ABSENT,))[0] in (WRITTEN, IS_X)]
+        self._exchange(call, data, results)
+
+    def plan(self, problem: Problem, backward: bool) -> list[Launch]:
+        """The launches of a call with a gradient for every input, none of which is run: any size will do."""
+        call = Call(problem, problem.dtype, backward, self.seed, self.shared_memory_limit, 0, True)
+        for k, name in enumerate(ARRAYS):
+            if name not in ("residual", "dresidual"):
+                call.arrays[k] = Array(READ, 0, 0)
+        self._exchange(call, [], [])
+        return self.launched
+
+    def _exchange(self, call: Call, data: Sequence[bytes], results: Sequence[Tensor]) -> None:
+        process = self._start()
+        assert process.stdin is not None
+        try:
+            process.stdin.write(b"".join([bytes(call), *data]))
+            process.stdin.flush()
+            error = self._read(self._read_int()).decode()
+            if error:
+                raise Failed(error)
+            self.launched = [Launch(*(self._read_int() for _ in Launch._fields)) for _ in range(self._read_int())]
+            for t in results:
+                fill(t, self._read(t.numel() * t.element_size()))
+        except BrokenPipeError:
+            process.wait()
+            self._log.seek(0)
+            said = self._log.read().decode(errors="replace")
+            self._process = None
+            raise Failed(f"the runner exited with {process.returncode}: {said}") from None
+
+    def _read_int(self) -> int:
+        return int.from_bytes(self._read(8), "little")
+
+    # ---- the operators of steam_kernels/ops.py
+
+    def operators(self) -> Operators:
+        return with_any_strides(Operators(self.forward, self.backward, self.forward_))
+
+    def forward(
+        self, x: Tensor, channel_weight: Tensor, spatial_weight: Tensor, residual: Tensor | None, *rest: Any
+    ) -> Any:
+        *options, save = rest
+        y = self.poisoned_like(x)
+        grid = options[0]
+        saved = torch.empty(
+            (x.shape[0], 2 * (x.shape[1] + grid[0] * grid[1])) if save else (0,),
+            dtype=torch.float64 if x.dtype == torch.float64 else torch.float32,
+        )
+        arrays = {"x": (READ, x), "y": (WRITTEN, y)}
+        if save:
+            arrays["saved"] = (WRITTEN, saved)
+        self._forward(x, channel_weight, spatial_weight, residual, options, arrays)
+        return y, saved
+
+    def forward_(
+        self, x: Tensor, channel_weight: Tensor, spatial_weight: Tensor, residual: Tensor | None, *options: Any
+    ) -> None:
+        self._forward(x, channel_weight, spatial_weight, residual, options, {"x": (READ, x), "y": (IS_X, x)})
+
+    def _forward(
+        self,
+        x: Tensor,
+        channel_weight: Tensor,
+        spatial_weight: Tensor,
+        residual: Tensor | None,
+        options: Sequence[Any],
+        arrays: dict[str, tuple[int, Tensor]],
+    ) -> None:
+        *unit, relu = options
+        arrays |= {"channel_weight": (READ, channel_weight), "spatial_weight": (READ, spatial_weight)}
+        if residual is not None:
+            arrays["residual"] = (READ, residual)
+        self.call(problem_of(x, channel_weight, relu, *unit), channel_weight.dtype, False, **arrays)
+
+    def backward(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        y: Tensor | None,
+        channel_weight: Tensor,
+        spatial_weight: Tensor,
+        saved: Tensor,
+        *rest: Any,
+    ) -> tuple[Tensor, ...]:
+        *unit, need_x, need_channel, need_spatial, need_residual = rest
+        arrays = {
+            "channel_weight": (READ, channel_weight),
+            "spatial_weight": (READ, spatial_weight),
+            "x": (READ, x),
+            "dy": (READ, dy),
+            "saved": (READ, saved),
+        }
+        if y is not None:
+            arrays["y"] = (READ, y)
+        results = []
+        wanted = {
+            "dx": (x, need_x),
+            "dchannel": (channel_weight, need_channel),
+            "dspatial": (spatial_weight, need_spatial),
+            "dresidual": (x, need_residual),
+        }
+        for name, (like, need) in wanted.items():
+            results.append(self.poisoned_like(like) if need else like.new_empty(0))
+            if need:
+                arrays[name] = (WRITTEN, results[-1])
+        problem = problem_of(x, channel_weight, y is not None, *unit)
+        self.call(problem, channel_weight.dtype, True, **arrays)
+        return tuple(results)
+
+    def poisoned_like(self, t: Tensor) -> Tensor:
+        """As ``empty_like``, full of NaN, where ``keeps_phase`` says."""
+        offset = t.data_ptr() % 16 // t.element_size() if self.keeps_phase else 0
+        room = t.new_full((t.numel() + 16 + offset,), float("nan"))
+        return room[offset:].as_strided(t.shape, torch.empty_like(t).stride())
+
+
+def problem_of(
+    x: Tensor,
+    weight: Tensor,
+    relu: bool,
+    grid: Sequence[int],
+    num_heads: int,
+    radius: int,
+    neighbors: int,
+    self_loops: bool,
+    sequential: bool,
+    scale: float,
+) -> Problem:
+    return Problem(
+        *x.shape,
+        *grid,
+        radius,
+        weight.shape[1],
+        num_heads,
+        neighbors,
+        self_loops,
+        sequential,
+        not x.is_contiguous(),
+        relu,
+        scale,
+        DTYPES[x.dtype],
+    )
+
+
+def problem_at(case: Case) -> Problem:
+    """As problem_of, of tensors that nobody makes."""
+    return Problem(
+        *case.shape,
+        *case.resolved_grid,
+        case.radius,
+        *case.attention,
+        case.neighbors,
+        case.self_loops,
+        case.order == "sequential",
+        "nhwc" in case.layout,
+        case.tail.endswith("relu"),
+        case.scale,
+        DTYPES[case.dtype],
+    )
+
+
+PAGE = ROOT / "docs" / "cuda_verification.md"
+BEGIN, END = "<!-- shared memory -->\n", "<!-- end of shared memory -->\n"
+#: The ends of a ResNet-50's four stages at 224 x 224.
+STAGES = ((256, 56, 56), (512, 28, 28), (1024, 14, 14), (2048, 7, 7))
+#: Launches of a walk -> what they are.
+WALKS = {
+    (False, 1): ("whole",),
+    (False, 2): ("graph", "gate"),
+    (False, 3): ("pool", "graph", "gate"),
+    (True, 2): ("whole", "weights"),
+    (True, 3): ("graph", "gate", "weights"),
+    (True, 4): ("pool", "graph", "gate", "weights"),
+}
+
+
+def shared_memory(host: Host) -> str:
+    """A row for each stage, dtype and memory order: the dynamic shared memory of a block of each launch."""
+    lines = ["| x of a sample | dtype | order | forwards | backwards |", "|---|---|---|---|---|"]
+    for channels, height, width in STAGES:
+        for dtype in (torch.float32, torch.bfloat16):
+            for layout in ("nchw", "nhwc"):
+                problem = problem_at(Case((height, width), channels, batch=64, layout=layout, dtype=dtype))
+                cells = [f"{channels}×{height}×{width}", str(dtype).removeprefix("torch."), layout.upper()]
+                for backward in (False, True):
+                    launches = host.plan(problem, backward)
+                    names = WALKS[backward, len(launches)]
+                    cells.append(", ".join(f"{n} {k.shared_bytes}" for n, k in zip(names, launches, strict=True)))
+                lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def page_with(table: str) -> str:
+    """The documentation's page with this table in its place."""
+    before, rest = PAGE.read_text().split(BEGIN)
+    return before + BEGIN + table + END + rest.split(END)[1]
+
+
+if __name__ == "__main__":
+    host = Host(shared_memory_limit=227 << 10)
+    PAGE.write_text(page_with(shared_memory(host)))
+    host.close()

@@ -1,0 +1,32 @@
+"""Calls of the operators as the dispatcher takes them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from tests.support import cases
+from tests.support.cases import Case
+
+OPS = torch.ops.steam_kernels
+
+
+def forward_arguments(case: Case, save: bool = True) -> tuple[Any, ...]:
+    inputs, _ = cases.make(case)
+    weights = (inputs["channel_weight"], inputs["spatial_weight"])
+    return inputs["x"], *weights, inputs.get("residual"), *case.operator_options, case.tail.endswith("relu"), save
+
+
+def backward_arguments(case: Case, need: tuple[bool, ...] = (True, True, True, True)) -> tuple[Any, ...]:
+    arguments = forward_arguments(case)
+    y, saved = OPS.forward(*arguments)
+    relu = case.tail.endswith("relu")
+    x, channel_weight, spatial_weight = arguments[:3]
+    dy = torch.empty_like(x).normal_()
+    need = (*need[:3], need[3] and relu)
+    return dy, x, y if relu else None, channel_weight, spatial_weight, saved, *case.operator_options, *need
+
+
+def same_layout(real: torch.Tensor, fake: torch.Tensor) -> bool:
+    return real.shape == fake.shape and real.stride() == fake.stride() and real.dtype == fake.dtype

@@ -1,0 +1,64 @@
+"""The Triton kernels in the interpreter, under the guard: in bounds, aligned, without races, whole, in any order."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+
+from tests.support import triton_interpreted
+from tests.support.triton_interpreted import GUARDED
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("guarded")]  # one process interprets, for all of these tests
+
+
+@pytest.fixture(scope="module")
+def rows() -> dict[str, dict[str, Any]]:
+    return triton_interpreted.start("cases")
+
+
+#: How often each map may be read and written.
+LIMITS = {
+    "forward": {"x": (2, 0), "residual": (1, 0), "y": (0, 1)},
+    "backward": {"x": (1, 0), "dy": (2, 0), "y": (2, 0), "dx": (0, 1), "dresidual": (0, 1)},
+}
+
+
+@pytest.mark.parametrize("case,plan", GUARDED, ids=lambda v: getattr(v, "id", v))
+def test_guarded(case: Any, plan: str, rows: dict[str, dict[str, Any]]) -> None:
+    """No complaint of the guard, finite results, every output written, the same bits in a random order of programs, and
+    no more traffic than the design allows."""
+    row = rows[f"{case.id} {plan}"]
+    assert "error" not in row, row["error"]
+    assert row["finite"] and row["equal"] and row["unwritten"] == 0
+    whole = ["whole"] if plan == "whole" else []
+    assert [k for k in row["forward"]["kernels"] if k == "whole"] == whole
+    aliased = case.tail == "x_relu"  # the residual is x
+    pixels = case.resolved_grid == case.space
+    for direction, limits in LIMITS.items():
+        for name, (read, written) in limits.items():
+            if name in row[direction]:
+                extra = aliased and (direction, name) == ("forward", "x")
+                # where a cell is a pixel, x stands for P too, which the sequential order alone wants backwards
+                extra += pixels and case.order == "sequential" and (direction, name) == ("backward", "x")
+                assert row[direction][name][0] <= read + extra, f"{direction}: {name} is read too often"
+                assert row[direction][name][1] == written, f"{direction}: {name} written"
+
+
+def test_every_kernel_was_guarded(rows: dict[str, dict[str, Any]]) -> None:
+    seen = {kernel for row in rows.values() for d in ("forward", "backward") for kernel in row[d]["kernels"]}
+    assert seen == {
+        "pool_runs", "pool_tiles", "graph", "gate", "whole",
+        "graph_backward", "gate_backward", "whole_backward", "weights_backward",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+def test_offsets_beyond_32_bits(layout: str) -> None:
+    """The last programs of each launch on maps of 2.3e9 elements stay in bounds, and are where the maps end."""
+    rows = triton_interpreted.start("offsets", layout)
+    assert "error" not in rows[layout], rows[layout]["error"]
+    reached = {name for _, highest in rows[layout]["launches"] for name, element in highest.items() if element > 2**31}
+    assert reached >= {"x", "y", "dy", "dx", "residual", "dresidual"}

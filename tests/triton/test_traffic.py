@@ -1,0 +1,64 @@
+"""Bytes that the Triton kernels move at each stage of a ResNet and by cells of one pixel: what is recorded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+
+from tests.support import triton_interpreted, triton_record
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("traffic")]  # one process interprets, for all of these tests
+
+STAGES = [f"{stage} {layout}" for stage in triton_interpreted.STAGES for layout in ("nchw", "nhwc")]
+#: Reads and writes of each map, in maps, that no stage exceeds.
+LIMITS = {
+    "forward": {"x": (2, 0), "y": (0, 1)},
+    "backward": {"x": (1, 0), "dy": (2, 0), "dx": (0, 1)},
+}
+#: Tiles of the graph stage have so many cells at most.
+CELLS = 128
+
+
+def limits_of(stage: triton_interpreted.Stage, direction: str) -> dict[str, tuple[int, int]]:
+    """How often each map may be read and written.
+
+    Where a cell is a pixel, x stands for P, which the channel gates' gradient wants after the spatial graph's backward
+    in the sequential order, and x and dy for R; beyond one tile of cells P and R are wanted twice.
+    """
+    limits = LIMITS[direction]
+    if stage.size == stage.grid:
+        again = stage.grid**2 > CELLS
+        if direction == "forward":
+            limits = limits | {"x": (2 + again, 0)}
+        else:
+            limits = limits | {"x": (1 + again + (stage.order == "sequential"), 0), "dy": (2 + again, 0)}
+    return limits
+
+
+@pytest.fixture(scope="module")
+def rows() -> dict[str, dict[str, Any]]:
+    return triton_interpreted.start("traffic")
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_traffic_of_a_stage(name: str, rows: dict[str, dict[str, Any]]) -> None:
+    row = rows[name]
+    assert "error" not in row, row["error"]
+    assert row["plans"][0] == row["plans"][1], "one sample was not counted by a batch's plan"
+    stage = triton_interpreted.STAGES[name.rpartition(" ")[0]]
+    cells = stage.grid**2
+    for direction in LIMITS:
+        seen = row[direction]
+        for tensor, (read, written) in limits_of(stage, direction).items():
+            assert seen[tensor][0] <= read and seen[tensor][1] == written, f"{direction}: {tensor} {seen[tensor]}"
+            assert seen[f"{tensor} sectors"] == 1.0, f"{direction}: {tensor} uses parts of sectors"
+        large = {tensor: size for tensor, (size, *_) in seen["others"].items() if size > 2 * (stage.channels + cells)}
+        expected = {"forward": {"sums"}, "backward": {"sums", "products"}}[direction]
+        assert set(large) == (set() if stage.size == stage.grid else expected)
+        assert set(large.values()) <= {stage.channels * cells}
+    found = triton_record.moved({name: row})
+    recorded = triton_record.load()["moved"]
+    assert found == {key: recorded[key] for key in found}, "python -m tests.support.triton_record --write records anew"

@@ -1,0 +1,138 @@
+"""torch.compile: one graph, changing sizes, gradients, both layouts, the tail and in place."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch._dynamo.testing
+
+import steam_kernels
+from steam_kernels import FusedSTEAM
+from tests.support import cases
+from tests.support.cases import Case
+
+# no size equals another one of the call, which the compiler would take for a rule
+SIZES = [(2, 9, 12), (3, 14, 10), (5, 21, 33), (7, 6, 50)]
+
+
+def compiled(function: object, **options: object) -> object:
+    # "aot_eager" runs the same graph capture, functionalisation and joint graph as Inductor, without a C++ compiler
+    return torch.compile(function, fullgraph=True, **options)  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize(
+    "compiler,tail,layout",
+    [
+        ("inductor", "residual_relu", "nhwc"),
+        ("inductor", "none", "nchw"),
+        ("aot_eager", "residual_relu", "nchw"),
+        ("aot_eager", "none", "nhwc"),
+    ],
+)
+def test_compiled_gradients_at_changing_sizes(backend: str, compiler: str, tail: str, layout: str) -> None:
+    """fullgraph, dynamic: y and every gradient have the bits of the eager call, at sizes not seen before too."""
+
+    def call(x: torch.Tensor, cw: torch.Tensor, sw: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
+        activation = "relu" if tail.endswith("relu") else None
+        return steam_kernels.steam(x * 1.0, cw, sw, residual, activation=activation, backend=backend)
+
+    fast = compiled(call, backend=compiler, dynamic=True)
+    for batch, height, width in SIZES:
+        case = Case(space=(height, width), channels=11, batch=batch, layout=layout, tail=tail, seed=height)
+        inputs, dy = cases.make(case)
+        given = {k: v.requires_grad_() for k, v in inputs.items()}
+        arguments = (given["x"], given["channel_weight"], given["spatial_weight"], given.get("residual"))
+        expected = call(*arguments)
+        expected_gradients = torch.autograd.grad(expected, list(given.values()), dy)
+        y = fast(*arguments)  # type: ignore[operator]
+        gradients = torch.autograd.grad(y, list(given.values()), dy)
+        assert torch.equal(y, expected) and y.stride() == expected.stride()
+        for name, a, b in zip(given, gradients, expected_gradients, strict=True):
+            assert torch.equal(a, b), f"{name} at {(batch, height, width)}"
+
+
+@pytest.mark.parametrize("dynamic", [True, False, None])
+def test_graphs_are_few(backend: str, dynamic: bool | None) -> None:
+    """Sizes that change do not recompile without end: one graph for all of them with dynamic=True."""
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+
+    def call(x: torch.Tensor) -> torch.Tensor:
+        return steam_kernels.steam(x, cw, sw, backend=backend)
+
+    inputs, _ = cases.make(Case())
+    cw, sw = inputs["channel_weight"], inputs["spatial_weight"]
+    fast = compiled(call, backend=counter, dynamic=dynamic)
+    for batch, height, width in SIZES:
+        x = torch.randn(batch, 11, height, width)
+        assert torch.equal(fast(x), call(x))  # type: ignore[operator]
+    allowed = {True: 1, None: 2, False: len(SIZES)}[dynamic]
+    holding = [g for g in counter.graphs if any("steam_kernels.forward" in str(node.target) for node in g.graph.nodes)]
+    assert 1 <= len(holding) <= allowed
+
+
+@pytest.mark.parametrize("mode", ["no_grad", "inference_mode"])
+def test_module_in_a_network(backend: str, mode: str) -> None:
+    net = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 12, 3, padding=1),
+        FusedSTEAM(12, backend=backend),
+        torch.nn.ReLU(),
+        FusedSTEAM(window=3, backend=backend),
+    ).eval()
+    fast = compiled(net, dynamic=True, backend="inductor" if mode == "no_grad" else "aot_eager")
+    with getattr(torch, mode)():
+        for batch, height, width in SIZES[:3]:
+            x = torch.randn(batch, 3, height, width)
+            assert torch.allclose(fast(x), net(x), rtol=1e-5, atol=1e-6)  # type: ignore[operator]
+
+
+def test_training_step_of_a_network(backend: str) -> None:
+    """Frozen parameters, a dy from another layout, and an optimiser: the compiled step is the eager one."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), FusedSTEAM(8, backend=backend), torch.nn.Conv2d(8, 4, 1))
+    net[1].channel_weight.requires_grad_(False)
+    x = torch.randn(2, 3, 12, 12).to(memory_format=torch.channels_last)
+    expected = [
+        g.clone() for g in torch.autograd.grad(net(x).square().sum(), [p for p in net.parameters() if p.requires_grad])
+    ]
+    fast = compiled(net)
+    got = torch.autograd.grad(fast(x).square().sum(), [p for p in net.parameters() if p.requires_grad])  # type: ignore[operator]
+    for a, b in zip(got, expected, strict=True):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-5 * b.abs().max().item())
+
+
+def test_steam_operators_are_in_the_graph(backend: str) -> None:
+    """The compiled graph holds the fused operators, and not the reference's many."""
+    seen: list[str] = []
+
+    def look(graph: torch.fx.GraphModule, _: object) -> object:
+        seen.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph
+
+    from torch._dynamo.backends.common import aot_autograd
+
+    inputs, dy = cases.make(Case(channels=6))
+    given = {k: v.requires_grad_() for k, v in inputs.items()}
+    fast = compiled(
+        lambda **kw: steam_kernels.steam(**kw, backend=backend),
+        backend=aot_autograd(fw_compiler=look, bw_compiler=look),
+    )
+    fast(**given).backward(dy)  # type: ignore[operator]
+    assert sum("steam_kernels.forward" in name for name in seen) == 1
+    assert sum("steam_kernels.backward" in name for name in seen) == 1
+    assert len(seen) <= 12
+
+
+@pytest.mark.parametrize("layout", ["nchw", "nhwc", "channel_slice"])
+def test_in_place_compiled(backend: str, layout: str) -> None:
+    def call(x: torch.Tensor, cw: torch.Tensor, sw: torch.Tensor) -> torch.Tensor:
+        return steam_kernels.steam(x, cw, sw, inplace=True, backend=backend) + 1
+
+    case = Case(space=(9, 8), channels=6, layout=layout)
+    inputs, _ = cases.make(case)
+    weights = (inputs["channel_weight"], inputs["spatial_weight"])
+    expected = steam_kernels.steam(inputs["x"], *weights, backend=backend)
+    fast = compiled(call)
+    with torch.no_grad():
+        y = fast(inputs["x"], *weights)  # type: ignore[operator]
+    assert torch.equal(inputs["x"], expected)
+    assert torch.equal(y, expected + 1)
