@@ -3,7 +3,7 @@
 from . import requirements  # noqa: F401  # isort: skip
 from . import reference
 from .backends import available_backends
-from .cost import cost
+from .flops import cost
 from .functional import steam
 from .models import insert_steam, remove_steam, steam_sites
 from .module import FusedSTEAM

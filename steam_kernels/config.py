@@ -1,21 +1,22 @@
-"""One frozen description of a STEAM unit, and everything that follows from it and a call's shapes.
+"""The options of a STEAM unit, and all that follows from them and a call's shapes.
 
 Symbols are those of the unit's definition: ``x`` is ``(N, C, H, W)``, the grid ``(gh, gw)``, ``d`` the embedding width
-and ``h`` the heads. Every option is checked here, once; every tensor of a call is checked by :meth:`Unit.check`.
+and ``h`` the heads. :class:`Options` checks every option once, and :meth:`Options.check` every tensor of a call.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-#: Names that ``backend=`` and ``STEAM_KERNELS_BACKEND`` accept.
-BACKENDS = ("triton", "cuda", "cpu", "reference")
+from . import backends
+
 ORDERS = ("sequential", "parallel")
 ACTIVATIONS = (None, "relu")
 DEFAULT_GRID = 7
@@ -44,12 +45,6 @@ def check_flag(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
-def check_backend(backend: Any, name: str = "backend") -> None:
-    """Raises ValueError unless ``backend`` is None or one of :data:`BACKENDS`."""
-    if backend is not None and (not isinstance(backend, str) or backend not in BACKENDS):
-        raise ValueError(f"{name} must be None or one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
-
-
 def check_embed_dim(embed_dim: Any, num_heads: int) -> None:
     """Raises unless ``embed_dim`` is a positive int that ``num_heads`` divides."""
     check_integer("embed_dim", embed_dim)
@@ -57,9 +52,39 @@ def check_embed_dim(embed_dim: Any, num_heads: int) -> None:
         raise ValueError(f"num_heads must divide embed_dim, got num_heads={num_heads} and embed_dim={embed_dim}")
 
 
+class Arguments(NamedTuple):
+    """The options that the operators take, in the order in which every schema ends with them.
+
+    ``Options`` of ``csrc/common/bindings.h`` has the same order.
+    """
+
+    num_heads: int
+    channel_radius: int
+    spatial_neighbors: int
+    self_loops: bool
+    sequential: bool
+    scale: float
+    relu: bool
+
+    def check_backward(self, y: Tensor | None, needs: Sequence[bool]) -> None:
+        """Raises ValueError unless ``y`` is given, and dresidual wanted, only where there is a ReLU."""
+        if self.relu != (y is not None):
+            raise ValueError(f"y must be {'what forward returned' if self.relu else 'None'} where relu is {self.relu}")
+        if needs[3] and y is None:
+            raise ValueError(
+                "needs[3] must be False where relu is False: without a ReLU the residual's gradient is dy itself"
+            )
+
+    def options(self) -> Options:
+        """The options of a unit with these arguments; the grid is not among them."""
+        order, activation = "sequential" if self.sequential else "parallel", "relu" if self.relu else None
+        heads, radius, neighbors, loops, _, scale, _ = self
+        return make_options(heads, None, None, radius, neighbors, loops, order, scale, activation, False, None)
+
+
 @dataclass(frozen=True)
-class Unit:
-    """What a call of :func:`steam_kernels.steam` may be told besides its tensors; see there for the meaning of each.
+class Options:
+    """The options of one STEAM unit; :func:`steam_kernels.steam` explains each of them.
 
     ``grid_size`` is normalised: an int becomes a pair, and None becomes ``(7, 7)`` unless ``window`` is given.
 
@@ -80,8 +105,8 @@ class Unit:
     backend: str | None = None
     sequential: bool = field(init=False)
     relu: bool = field(init=False)
-    #: The operators' arguments num_heads to scale.
-    options: tuple[int, int, int, bool, bool, float] = field(init=False, repr=False)
+    #: The options as the operators take them.
+    arguments: Arguments = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         check_integer("num_heads", self.num_heads)
@@ -107,16 +132,20 @@ class Unit:
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation must be None or 'relu', got {self.activation!r}")
         check_flag("inplace", self.inplace)
-        check_backend(self.backend)
+        backends.check_name(self.backend)
 
         object.__setattr__(self, "sequential", self.order == "sequential")
         object.__setattr__(self, "relu", self.activation == "relu")
-        options = (self.num_heads, self.channel_radius, neighbors, self.self_loops, self.sequential, float(self.scale))
-        object.__setattr__(self, "options", options)
+        graphs = self.num_heads, self.channel_radius, neighbors, self.self_loops
+        object.__setattr__(self, "arguments", Arguments(*graphs, self.sequential, float(self.scale), self.relu))
 
-    def without_tail(self) -> Unit:
-        """This unit without its activation."""
-        return replace(self, activation=None)
+    def given(self) -> dict[str, Any]:
+        """The keyword arguments of :func:`steam_kernels.steam` that make these options."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.init}
+
+    def but(self, **changes: Any) -> Options:
+        """These options with some changed, validated again."""
+        return replace(self, **changes)
 
     def grid(self, height: Any, width: Any) -> tuple[int, int]:
         """The cells per axis at a map of ``height`` x ``width``: at most one per pixel."""
@@ -215,45 +244,22 @@ def _check_residual(residual: Any, x: Tensor) -> None:
         raise ValueError(f"{_RESIDUAL}: {x.device} is allowed, got {residual.device}")
 
 
-_cached_unit = lru_cache(maxsize=1024, typed=True)(Unit)
+_cached_options = lru_cache(maxsize=1024, typed=True)(Options)
 
 
-def make_unit(
-    num_heads: Any,
-    grid_size: Any,
-    window: Any,
-    channel_radius: Any,
-    spatial_neighbors: Any,
-    self_loops: Any,
-    order: Any,
-    scale: Any,
-    activation: Any,
-    inplace: Any,
-    backend: Any,
-) -> Unit:
-    """The :class:`Unit` of these options, validated the first time that they are seen together."""
-    if isinstance(grid_size, list):
-        grid_size = tuple(grid_size)
-    options = (
-        num_heads,
-        grid_size,
-        window,
-        channel_radius,
-        spatial_neighbors,
-        self_loops,
-        order,
-        scale,
-        activation,
-        inplace,
-        backend,
-    )
+def make_options(*options: Any) -> Options:
+    """The :class:`Options` of its fields' values, in their order, validated the first time that they are seen together.
+
+    Raises:
+        TypeError, ValueError: as :class:`Options`.
+    """
     if torch.compiler.is_compiling():
-        return Unit(*options)
+        return Options(*options)
     try:
-        return _cached_unit(*options)
+        return _cached_options(*options)
     except TypeError:
-        # An option that cannot be hashed is a wrong one: the constructor's message says which.
-        return Unit(*options)
+        # An option that cannot be hashed is a list for the grid, or a wrong one, which the constructor's message names.
+        return Options(*options)
 
 
 def ring_offsets(channels: int, radius: int, self_loops: bool) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""steam(): checks one call, then runs it by one operator, or by the reference where something must look inside."""
+"""steam(): checks one call, then runs it by one operator, or by the reference where a tool must see the steps."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from . import backends, ops, reference
-from .config import make_unit
+from . import backends, ops, reference, tracing
+from .config import Options, make_options
 
 __all__ = ["steam"]
 
@@ -69,53 +69,37 @@ def steam(
         RuntimeError: the backend asked for by name cannot run the call, or ``inplace`` would overwrite what a gradient
             needs.
     """
-    if has_torch_function((x, channel_weight, spatial_weight, residual)):
-        return handle_torch_function(
-            _STEAM,
-            (x, channel_weight, spatial_weight, residual),
-            x,
-            channel_weight,
-            spatial_weight,
-            residual,
-            num_heads=num_heads,
-            grid_size=grid_size,
-            window=window,
-            channel_radius=channel_radius,
-            spatial_neighbors=spatial_neighbors,
-            self_loops=self_loops,
-            order=order,
-            scale=scale,
-            activation=activation,
-            inplace=inplace,
-            backend=backend,
-        )
-    looked_into = reference.looked_into()
-    by: Tensor | None = None
-    if looked_into and isinstance(scale, Tensor):
-        by, scale = scale, 1.0
-    unit = make_unit(
-        num_heads,
-        grid_size,
-        window,
-        channel_radius,
-        spatial_neighbors,
-        self_loops,
-        order,
-        scale,
-        activation,
-        inplace,
-        backend,
-    )
-    grid = unit.check(x, channel_weight, spatial_weight, residual)
-    chosen, named = backends.choose(backends.Call(x, channel_weight, spatial_weight, residual, unit, grid))
-    plain = looked_into or chosen not in ops.OPERATORS
+    tensor = None
+    if not isinstance(scale, (int, float)) and (tracing.looked_into() or has_torch_function((x, scale))):
+        tensor, scale = scale, 1.0
+    graphs = num_heads, grid_size, window, channel_radius, spatial_neighbors, self_loops
+    options = make_options(*graphs, order, scale, activation, inplace, backend)
+    return run(x, channel_weight, spatial_weight, residual, options, tensor)
+
+
+def run(
+    x: Tensor,
+    channel_weight: Tensor,
+    spatial_weight: Tensor,
+    residual: Tensor | None,
+    options: Options,
+    scale: Tensor | None = None,
+) -> Tensor:
+    """:func:`steam` of options that have been made; ``scale`` replaces theirs where it is given."""
+    tensors = x, channel_weight, spatial_weight, residual
+    if has_torch_function(tensors):
+        given = options.given() if scale is None else options.given() | {"scale": scale}
+        return handle_torch_function(_STEAM, tensors, *tensors, **given)
+    grid = options.check(*tensors)
+    chosen, named = backends.choose(backends.Call(*tensors, options, grid))
+    plain = tracing.looked_into() or chosen not in ops.OPERATORS
     if not torch.compiler.is_compiling() and _log.isEnabledFor(logging.DEBUG):
         _log.debug("%s %s on %s: %s", tuple(x.shape), x.dtype, x.device, "reference" if plain else chosen)
     if plain:
-        return reference.run(x, channel_weight, spatial_weight, residual, unit, grid, by)
-    if reference.traced_as_operators:
+        return reference.compute(*tensors, options, grid, scale)
+    if tracing.traced_as_operators():
         grid = int(grid[0]), int(grid[1])  # a counter reads them from the trace, where sizes are tensors
-    return ops.call(x, channel_weight, spatial_weight, residual, unit, grid, chosen if named else ops.AUTOMATIC)
+    return ops.call(*tensors, options, grid, chosen if named else ops.AUTOMATIC)
 
 
 # FX keeps the call as one node. It patches the name meanwhile, and the node's target is to be the function itself.

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from . import reference
-from .functional import steam
+from .functional import run
+from .layer import Layer
 
 
-class FusedSTEAM(reference.STEAM):
+class FusedSTEAM(Layer):
     r"""Squeeze and Transform Enhanced Attention on ``(N, C, H, W)`` maps, in one fused pass forwards and one backwards.
 
     Source: *STEAM: Squeeze and Transform Enhanced Attention Module*, arXiv 2412.09023; a reconstruction, as its code is
@@ -49,4 +49,4 @@ class FusedSTEAM(reference.STEAM):
         >>> y = unit(torch.randn(8, 256, 56, 56))
     """
 
-    _steam = staticmethod(steam)
+    _run = staticmethod(run)

@@ -2,16 +2,18 @@
 
 ``steam_kernels::forward`` and ``steam_kernels::backward`` are functional and opaque to the compiler; ``forward_``
 writes into x. On a GPU they run the first backend that can; ``triton_forward``, ``cuda_forward`` and so on are one
-backend's, for a call that names it. All take tensors of any strides, and copy those that their kernels cannot read as
+backend's, for a call that names it. Each schema ends with the resolved grid and the options of
+:class:`~steam_kernels.config.Arguments`, in their order. ``needs`` says which of the gradients of x, both weights and
+the residual are wanted. All take tensors of any strides, and copy those that their kernels cannot read as
 they are. y, dx and dresidual have x's strides where x is dense in NCHW or channels_last, else NCHW's; gradients of
-weights have the strides that ``torch.empty_like`` gives for the weights. ``grid`` is resolved. ``saved`` is
+weights have the strides that ``torch.empty_like`` gives for the weights. ``saved`` is
 ``(N, 2 (C + gh gw))`` in the accumulation dtype, a row being [z | o_c | u | o_s]: tokens and pre-activations of the
 channel and the spatial graph.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,29 +21,25 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from . import backends, memory, reference
-from .backends import gpu
-from .config import Unit, accumulation_dtype, make_unit
-from .cost import backward_flops, forward_flops
+from .backends import triton
+from .config import Arguments, Options, accumulation_dtype
+from .flops import backward_flops, forward_flops
 
 # At module level: the operators vanish with the library object.
 _LIBRARY = torch.library.Library("steam_kernels", "DEF")
 _OPTIONS = (
     "SymInt[2] grid, int num_heads, int channel_radius, int spatial_neighbors, bool self_loops, bool sequential, "
-    "float scale"
+    "float scale, bool relu"
 )
 _SCHEMAS = {
-    "forward": "(Tensor x, Tensor channel_weight, Tensor spatial_weight, Tensor? residual, "
-    f"{_OPTIONS}, bool relu, bool save) -> (Tensor y, Tensor saved)",
+    "forward": "(Tensor x, Tensor channel_weight, Tensor spatial_weight, Tensor? residual, bool save, "
+    f"{_OPTIONS}) -> (Tensor y, Tensor saved)",
     "backward": "(Tensor dy, Tensor x, Tensor? y, Tensor channel_weight, Tensor spatial_weight, Tensor saved, "
-    f"{_OPTIONS}, bool need_x, bool need_channel_weight, bool need_spatial_weight, bool need_residual) "
-    "-> (Tensor dx, Tensor dchannel_weight, Tensor dspatial_weight, Tensor dresidual)",
-    "forward_": "(Tensor(a!) x, Tensor channel_weight, Tensor spatial_weight, Tensor? residual, "
-    f"{_OPTIONS}, bool relu) -> ()",
+    f"bool[4] needs, {_OPTIONS}) -> (Tensor dx, Tensor dchannel_weight, Tensor dspatial_weight, Tensor dresidual)",
+    "forward_": f"(Tensor(a!) x, Tensor channel_weight, Tensor spatial_weight, Tensor? residual, {_OPTIONS}) -> ()",
 }
-#: Backends with operators of their own, by name.
-_NAMED = ("triton", "cuda")
 #: What the names of one backend's operators start with, the automatic ones' first.
-PREFIXES = ("", *(f"{_backend}_" for _backend in _NAMED))
+PREFIXES = tuple(sorted({b.prefix for b in backends.BACKENDS.values() if b.prefix is not None}))
 for _prefix in PREFIXES:
     for _name, _schema in _SCHEMAS.items():
         # flexible_layout: a compiler may choose the memory format of the maps, which the operators take in any strides.
@@ -65,8 +63,7 @@ AUTOMATIC = "automatic"
 #: Backend name -> operators; a backend that is not here is plain differentiable PyTorch.
 OPERATORS: dict[str, Operators] = {
     AUTOMATIC: _operators(""),
-    "cpu": _operators(""),
-    **{name: _operators(f"{name}_") for name in _NAMED},
+    **{b.name: _operators(b.prefix) for b in backends.BACKENDS.values() if b.prefix is not None},
 }
 
 
@@ -78,15 +75,9 @@ def _fake_forward(
     channel_weight: Tensor,
     spatial_weight: Tensor,
     residual: Tensor | None,
-    grid: tuple[int, int],
-    num_heads: int,
-    channel_radius: int,
-    spatial_neighbors: int,
-    self_loops: bool,
-    sequential: bool,
-    scale: float,
-    relu: bool,
     save: bool,
+    grid: tuple[int, int],
+    *options: Any,
 ) -> tuple[Tensor, Tensor]:
     shape = (x.shape[0], 2 * (x.shape[1] + grid[0] * grid[1])) if save else (0,)
     return _map_like(x, True), x.new_empty(shape, dtype=accumulation_dtype(x.dtype))
@@ -99,23 +90,20 @@ def _fake_backward(
     channel_weight: Tensor,
     spatial_weight: Tensor,
     saved: Tensor,
-    grid: tuple[int, int],
-    num_heads: int,
-    channel_radius: int,
-    spatial_neighbors: int,
-    self_loops: bool,
-    sequential: bool,
-    scale: float,
-    need_x: bool,
-    need_channel_weight: bool,
-    need_spatial_weight: bool,
-    need_residual: bool,
+    needs: Sequence[bool],
+    *options: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _gradients_like(x, channel_weight, spatial_weight, needs)
+
+
+def _gradients_like(
+    x: Tensor, channel_weight: Tensor, spatial_weight: Tensor, needs: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (
-        _map_like(x, need_x),
-        _weight_like(channel_weight, need_channel_weight),
-        _weight_like(spatial_weight, need_spatial_weight),
-        _map_like(x, need_residual),
+        _map_like(x, needs[0]),
+        _weight_like(channel_weight, needs[1]),
+        _weight_like(spatial_weight, needs[2]),
+        _map_like(x, needs[3]),
     )
 
 
@@ -142,47 +130,16 @@ for _prefix in PREFIXES:
 # ---- the operators in plain PyTorch, for every device that has no kernels --------------------------------------------
 
 
-def _unit(
-    num_heads: int,
-    channel_radius: int,
-    spatial_neighbors: int,
-    self_loops: bool,
-    sequential: bool,
-    scale: float,
-    relu: bool = False,
-) -> Unit:
-    order, activation = "sequential" if sequential else "parallel", "relu" if relu else None
-    return make_unit(
-        num_heads,
-        None,
-        None,
-        channel_radius,
-        spatial_neighbors,
-        self_loops,
-        order,
-        scale,
-        activation,
-        False,
-        None,
-    )
-
-
 def _plain_forward(
     x: Tensor,
     channel_weight: Tensor,
     spatial_weight: Tensor,
     residual: Tensor | None,
-    grid: tuple[int, int],
-    num_heads: int,
-    channel_radius: int,
-    spatial_neighbors: int,
-    self_loops: bool,
-    sequential: bool,
-    scale: float,
-    relu: bool,
     save: bool,
+    grid: tuple[int, int],
+    *options: Any,
 ) -> tuple[Tensor, Tensor]:
-    unit = _unit(num_heads, channel_radius, spatial_neighbors, self_loops, sequential, scale, relu)
+    unit = Arguments(*options).options()
     with torch.no_grad():
         y, saved = reference.forward(x, channel_weight, spatial_weight, residual, unit, (grid[0], grid[1]))
         return _map_like(x, True).copy_(y), saved if save else saved.new_empty(0)
@@ -195,30 +152,20 @@ def _plain_backward(
     channel_weight: Tensor,
     spatial_weight: Tensor,
     saved: Tensor,
+    needs: Sequence[bool],
     grid: tuple[int, int],
-    num_heads: int,
-    channel_radius: int,
-    spatial_neighbors: int,
-    self_loops: bool,
-    sequential: bool,
-    scale: float,
-    need_x: bool,
-    need_channel_weight: bool,
-    need_spatial_weight: bool,
-    need_residual: bool,
+    *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    unit = _unit(num_heads, channel_radius, spatial_neighbors, self_loops, sequential, scale)
-    if need_residual and y is None:
-        raise ValueError("need_residual must be False where y is None: without a ReLU the residual's gradient is dy")
+    arguments = Arguments(*options)
+    arguments.check_backward(y, needs)
     with torch.no_grad():
         if y is not None:
             dy = dy.masked_fill(y <= 0, 0)
-        gradients = reference.backward(dy, x, channel_weight, spatial_weight, saved, unit, (grid[0], grid[1]))
-        needs = need_x, need_channel_weight, need_spatial_weight, need_residual
-        like = _map_like(x, needs[0]), _weight_like(channel_weight, needs[1]), _weight_like(spatial_weight, needs[2])
-        out = *like, _map_like(x, needs[3])
+        weights = channel_weight, spatial_weight
+        gradients = reference.backward(dy, x, *weights, saved, arguments.options(), (grid[0], grid[1]))
         dx, dchannel, dspatial, dresidual = (
-            t.copy_(value) if need else t for t, value, need in zip(out, (*gradients, dy), needs, strict=True)
+            out.copy_(value) if need else out
+            for out, value, need in zip(_gradients_like(x, *weights, needs), (*gradients, dy), needs, strict=True)
         )
         return dx, dchannel, dspatial, dresidual
 
@@ -229,15 +176,9 @@ def _plain_forward_(
     spatial_weight: Tensor,
     residual: Tensor | None,
     grid: tuple[int, int],
-    num_heads: int,
-    channel_radius: int,
-    spatial_neighbors: int,
-    self_loops: bool,
-    sequential: bool,
-    scale: float,
-    relu: bool,
+    *options: Any,
 ) -> None:
-    unit = _unit(num_heads, channel_radius, spatial_neighbors, self_loops, sequential, scale, relu)
+    unit = Arguments(*options).options()
     with torch.no_grad():
         x.copy_(reference.evaluate(x, channel_weight, spatial_weight, residual, unit, (grid[0], grid[1])))
 
@@ -300,39 +241,74 @@ for _name, _plain in _PLAIN._asdict().items():
 def _triton(name: str) -> Callable[..., Any]:
     """An operator of the Triton kernels, imported when it is first called."""
 
-    def run(*args: Any) -> Any:
-        kernels, x = gpu.triton_kernels(), args[0]
+    def run(x: Tensor, *args: Any) -> Any:  # the first map, which is dy in backward
+        kernels = triton.triton_kernels()
         if kernels.reason:
             raise RuntimeError(kernels.reason)
         function = getattr(kernels.module, name)
         if x.device.type != "cuda":
-            return function(*args)
+            return function(x, *args)
         with torch.cuda.device(x.device):
-            return function(*args, family=gpu.family(x.device.index))
+            return function(x, *args, family=triton.family(x.device.index))
 
     return run
 
 
-def _first_on_gpu(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
-    """The operator of the first GPU backend that can run the call, else plain PyTorch."""
-    start = 1 if name == "backward" else 0  # dy
-    options = {"forward": 4, "backward": 6, "forward_": 4}[name]
+def _first_on_gpu(
+    x: Tensor, weights: tuple[Tensor, Tensor], residual: Tensor | None, grid: tuple[int, int], options: tuple[Any, ...]
+) -> Operators:
+    """The operators of the first GPU backend that can run the call, else those in plain PyTorch."""
+    unit = Arguments(*options).options()
+    backend = backends.first(backends.Call(x, *weights, residual, unit, (grid[0], grid[1])))
+    return OPERATORS.get(backend, _PLAIN)
 
-    def run(*args: Any) -> Any:
-        x = args[start]
-        channel_weight, spatial_weight = args[3:5] if name == "backward" else args[1:3]
-        unit, grid = _unit(*args[options + 1 : options + 7]), (args[options][0], args[options][1])
-        call = backends.Call(x, channel_weight, spatial_weight, None, unit, grid)
-        backend = backends.first(call)
-        return getattr(OPERATORS[backend], name)(*args) if backend in _NAMED else plain(*args)
 
-    return run
+def _gpu_forward(
+    x: Tensor,
+    channel_weight: Tensor,
+    spatial_weight: Tensor,
+    residual: Tensor | None,
+    save: bool,
+    grid: tuple[int, int],
+    *options: Any,
+) -> tuple[Tensor, Tensor]:
+    weights = channel_weight, spatial_weight
+    chosen = _first_on_gpu(x, weights, residual, grid, options)
+    return chosen.forward(x, *weights, residual, save, grid, *options)
+
+
+def _gpu_backward(
+    dy: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    channel_weight: Tensor,
+    spatial_weight: Tensor,
+    saved: Tensor,
+    needs: Sequence[bool],
+    grid: tuple[int, int],
+    *options: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    weights = channel_weight, spatial_weight
+    chosen = _first_on_gpu(x, weights, None, grid, options)
+    return chosen.backward(dy, x, y, *weights, saved, needs, grid, *options)
+
+
+def _gpu_forward_(
+    x: Tensor,
+    channel_weight: Tensor,
+    spatial_weight: Tensor,
+    residual: Tensor | None,
+    grid: tuple[int, int],
+    *options: Any,
+) -> None:
+    weights = channel_weight, spatial_weight
+    _first_on_gpu(x, weights, residual, grid, options).forward_(x, *weights, residual, grid, *options)
 
 
 for _name, _kernel in with_any_strides(Operators(*map(_triton, Operators._fields)))._asdict().items():
     _LIBRARY.impl(f"triton_{_name}", _kernel, "CompositeExplicitAutograd")
-for _name, _plain in _PLAIN._asdict().items():
-    _LIBRARY.impl(_name, _first_on_gpu(_name, _plain), "CUDA")
+for _name, _first in Operators(_gpu_forward, _gpu_backward, _gpu_forward_)._asdict().items():
+    _LIBRARY.impl(_name, _first, "CUDA")
 
 
 # ---- autograd --------------------------------------------------------------------------------------------------------
@@ -347,21 +323,19 @@ class _Steam(torch.autograd.Function):
         channel_weight: Tensor,
         spatial_weight: Tensor,
         residual: Tensor | None,
-        unit: Unit,
+        options: Options,
         grid: tuple[int, int],
         backend: str,
     ) -> Tensor:
-        need_x, need_channel, need_spatial = ctx.needs_input_grad[:3]
-        save = need_x or need_channel or need_spatial
-        relu = unit.relu
-        y, saved = OPERATORS[backend].forward(
-            x, channel_weight, spatial_weight, residual, grid, *unit.options, relu, save
-        )
+        save = any(ctx.needs_input_grad[:3])
+        arguments = options.arguments
+        y, saved = OPERATORS[backend].forward(x, channel_weight, spatial_weight, residual, save, grid, *arguments)
+        masks = y if arguments.relu else None
         if save:
-            ctx.save_for_backward(x, channel_weight, spatial_weight, saved, y if relu else None)
+            ctx.save_for_backward(x, channel_weight, spatial_weight, saved, masks)
         else:
-            ctx.save_for_backward(None, None, None, None, y if relu else None)
-        ctx.call = unit, grid, backend
+            ctx.save_for_backward(None, None, None, None, masks)
+        ctx.call = options, grid, backend
         return y
 
     @staticmethod
@@ -372,21 +346,11 @@ class _Steam(torch.autograd.Function):
             return None, None, None, dy if y is None else dy.masked_fill(y <= 0, 0), None, None, None
         if not torch.compiler.is_compiling() and torch.is_grad_enabled():
             return _differentiable_backward(ctx, dy)
-        unit, grid, backend = ctx.call
+        options, grid, backend = ctx.call
         masked = need_residual and y is not None
+        needs = need_x, need_channel, need_spatial, masked
         dx, dchannel, dspatial, dresidual = OPERATORS[backend].backward(
-            dy,
-            x,
-            y,
-            channel_weight,
-            spatial_weight,
-            saved,
-            grid,
-            *unit.options,
-            need_x,
-            need_channel,
-            need_spatial,
-            masked,
+            dy, x, y, channel_weight, spatial_weight, saved, needs, grid, *options.arguments
         )
         return (
             dx if need_x else None,
@@ -402,13 +366,13 @@ class _Steam(torch.autograd.Function):
 def _differentiable_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     """The gradients as functions that can be differentiated again, by way of the reference."""
     x, channel_weight, spatial_weight, _, y = ctx.saved_tensors
-    unit, grid, _ = ctx.call
+    options, grid, _ = ctx.call
     if y is not None:
         dy = dy.masked_fill(y <= 0, 0)
     # Gradients are taken by aliases that are made here. From the saved tensors themselves autograd would walk on to
     # what they depend on, which may be another of them, and the caller's own backward pass would count that path again.
     inputs = x.view_as(x), channel_weight.view_as(channel_weight), spatial_weight.view_as(spatial_weight)
-    out = reference.evaluate(*inputs, None, unit.without_tail(), grid)
+    out = reference.evaluate(*inputs, None, options.but(activation=None), grid)
     asked = [t for t, need in zip(inputs, ctx.needs_input_grad[:3], strict=True) if need]
     found = iter(torch.autograd.grad(out, asked, dy, create_graph=True))
     gradients = [next(found) if need else None for need in ctx.needs_input_grad[:3]]
@@ -420,13 +384,19 @@ def call(
     channel_weight: Tensor,
     spatial_weight: Tensor,
     residual: Tensor | None,
-    unit: Unit,
+    options: Options,
     grid: tuple[int, int],
     backend: str,
 ) -> Tensor:
     """One checked call on a backend's operators: with autograd where it is recording, without where it is not."""
-    if unit.inplace:
-        return _call_inplace(x, channel_weight, spatial_weight, residual, unit, grid, backend)
+    if options.inplace:
+        memory.check_inplace(x, channel_weight, spatial_weight, residual)
+        OPERATORS[backend].forward_(x, channel_weight, spatial_weight, residual, grid, *options.arguments)
+        if not (torch.compiler.is_compiling() or x.is_inference()):
+            # Bumps the version counter, so that autograd notices the write. The dispatcher does so only for operators
+            # that it differentiates.
+            torch.autograd.graph.increment_version(x)
+        return x
     if torch.is_grad_enabled() and (
         x.requires_grad
         or channel_weight.requires_grad
@@ -434,27 +404,8 @@ def call(
         or (residual is not None and residual.requires_grad)
     ):
         # The copy of an x that is not dense is made here once, for the operators of both directions.
-        return _Steam.apply(memory.dense(x), channel_weight, spatial_weight, residual, unit, grid, backend)
-    return OPERATORS[backend].forward(
-        x, channel_weight, spatial_weight, residual, grid, *unit.options, unit.relu, False
-    )[0]
-
-
-def _call_inplace(
-    x: Tensor,
-    channel_weight: Tensor,
-    spatial_weight: Tensor,
-    residual: Tensor | None,
-    unit: Unit,
-    grid: tuple[int, int],
-    backend: str,
-) -> Tensor:
-    memory.check_inplace(x, channel_weight, spatial_weight, residual)
-    OPERATORS[backend].forward_(x, channel_weight, spatial_weight, residual, grid, *unit.options, unit.relu)
-    if not (torch.compiler.is_compiling() or x.is_inference()):
-        # The dispatcher does not do it for an operator without autograd: whoever saved x must hear of the change.
-        torch.autograd.graph.increment_version(x)
-    return x
+        return _Steam.apply(memory.dense(x), channel_weight, spatial_weight, residual, options, grid, backend)
+    return OPERATORS[backend].forward(x, channel_weight, spatial_weight, residual, False, grid, *options.arguments)[0]
 
 
 # ---- FLOPs -----------------------------------------------------------------------------------------------------------
@@ -464,23 +415,28 @@ def _packets(*names: str) -> list[Any]:
     return [getattr(torch.ops.steam_kernels, prefix + name) for prefix in PREFIXES for name in names]
 
 
-@register_flop_formula(_packets("forward", "forward_"))
+@register_flop_formula(_packets("forward"))
 def forward_flop(
     x: Any,
     channel_weight: Any,
     spatial_weight: Any,
     residual: Any,
+    save: bool,
     grid: Any,
-    num_heads: int,
-    channel_radius: int,
-    spatial_neighbors: int,
-    self_loops: bool,
-    *args: Any,
-    **kwargs: Any,
+    *options: Any,
+    out_shape: Any = None,
 ) -> int:
-    """FLOPs of a call of ``forward`` or ``forward_`` from its arguments, tensors or their shapes."""
-    unit = _unit(num_heads, channel_radius, spatial_neighbors, self_loops, True, 1.0)
-    return x[0] * forward_flops(x[1], x[2], x[3], tuple(grid), unit, residual is not None)
+    """FLOPs of a call of ``forward`` from its arguments, tensors or their shapes."""
+    has_residual = residual is not None
+    return x[0] * forward_flops(x[1], x[2], x[3], tuple(grid), Arguments(*options), has_residual)
+
+
+@register_flop_formula(_packets("forward_"))
+def forward_in_place_flop(
+    x: Any, channel_weight: Any, spatial_weight: Any, residual: Any, grid: Any, *options: Any, out_shape: Any = None
+) -> int:
+    """FLOPs of a call of ``forward_``, which are those of ``forward``."""
+    return forward_flop(x, channel_weight, spatial_weight, residual, False, grid, *options)
 
 
 @register_flop_formula(_packets("backward"))
@@ -491,13 +447,9 @@ def _backward_flop(
     channel_weight: Any,
     spatial_weight: Any,
     saved: Any,
+    needs: Any,
     grid: Any,
-    num_heads: int,
-    channel_radius: int,
-    spatial_neighbors: int,
-    self_loops: bool,
-    *args: Any,
-    **kwargs: Any,
+    *options: Any,
+    out_shape: Any = None,
 ) -> int:
-    unit = _unit(num_heads, channel_radius, spatial_neighbors, self_loops, True, 1.0)
-    return x[0] * backward_flops(x[1], x[2], x[3], tuple(grid), unit)
+    return x[0] * backward_flops(x[1], x[2], x[3], tuple(grid), Arguments(*options))

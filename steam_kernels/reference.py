@@ -10,32 +10,18 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.autograd import forward_ad
+from torch import Tensor
 
-from .config import (
-    Unit,
-    accumulation_dtype,
-    ceil_div,
-    check_backend,
-    check_embed_dim,
-    check_flag,
-    check_integer,
-    lattice_offsets,
-    make_unit,
-)
+from .config import Options, accumulation_dtype, ceil_div, lattice_offsets, make_options
+from .layer import Layer
 from .memory import check_inplace, dense, match_strides
-from .scale import ScaledModule
+from .tracing import exporting, factor, looked_into
 
 __all__ = ["STEAM", "gate", "graph_transform", "lattice", "pool", "ring", "steam"]
-
-#: Whether traces hold the operators: set by :func:`steam_kernels.cost.counters.as_operators` alone.
-traced_as_operators = False
 
 
 # ---- cells -----------------------------------------------------------------------------------------------------------
@@ -50,28 +36,6 @@ def cell_bounds(size: int, cells: int, device: torch.device) -> tuple[Tensor, Te
     """First pixel and one past the last pixel of each cell of one axis, ``(cells,)`` int64 each."""
     cell = torch.arange(cells, device=device)
     return ceil_div(cell * size, cells), ceil_div((cell + 1) * size, cells)
-
-
-def exporting() -> bool:
-    """Whether an exporter or ``torch.jit.trace`` writes down what runs here, perhaps for sizes that it will not see."""
-    return torch.compiler.is_exporting() or torch.jit.is_tracing()
-
-
-def looked_into() -> bool:
-    """Whether an exporter, a tracer, a function transform or forward-mode differentiation needs plain operators."""
-    return (
-        torch.compiler.is_exporting()
-        or (torch.jit.is_tracing() and not traced_as_operators)
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-    )
-
-
-def factor(value: float | Tensor, like: Tensor) -> float | Tensor:
-    """``value`` to multiply or divide ``like`` by: as a tensor in an export, since ONNX would hold a float32 number."""
-    if isinstance(value, Tensor):
-        return value.to(like.dtype)
-    return torch.tensor(value, dtype=like.dtype, device=like.device) if exporting() else value
 
 
 def cell_sums(x: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -240,19 +204,19 @@ def sigmoid(o: Tensor) -> Tensor:
 
 
 def tokens(
-    x: Tensor, channel_weight: Tensor, spatial_weight: Tensor, unit: Unit, grid: tuple[int, int]
+    x: Tensor, channel_weight: Tensor, spatial_weight: Tensor, options: Options, grid: tuple[int, int]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Tokens and pre-activations z, o_c ``(N, C)`` and u, o_s ``(N, gh * gw)``, all in the accumulation dtype."""
     _, channels, height, width = x.shape
     pooled, counts = pool(x, grid)
     z = (pooled * counts).sum((2, 3)) / (height * width)
     o_c = graph_transform(
-        z, channel_weight, unit.num_heads, ring(channels, unit.channel_radius, unit.self_loops, x.device)
+        z, channel_weight, options.num_heads, ring(channels, options.channel_radius, options.self_loops, x.device)
     )
-    weighted = sigmoid(o_c)[:, :, None, None] * pooled if unit.sequential else pooled
+    weighted = sigmoid(o_c)[:, :, None, None] * pooled if options.sequential else pooled
     u = (weighted.sum(1) / channels).flatten(1)
     o_s = graph_transform(
-        u, spatial_weight, unit.num_heads, lattice(grid, unit.spatial_neighbors, unit.self_loops, x.device)
+        u, spatial_weight, options.num_heads, lattice(grid, options.spatial_neighbors, options.self_loops, x.device)
     )
     return z, o_c, u, o_s
 
@@ -267,11 +231,11 @@ def gate(x: Tensor, g_c: Tensor, g_s: Tensor, scale: float | Tensor = 1.0) -> Te
 
 
 def maps(
-    x: Tensor, channel_weight: Tensor, spatial_weight: Tensor, unit: Unit, grid: tuple[int, int]
+    x: Tensor, channel_weight: Tensor, spatial_weight: Tensor, options: Options, grid: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
     """The channel gate ``(N, C)`` and the spatial gate ``(N, gh, gw)``, in the accumulation dtype."""
     dtype = accumulation_dtype(x.dtype)
-    _, o_c, _, o_s = tokens(x.to(dtype), channel_weight.to(dtype), spatial_weight.to(dtype), unit, grid)
+    _, o_c, _, o_s = tokens(x.to(dtype), channel_weight.to(dtype), spatial_weight.to(dtype), options, grid)
     # Not unflatten: ONNX's legacy exporter has it from opset 13 on, and takes the shape of its result for a constant.
     return sigmoid(o_c), sigmoid(o_s).view(x.shape[0], *grid)
 
@@ -281,19 +245,19 @@ def evaluate(
     channel_weight: Tensor,
     spatial_weight: Tensor,
     residual: Tensor | None,
-    unit: Unit,
+    options: Options,
     grid: tuple[int, int],
     scale: Tensor | None = None,
 ) -> Tensor:
     """The unit on arguments that have been checked; differentiable, out of place.
 
-    ``scale``, of 0 dimensions, stands in place of the unit's where it is given.
+    ``scale``, of 0 dimensions, replaces the options' scale where it is given.
     """
     dtype = accumulation_dtype(x.dtype)
     wide = x.to(dtype)
-    gates = maps(wide, channel_weight, spatial_weight, unit, grid)
-    y = gate(wide, *gates, unit.scale if scale is None else scale)
-    return finish(y, residual, unit.relu, x.dtype)
+    gates = maps(wide, channel_weight, spatial_weight, options, grid)
+    y = gate(wide, *gates, options.scale if scale is None else scale)
+    return finish(y, residual, options.relu, x.dtype)
 
 
 def finish(y: Tensor, residual: Tensor | None, relu: bool, dtype: torch.dtype) -> Tensor:
@@ -310,15 +274,15 @@ def forward(
     channel_weight: Tensor,
     spatial_weight: Tensor,
     residual: Tensor | None,
-    unit: Unit,
+    options: Options,
     grid: tuple[int, int],
 ) -> tuple[Tensor, Tensor]:
     """:func:`evaluate`, and what :func:`backward` wants: ``(N, 2 (C + gh gw))``, rows of [z | o_c | u | o_s]."""
     dtype = accumulation_dtype(x.dtype)
     wide = x.to(dtype)
-    z, o_c, u, o_s = tokens(wide, channel_weight.to(dtype), spatial_weight.to(dtype), unit, grid)
-    y = gate(wide, sigmoid(o_c), sigmoid(o_s).view(x.shape[0], *grid), unit.scale)
-    return finish(y, residual, unit.relu, x.dtype), torch.cat((z, o_c, u, o_s), 1)
+    z, o_c, u, o_s = tokens(wide, channel_weight.to(dtype), spatial_weight.to(dtype), options, grid)
+    y = gate(wide, sigmoid(o_c), sigmoid(o_s).view(x.shape[0], *grid), options.scale)
+    return finish(y, residual, options.relu, x.dtype), torch.cat((z, o_c, u, o_s), 1)
 
 
 def backward(
@@ -327,13 +291,13 @@ def backward(
     channel_weight: Tensor,
     spatial_weight: Tensor,
     saved: Tensor,
-    unit: Unit,
+    options: Options,
     grid: tuple[int, int],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of x and of both weights in closed form [derived], all in the accumulation dtype.
 
     Args:
-        dy: ``(N, C, H, W)``, already masked where a ReLU ended the unit.
+        dy: ``(N, C, H, W)``, already masked where a ReLU ended the options.
         saved: from :func:`forward`.
     """
     dtype = accumulation_dtype(x.dtype)
@@ -345,21 +309,21 @@ def backward(
     products = cell_sums(dy * x, grid).flatten(2)  # R, (N, C, gh gw)
     pooled, counts = pool(x, grid)
 
-    d_o_s = unit.scale * (g_c[:, :, None] * products).sum(1) * g_s * torch.sigmoid(-o_s)
-    graph = lattice(grid, unit.spatial_neighbors, unit.self_loops, x.device)
-    d_u, d_spatial = _graph_backward(d_o_s, u, spatial_weight.to(dtype), unit.num_heads, graph)
+    d_o_s = options.scale * (g_c[:, :, None] * products).sum(1) * g_s * torch.sigmoid(-o_s)
+    graph = lattice(grid, options.spatial_neighbors, options.self_loops, x.device)
+    d_u, d_spatial = _graph_backward(d_o_s, u, spatial_weight.to(dtype), options.num_heads, graph)
 
-    d_g_c = unit.scale * (g_s[:, None] * products).sum(2)
-    if unit.sequential:
+    d_g_c = options.scale * (g_s[:, None] * products).sum(2)
+    if options.sequential:
         d_g_c = d_g_c + (d_u[:, None] * pooled.flatten(2)).sum(2) / channels
     d_o_c = d_g_c * g_c * torch.sigmoid(-o_c)
-    graph = ring(channels, unit.channel_radius, unit.self_loops, x.device)
-    d_z, d_channel = _graph_backward(d_o_c, z, channel_weight.to(dtype), unit.num_heads, graph)
+    graph = ring(channels, options.channel_radius, options.self_loops, x.device)
+    d_z, d_channel = _graph_backward(d_o_c, z, channel_weight.to(dtype), options.num_heads, graph)
 
     share = spread(d_u.view(samples, *grid) / (channels * counts), (height, width))[:, None]
-    if unit.sequential:
+    if options.sequential:
         share = share * g_c[:, :, None, None]
-    d_x = gate(dy, g_c, g_s.view(samples, *grid), unit.scale) + share + d_z[:, :, None, None] / (height * width)
+    d_x = gate(dy, g_c, g_s.view(samples, *grid), options.scale) + share + d_z[:, :, None, None] / (height * width)
     return d_x, d_channel, d_spatial
 
 
@@ -406,24 +370,12 @@ def steam(
     backend: str | None = None,
 ) -> Tensor:
     """:func:`steam_kernels.steam` in plain PyTorch: same arguments and errors; ``backend`` is checked, then ignored."""
-    by: Tensor | None = None
+    tensor = None
     if isinstance(scale, Tensor) and looked_into():
-        by, scale = scale, 1.0
-    unit = make_unit(
-        num_heads,
-        grid_size,
-        window,
-        channel_radius,
-        spatial_neighbors,
-        self_loops,
-        order,
-        scale,
-        activation,
-        inplace,
-        backend,
-    )
-    grid = unit.check(x, channel_weight, spatial_weight, residual)
-    return run(x, channel_weight, spatial_weight, residual, unit, grid, by)
+        tensor, scale = scale, 1.0
+    graphs = num_heads, grid_size, window, channel_radius, spatial_neighbors, self_loops
+    options = make_options(*graphs, order, scale, activation, inplace, backend)
+    return run(x, channel_weight, spatial_weight, residual, options, tensor)
 
 
 def run(
@@ -431,206 +383,34 @@ def run(
     channel_weight: Tensor,
     spatial_weight: Tensor,
     residual: Tensor | None,
-    unit: Unit,
+    options: Options,
+    scale: Tensor | None = None,
+) -> Tensor:
+    """:func:`steam` of options that have been made; ``scale`` replaces theirs where it is given."""
+    grid = options.check(x, channel_weight, spatial_weight, residual)
+    return compute(x, channel_weight, spatial_weight, residual, options, grid, scale)
+
+
+def compute(
+    x: Tensor,
+    channel_weight: Tensor,
+    spatial_weight: Tensor,
+    residual: Tensor | None,
+    options: Options,
     grid: tuple[int, int],
     scale: Tensor | None = None,
 ) -> Tensor:
-    """:func:`evaluate`, and what the caller was promised about memory: y's strides, or x written in place."""
-    if unit.inplace:
+    """:func:`evaluate`, with y in x's strides, or written into x in place."""
+    if options.inplace:
         check_inplace(x, channel_weight, spatial_weight, residual)
-        return x.copy_(evaluate(x, channel_weight, spatial_weight, residual, unit, grid, scale))
-    y = evaluate(x, channel_weight, spatial_weight, residual, unit, grid, scale)
+        return x.copy_(evaluate(x, channel_weight, spatial_weight, residual, options, grid, scale))
+    y = evaluate(x, channel_weight, spatial_weight, residual, options, grid, scale)
     if exporting() or torch._C._are_functorch_transforms_active():
         return y
     return match_strides(y, dense(x))
 
 
-# ---- the module ------------------------------------------------------------------------------------------------------
-
-
-class STEAM(ScaledModule):
+class STEAM(Layer):
     """:class:`steam_kernels.FusedSTEAM` on this module's plain PyTorch: same constructor, same state_dict."""
 
-    channel_weight: nn.Parameter
-    spatial_weight: nn.Parameter
-    _steam = staticmethod(steam)
-
-    def __init__(
-        self,
-        channels: int | None = None,
-        *,
-        embed_dim: int = 8,
-        num_heads: int = 4,
-        grid_size: int | tuple[int, int] | None = None,
-        window: int | None = None,
-        channel_radius: int = 1,
-        spatial_neighbors: int = 4,
-        self_loops: bool = True,
-        order: str = "sequential",
-        identity_init: bool = False,
-        activation: str | None = None,
-        inplace: bool = False,
-        backend: str | None = None,
-        device: torch.device | str | int | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(device)
-        if channels is not None:
-            check_integer("channels", channels)
-        if not isinstance(identity_init, bool):
-            raise TypeError(f"identity_init must be True or False, got {identity_init!r}")
-        if dtype is not None and (not isinstance(dtype, torch.dtype) or dtype not in _PARAMETER_DTYPES):
-            raise TypeError(f"dtype must be float16, bfloat16, float32 or float64, got {dtype!r}")
-        unit = make_unit(
-            num_heads,
-            grid_size,
-            window,
-            channel_radius,
-            spatial_neighbors,
-            self_loops,
-            order,
-            1.0,
-            activation,
-            inplace,
-            backend,
-        )
-        check_embed_dim(embed_dim, num_heads)
-        self.channels = channels
-        self.embed_dim = embed_dim
-        self.num_heads = num_heads
-        self.grid_size = unit.grid_size
-        self.window = window
-        self.channel_radius = channel_radius
-        self.spatial_neighbors = spatial_neighbors
-        self.self_loops = self_loops
-        self.order = order
-        self.identity_init = identity_init
-        self.activation = activation
-        self._inplace = inplace
-        self._backend = backend
-        self.channel_weight = nn.Parameter(torch.empty(4, embed_dim, device=device, dtype=dtype))
-        self.spatial_weight = nn.Parameter(torch.empty(4, embed_dim, device=device, dtype=dtype))
-        self.reset_parameters()
-
-    @property
-    def backend(self) -> str | None:
-        """Name of the backend that must run this unit, or None for the first that can; checked when set."""
-        return self._backend
-
-    @backend.setter
-    def backend(self, name: str | None) -> None:
-        check_backend(name)
-        self._backend = name
-
-    @property
-    def inplace(self) -> bool:
-        """May be set, checked when set; reading it is an AttributeError.
-
-        Tools turn it on wherever a module *has* such an attribute, as Ultralytics does at loading. They mean
-        activations, whose input nobody else reads; a unit's input may well be read again.
-        """
-        raise AttributeError(f"{type(self).__name__}.inplace can be set, but not read")
-
-    @inplace.setter
-    def inplace(self, value: bool) -> None:
-        check_flag("inplace", value)
-        self._inplace = value
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        if "inplace" in state:  # pickled whole by an older version
-            state["_inplace"] = state.pop("inplace")
-        super().__setstate__(state)
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Query, key, value rows uniform in ±1 (fan-in 1), output rows in ±1/sqrt(d) or, for the identity, 0 [ours]."""
-        for weight in (self.channel_weight, self.spatial_weight):
-            nn.init.uniform_(weight[:3], -1.0, 1.0)
-            if self.identity_init:
-                nn.init.zeros_(weight[3])
-            else:
-                bound = 1.0 / math.sqrt(self.embed_dim)
-                nn.init.uniform_(weight[3], -bound, bound)
-        # Both gates are sigma(0) = 1/2 then, and 4 * 1/2 * 1/2 leaves x as it is, to the bit.
-        self.scale = 4.0 if self.identity_init else 1.0  # type: ignore[assignment]
-
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """``(N, C, H, W)`` to the same shape, dtype and memory format; see :func:`steam_kernels.steam`."""
-        if self.channels is not None:
-            check_channels(x, self.channels)
-        return self._steam(
-            x,
-            self.channel_weight,
-            self.spatial_weight,
-            residual,
-            num_heads=self.num_heads,
-            grid_size=self.grid_size,
-            window=self.window,
-            channel_radius=self.channel_radius,
-            spatial_neighbors=self.spatial_neighbors,
-            self_loops=self.self_loops,
-            order=self.order,
-            scale=self.scale if looked_into() else self.host_scale(),
-            activation=self.activation,
-            inplace=self._inplace,
-            backend=self._backend,
-        )
-
-    def attention_maps(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The gates that :meth:`forward` multiplies by, without the scale: differentiable, always in plain PyTorch.
-
-        Args:
-            x: ``(N, C, H, W)``.
-
-        Returns:
-            The channel gate ``(N, C)`` and the spatial gate ``(N, gh, gw)``, float32 (float64 for
-            float64 x).
-
-        Raises:
-            TypeError, ValueError: as :meth:`forward`.
-        """
-        if self.channels is not None:
-            check_channels(x, self.channels)
-        unit = make_unit(
-            self.num_heads,
-            self.grid_size,
-            self.window,
-            self.channel_radius,
-            self.spatial_neighbors,
-            self.self_loops,
-            self.order,
-            1.0,
-            None,
-            False,
-            None,
-        )
-        grid = unit.check(x, self.channel_weight, self.spatial_weight)
-        return maps(x, self.channel_weight, self.spatial_weight, unit, grid)
-
-    def __prepare_scriptable__(self) -> NoReturn:
-        """Called by ``torch.jit.script``, whose compiler cannot read a unit's Python."""
-        raise RuntimeError(
-            f"torch.jit.script cannot compile a {type(self).__name__}: use torch.jit.trace, whose trace serves maps of "
-            "every size, or torch.export"
-        )
-
-    def extra_repr(self) -> str:
-        """The constructor's arguments, those at their defaults left out."""
-        given = [] if self.channels is None else [str(self.channels)]
-        given += [f"embed_dim={self.embed_dim}", f"num_heads={self.num_heads}"]
-        given.append(f"grid_size={self.grid_size}" if self.window is None else f"window={self.window}")
-        defaults = {"channel_radius": 1, "spatial_neighbors": 4, "self_loops": True, "order": "sequential"}
-        defaults |= {"activation": None, "_inplace": False, "backend": None}
-        given += [f"{k.lstrip('_')}={v!r}" for k, default in defaults.items() if (v := getattr(self, k)) != default]
-        if (scale := self.host_scale()) != 1.0:
-            given.append(f"scale={scale}")
-        return ", ".join(given)
-
-
-_PARAMETER_DTYPES: Iterable[torch.dtype] = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-def check_channels(x: Tensor, channels: int) -> None:
-    """Raises ValueError where a 4-dimensional ``x`` does not have the module's ``channels``."""
-    if isinstance(x, Tensor) and x.dim() == 4 and x.shape[1] != channels:
-        raise ValueError(f"x must have the {channels} channels that the unit was built for, got shape {tuple(x.shape)}")
+    _run = staticmethod(run)

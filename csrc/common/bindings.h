@@ -1,5 +1,5 @@
-// torch's side of the compiled kernels, on LibTorch's stable ABI: the operators of any backend whose kernels take the
-// plain structs. Schemas, checks and autograd are Python's (steam_kernels/ops.py).
+// The operators of the compiled kernels for torch, on LibTorch's stable ABI: for any backend whose kernels take the
+// plain structs. Python has the schemas, the checks of a call and autograd (steam_kernels/ops.py).
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -12,13 +12,16 @@
 #include <array>
 #include <optional>
 #include <string>
-#include <tuple>
 #include <vector>
 
 #include "problem.h"
 
 namespace steam {
 namespace {
+
+// The version of the operators' schemas, in step with OPERATORS of steam_kernels/backends/native.py. The package
+// refuses a library of another version, whose operators would misread their arguments.
+constexpr int kOperators = 2;
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -86,15 +89,51 @@ struct Place {
   }
 };
 
+// What an operator is called with, in the order of its schema. Every argument must be taken, since taking one frees it.
+class Arguments {
+ public:
+  Arguments(StableIValue* stack, uint64_t count, uint64_t expected) : next_(stack) {
+    STD_TORCH_CHECK(count == expected, "steam_kernels: an operator of ", expected, " arguments has a schema of ", count,
+                    ": the library and the package are of different versions");
+  }
+  template <class T>
+  T next() {
+    return torch::stable::detail::to<T>(*next_++);
+  }
+
+ private:
+  StableIValue* next_;
+};
+
+template <class... T>
+void give(StableIValue* stack, const T&... results) {
+  ((*stack++ = torch::stable::detail::from<T>(results)), ...);
+}
+
+// The grid and the options, which every operator ends with: the order of config.Arguments in Python.
 struct Options {
+  static constexpr uint64_t kCount = 8;
+
+  std::vector<int64_t> grid;
   int64_t num_heads, channel_radius, spatial_neighbors;
-  bool self_loops, sequential, relu;
+  bool self_loops, sequential;
   double scale;
+  bool relu;
+
+  explicit Options(Arguments& a)
+      : grid(a.next<std::vector<int64_t>>()),
+        num_heads(a.next<int64_t>()),
+        channel_radius(a.next<int64_t>()),
+        spatial_neighbors(a.next<int64_t>()),
+        self_loops(a.next<bool>()),
+        sequential(a.next<bool>()),
+        scale(a.next<double>()),
+        relu(a.next<bool>()) {}
 };
 
 // The kernels read memory by the sizes and strides that this struct implies: everything is checked here that the
 // arithmetic of offsets rests on. x is dense.
-Problem problem(const Tensor& x, const Tensor& weight, const std::vector<int64_t>& grid, const Options& o) {
+Problem problem(const Tensor& x, const Tensor& weight, const Options& o) {
   Problem p{};
   p.samples = x.size(0);
   p.channels = x.size(1);
@@ -103,6 +142,7 @@ Problem problem(const Tensor& x, const Tensor& weight, const std::vector<int64_t
   STD_TORCH_CHECK(p.channels > 0 && p.height > 0 && p.width > 0,
                   "steam_kernels: x must have C, H and W of at least 1, got ", p.channels, ", ", p.height, " and ",
                   p.width);
+  const std::vector<int64_t>& grid = o.grid;
   STD_TORCH_CHECK(grid.size() == 2 && grid[0] > 0 && grid[0] <= p.height && grid[1] > 0 && grid[1] <= p.width,
                   "steam_kernels: grid must be two numbers of cells, from 1 to H and from 1 to W");
   p.grid_h = grid[0];
@@ -212,73 +252,65 @@ bool share_memory(const Tensor& a, const Tensor& b) {
 //   ForwardArgs, BackwardArgs                       the kernels' structs, up to the last member
 //   void forward(const Tensor& x, ForwardArgs)      fill that in and run
 //   void backward(const Tensor& x, BackwardArgs)
+// They take torch's stack of arguments, as the dispatcher calls them, and leave their results there.
 template <class B>
 struct Operators {
-  // `x` is dense, y lies like it.
-  static void run_forward(const Tensor& x, const Tensor& channel_weight, const Tensor& spatial_weight,
-                          const std::optional<Tensor>& residual, const Problem& p, const Place& place, void* y,
-                          void* saved) {
-    const Rows channel = rows_of("channel_weight", channel_weight, p.embed_dim, x, place);
-    const Rows spatial = rows_of("spatial_weight", spatial_weight, p.embed_dim, x, place);
-    B::forward(x, {p,
-                   channel.weight,
-                   spatial.weight,
-                   x.const_data_ptr(),
-                   residual ? residual->const_data_ptr() : nullptr,
-                   y,
-                   saved,
-                   {}});
-  }
+  static void forward(StableIValue* stack, uint64_t count, uint64_t) {
+    Arguments a(stack, count, 5 + Options::kCount);
+    const Forward given(a);
+    const bool save = a.next<bool>();
+    const Options options(a);
 
-  static std::tuple<Tensor, Tensor> forward(Tensor given, Tensor channel_weight, Tensor spatial_weight,
-                                            std::optional<Tensor> residual, std::vector<int64_t> grid,
-                                            int64_t num_heads, int64_t channel_radius, int64_t spatial_neighbors,
-                                            bool self_loops, bool sequential, double scale, bool relu, bool save) {
-    const Tensor x = dense(given);
-    const Problem p = problem(x, channel_weight, grid,
-                              {num_heads, channel_radius, spatial_neighbors, self_loops, sequential, relu, scale});
+    const Tensor x = dense(given.x);
+    const Problem p = problem(x, given.channel_weight, options);
     const Place place = B::place(x);
-    if (residual) residual = match_strides("residual", *residual, x, place);
+    std::optional<Tensor> residual;
+    if (given.residual) residual = match_strides("residual", *given.residual, x, place);
     Tensor y = place.like(x);
     const ScalarType accumulate = accumulation_dtype(x);
     const int64_t row = 2 * (p.channels + p.grid_h * p.grid_w);
     Tensor saved = save ? place.empty<2>({p.samples, row}, {row, 1}, accumulate) : place.nothing(accumulate);
-    run_forward(x, channel_weight, spatial_weight, residual, p, place, y.mutable_data_ptr(),
-                save ? saved.mutable_data_ptr() : nullptr);
-    return {y, saved};
+    run_forward(given, x, residual, p, y.mutable_data_ptr(), save ? saved.mutable_data_ptr() : nullptr);
+    give(stack, y, saved);
   }
 
-  static void forward_(Tensor given, Tensor channel_weight, Tensor spatial_weight, std::optional<Tensor> residual,
-                       std::vector<int64_t> grid, int64_t num_heads, int64_t channel_radius, int64_t spatial_neighbors,
-                       bool self_loops, bool sequential, double scale, bool relu) {
-    const Tensor x = dense(given);
-    const bool copied = x.get() != given.get();
-    STD_TORCH_CHECK(!copied || x.numel() == 0 || !overlaps_itself(given),
+  static void forward_(StableIValue* stack, uint64_t count, uint64_t) {
+    Arguments a(stack, count, 4 + Options::kCount);
+    Forward given(a);
+    const Options options(a);
+
+    const Tensor x = dense(given.x);
+    const bool copied = x.get() != given.x.get();
+    STD_TORCH_CHECK(!copied || x.numel() == 0 || !overlaps_itself(given.x),
                     "steam_kernels: x must not overlap itself in memory");
-    const Problem p = problem(x, channel_weight, grid,
-                              {num_heads, channel_radius, spatial_neighbors, self_loops, sequential, relu, scale});
-    const Place place = B::place(x);
-    if (residual) {
-      residual = match_strides("residual", *residual, x, place);
+    const Problem p = problem(x, given.channel_weight, options);
+    std::optional<Tensor> residual;
+    if (given.residual) {
+      residual = match_strides("residual", *given.residual, x, B::place(x));
       STD_TORCH_CHECK(!share_memory(x, *residual), "steam_kernels: residual must not share memory with x");
     }
-    run_forward(x, channel_weight, spatial_weight, residual, p, place, x.mutable_data_ptr(), nullptr);
-    if (copied) torch::stable::copy_(given, x);
+    run_forward(given, x, residual, p, x.mutable_data_ptr(), nullptr);
+    if (copied) torch::stable::copy_(given.x, x);
   }
 
-  static std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor dy, Tensor given, std::optional<Tensor> y,
-                                                             Tensor channel_weight, Tensor spatial_weight, Tensor saved,
-                                                             std::vector<int64_t> grid, int64_t num_heads,
-                                                             int64_t channel_radius, int64_t spatial_neighbors,
-                                                             bool self_loops, bool sequential, double scale,
-                                                             bool need_x, bool need_channel_weight,
-                                                             bool need_spatial_weight, bool need_residual) {
-    const Tensor x = dense(given);
-    const Problem p =
-        problem(x, channel_weight, grid,
-                {num_heads, channel_radius, spatial_neighbors, self_loops, sequential, y.has_value(), scale});
+  static void backward(StableIValue* stack, uint64_t count, uint64_t) {
+    Arguments a(stack, count, 7 + Options::kCount);
+    Tensor dy = a.next<Tensor>();
+    const Tensor x = dense(a.next<Tensor>());
+    std::optional<Tensor> y = a.next<std::optional<Tensor>>();
+    const Tensor channel_weight = a.next<Tensor>();
+    const Tensor spatial_weight = a.next<Tensor>();
+    Tensor saved = a.next<Tensor>();
+    const std::vector<bool> needs = a.next<std::vector<bool>>();
+    const Options options(a);
+
+    STD_TORCH_CHECK(needs.size() == 4, "steam_kernels: needs must be four flags, got ", needs.size());
+    const bool need_x = needs[0], need_channel_weight = needs[1], need_spatial_weight = needs[2];
+    const bool need_residual = needs[3];
+    const Problem p = problem(x, channel_weight, options);
     const Place place = B::place(x);
     dy = match_strides("dy", dy, x, place);
+    STD_TORCH_CHECK(y.has_value() == options.relu, "steam_kernels: y must be given exactly where relu is true");
     if (y) y = match_strides("y", *y, x, place);
     STD_TORCH_CHECK(y || !need_residual, "steam_kernels: without a ReLU the residual's gradient is dy itself");
     STD_TORCH_CHECK(saved.scalar_type() == accumulation_dtype(x),
@@ -307,8 +339,37 @@ struct Operators {
                     {pointer(dchannel, need_channel_weight), channel.weight.dtype},
                     {pointer(dspatial, need_spatial_weight), spatial.weight.dtype},
                     {}});
-    return {dx, like_weight(dchannel, channel_weight, need_channel_weight),
-            like_weight(dspatial, spatial_weight, need_spatial_weight), dresidual};
+    give(stack, dx, like_weight(dchannel, channel_weight, need_channel_weight),
+         like_weight(dspatial, spatial_weight, need_spatial_weight), dresidual);
+  }
+
+ private:
+  // The tensors that both forward operators begin with.
+  struct Forward {
+    Tensor x, channel_weight, spatial_weight;
+    std::optional<Tensor> residual;
+
+    explicit Forward(Arguments& a)
+        : x(a.next<Tensor>()),
+          channel_weight(a.next<Tensor>()),
+          spatial_weight(a.next<Tensor>()),
+          residual(a.next<std::optional<Tensor>>()) {}
+  };
+
+  // `x` is the dense x of `given`; `residual` and y lie like it.
+  static void run_forward(const Forward& given, const Tensor& x, const std::optional<Tensor>& residual,
+                          const Problem& p, void* y, void* saved) {
+    const Place place = B::place(x);
+    const Rows channel = rows_of("channel_weight", given.channel_weight, p.embed_dim, x, place);
+    const Rows spatial = rows_of("spatial_weight", given.spatial_weight, p.embed_dim, x, place);
+    B::forward(x, {p,
+                   channel.weight,
+                   spatial.weight,
+                   x.const_data_ptr(),
+                   residual ? residual->const_data_ptr() : nullptr,
+                   y,
+                   saved,
+                   {}});
   }
 };
 

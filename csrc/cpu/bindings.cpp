@@ -36,9 +36,11 @@ struct Cpu {
 }  // namespace
 }  // namespace steam
 
+extern "C" STEAM_API int steam_cpu_operators(void) { return steam::kOperators; }
+
 STABLE_TORCH_LIBRARY_IMPL(steam_kernels, CPU, m) {
   using Ops = steam::Operators<steam::Cpu>;
-  m.impl("forward", TORCH_BOX(&Ops::forward));
-  m.impl("forward_", TORCH_BOX(&Ops::forward_));
-  m.impl("backward", TORCH_BOX(&Ops::backward));
+  m.impl("forward", &Ops::forward);
+  m.impl("forward_", &Ops::forward_);
+  m.impl("backward", &Ops::backward);
 }

@@ -3,6 +3,7 @@
 #include "../common/bindings.h"
 
 #include <cuda_runtime_api.h>
+#include <steam/steam.h>
 #include <torch/csrc/stable/accelerator.h>
 
 #include "kernels.h"
@@ -45,9 +46,11 @@ struct Cuda {
 }  // namespace
 }  // namespace steam
 
+extern "C" STEAM_API int steam_cuda_operators(void) { return steam::kOperators; }
+
 STABLE_TORCH_LIBRARY_IMPL(steam_kernels, CUDA, m) {
   using Ops = steam::Operators<steam::Cuda>;
-  m.impl("cuda_forward", TORCH_BOX(&Ops::forward));
-  m.impl("cuda_forward_", TORCH_BOX(&Ops::forward_));
-  m.impl("cuda_backward", TORCH_BOX(&Ops::backward));
+  m.impl("cuda_forward", &Ops::forward);
+  m.impl("cuda_forward_", &Ops::forward_);
+  m.impl("cuda_backward", &Ops::backward);
 }

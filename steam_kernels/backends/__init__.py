@@ -1,83 +1,42 @@
 """Which backend runs a call, and the sentence why another cannot.
 
-A backend is one entry: its name, ``why_not`` and, in ``ops.OPERATORS``, its operators. ``why_not(call)`` is "" where it
-can run the call, else the reason; ``why_not(None)`` judges the machine alone.
+Each backend is one entry of :data:`BACKENDS`, made in a file of its own.
 """
 
 from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable
 from functools import cache
-from typing import NamedTuple
+from typing import Any
 
-import torch
-from torch import Tensor
-
-from ..config import Unit, check_backend
-from . import native
-from .gpu import why_not_cuda_sizes, why_not_triton
+from . import cpu, cuda, native, triton
+from .base import Backend, Call
 
 ENVIRONMENT = "STEAM_KERNELS_BACKEND"
-_VARIABLE = ENVIRONMENT.encode()
-_VARIABLES: dict[bytes, bytes] | None = getattr(os.environ, "_data", None) if os.name == "posix" else None
-
-
-class Call(NamedTuple):
-    """One checked call of :func:`steam_kernels.steam`, for predicates to judge; ``grid`` is resolved."""
-
-    x: Tensor
-    channel_weight: Tensor
-    spatial_weight: Tensor
-    residual: Tensor | None
-    unit: Unit
-    grid: tuple[int, int]
-
-
-def _cuda(call: Call | None) -> str:
-    if native.CUDA.reason:
-        return native.CUDA.reason
-    if call is not None and call.x.device.type != "cuda":
-        return f"the cuda backend runs tensors on a GPU, and x is on {call.x.device}"
-    if not torch.cuda.is_available():
-        return "there is no GPU that CUDA can use (torch.cuda.is_available() is False)"
-    reason = native.why_not_gpu(torch.cuda.current_device() if call is None else call.x.device.index)
-    return reason or ("" if call is None else why_not_cuda_sizes(call))
-
-
-def _cpu(call: Call | None) -> str:
-    if native.CPU.reason:
-        return native.CPU.reason
-    if call is not None and not call.x.is_cpu:
-        return f"the cpu backend runs tensors on the CPU, and x is on {call.x.device}"
-    return ""
-
-
-def _reference(call: Call | None) -> str:
-    return ""
-
-
-#: Name -> why_not.
-REGISTRY: dict[str, Callable[[Call | None], str]] = {
-    "triton": why_not_triton,
-    "cuda": _cuda,
-    "cpu": _cpu,
-    "reference": _reference,
+#: By name, in the order in which a call that names none tries them. The reference runs everything.
+BACKENDS: dict[str, Backend] = {
+    backend.name: backend
+    for backend in (triton.BACKEND, cuda.BACKEND, cpu.BACKEND, Backend("reference", lambda call: ""))
+}
+_BY_DEVICE = {
+    kind: [backend for backend in BACKENDS.values() if kind in backend.devices]
+    for kind in {kind for backend in BACKENDS.values() for kind in backend.devices}
 }
 
 
-#: What a call that names no backend tries, in this order, by the type of x's device. Triton's interpreter serves the
-#: CPU too, but only where it is named.
-_AUTOMATIC = {"cuda": ("triton", "cuda"), "cpu": ("cpu",)}
+def check_name(name: Any, argument: str = "backend") -> None:
+    """Raises ValueError unless ``name`` is None or the name of a backend."""
+    if name is not None and (not isinstance(name, str) or name not in BACKENDS):
+        raise ValueError(f"{argument} must be None or one of {', '.join(map(repr, BACKENDS))}, got {name!r}")
 
 
 def first(call: Call) -> str:
     """The first backend made for x's device that can run ``call``, else the reference."""
     kind = "cpu" if call.x.is_cpu else call.x.device.type
-    for name in _AUTOMATIC.get(kind, ()):
-        if not REGISTRY[name](call):
-            return name
+    for backend in _BY_DEVICE.get(kind, ()):
+        if not backend.why_not(call):
+            return backend.name
     _warn_of_reference(kind)
     return "reference"
 
@@ -89,7 +48,7 @@ def _warn_of_reference(kind: str) -> None:
 
 @cache
 def _warn_once_of_reference(kind: str) -> None:
-    reasons = {name: REGISTRY[name](None) for name in _AUTOMATIC.get(kind, ())}
+    reasons = {backend.name: backend.why_not(None) for backend in _BY_DEVICE.get(kind, ())}
     if reasons and all(reasons.values()):
         why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
         mend = "python -m pip install --upgrade triton" if kind == "cuda" else native.how_to_mend()
@@ -105,13 +64,6 @@ def _warn_once_of_reference(kind: str) -> None:
 _warn_of_reference._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _asked_for() -> str | None:
-    # A name that is not there costs os.environ's own methods an exception, and a call 5 us: ask the dict under it.
-    if _VARIABLES is not None and _VARIABLE not in _VARIABLES:
-        return None
-    return os.environ.get(ENVIRONMENT)
-
-
 def choose(call: Call) -> tuple[str, bool]:
     """The backend that runs ``call``: the one asked for, by argument or environment, else the first that can.
 
@@ -121,16 +73,13 @@ def choose(call: Call) -> tuple[str, bool]:
         RuntimeError: the backend asked for by name cannot run the call; the message is its ``why_not``.
         ValueError: the environment variable names no backend.
     """
-    asked = call.unit.backend
-    source = "backend"
+    asked, source = call.options.backend, "backend"
     if asked is None:
-        asked = _asked_for()
+        asked, source = os.environ.get(ENVIRONMENT), ENVIRONMENT
         if not asked:
             return first(call), False
-        source = ENVIRONMENT
-        check_backend(asked, source)
-    assert asked is not None
-    reason = REGISTRY[asked](call)
+        check_name(asked, source)
+    reason = BACKENDS[asked].why_not(call)
     if reason:
         raise RuntimeError(f"{source}={asked!r} cannot run this call: {reason}")
     return asked, True
@@ -138,4 +87,4 @@ def choose(call: Call) -> tuple[str, bool]:
 
 def available_backends() -> dict[str, str]:
     """Each backend's name, with "" where this machine can run it, else the sentence why not."""
-    return {name: why_not(None) for name, why_not in REGISTRY.items()}
+    return {name: backend.why_not(None) for name, backend in BACKENDS.items()}

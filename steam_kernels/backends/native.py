@@ -25,6 +25,7 @@ ENVIRONMENT = "STEAM_KERNELS_CPU"
 CACHE_ENVIRONMENT = "STEAM_KERNELS_CACHE"
 CPU_VARIANTS = ("avx512", "avx2", "generic")
 MESSAGE_BYTES = 256  # STEAM_MESSAGE_BYTES of include/steam/steam.h
+OPERATORS = 2  # kOperators of csrc/common/bindings.h, the version of the operators' schemas
 
 
 def shadowed() -> Path | None:
@@ -99,10 +100,15 @@ def _open(path: Path) -> ctypes.CDLL | str:
         return f"{path.name} is not in {path.parent}: {_why_not_built(path.stem)}"
     try:
         torch.ops.load_library(str(path))
-        return ctypes.CDLL(str(path))
+        library = ctypes.CDLL(str(path))
     except (OSError, RuntimeError) as error:
         lines = str(error).splitlines() or [type(error).__name__]
         return f"{path} cannot be loaded: {lines[0]}"
+    # Kernels that read arguments by another schema would end the process.
+    own = getattr(library, f"{path.stem.removeprefix('lib')}_operators", None)
+    if own is None or own() != OPERATORS:
+        return f"{path} is not of this version: build the package again"
+    return library
 
 
 def _text(function: Any) -> tuple[str, ...]:

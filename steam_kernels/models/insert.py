@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils.parametrize import is_parametrized
 
+from ..layer import Layer
 from ..module import FusedSTEAM
-from ..reference import STEAM
 from .dry_run import stage_ends
 from .families import PLACEMENTS, Place, channels_of, find_blocks
 
@@ -190,7 +190,7 @@ def insert_steam(
         raise TypeError(f"channels is set by each site, got channels={unit['channels']!r}")
     if orphans := _orphans(model):
         raise ValueError(_lost(orphans))
-    present = next((name for name, module in model.named_modules() if isinstance(module, STEAM)), None)
+    present = next((name for name, module in model.named_modules() if isinstance(module, Layer)), None)
     if present is not None:
         raise ValueError(f"model must be without STEAM units, got one that has them already, at {present!r}")
 

@@ -19,7 +19,6 @@ import torch
 
 import steam_kernels
 from steam_kernels import backends, ops
-from steam_kernels.backends import gpu
 from tests.support import cases, nonfinite, on_host
 from tests.support.cases import Case
 
@@ -48,7 +47,8 @@ def host(
     host = runners.setdefault(variant, on_host.Host(variant))
     host.shared_memory_limit, host.failing_launch, host.seed, host.keeps_phase = FUSED, 0, 1, False
     monkeypatch.setitem(ops.OPERATORS, "cuda", host.operators())
-    monkeypatch.setitem(backends.REGISTRY, "cuda", lambda call: "")
+    usable = backends.BACKENDS["cuda"]._replace(why_not=lambda call: "")
+    monkeypatch.setitem(backends.BACKENDS, "cuda", usable)
     return host
 
 
@@ -260,8 +260,8 @@ def test_grids_have_room_for_every_call_that_is_let_through(
     case = Case(space=sample[1:], channels=sample[0], batch=(2**37 - 1) // (size + 64), layout=layout, dtype=dtype)
     x: Any = SimpleNamespace(shape=case.shape)
     weight = torch.empty(4, 8)
-    call = backends.Call(x, weight, weight, None, steam_kernels.config.Unit(), case.resolved_grid)
-    assert gpu.why_not_cuda_sizes(call) == ""
+    call = backends.Call(x, weight, weight, None, steam_kernels.config.Options(), case.resolved_grid)
+    assert backends.cuda.why_not_sizes(call) == ""
     for limit in (GENERAL, FUSED):
         host.shared_memory_limit = limit
         for backward in (False, True):

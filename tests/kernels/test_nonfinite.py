@@ -67,15 +67,11 @@ def test_the_closed_form_is_as_good(case: Case, dtype: torch.dtype, magnitude: f
     case = case.but(dtype=dtype, tail="none")
     inputs, dy = make_large(case, magnitude)
     x, channel_weight, spatial_weight = inputs.values()
-    unit = steam_kernels.config.make_unit(*(case.options.get(k, v) for k, v in UNIT.items()))
-    grid = unit.check(x, channel_weight, spatial_weight)
-    _, saved = reference.forward(x, channel_weight, spatial_weight, None, unit, grid)
-    found = reference.backward(dy, x, channel_weight, spatial_weight, saved, unit, grid)
+    options = steam_kernels.config.Options(**case.options)
+    grid = options.check(x, channel_weight, spatial_weight)
+    _, saved = reference.forward(x, channel_weight, spatial_weight, None, options, grid)
+    found = reference.backward(dy, x, channel_weight, spatial_weight, saved, options, grid)
     truth = exact(case, inputs, dy)
     del truth["y"]
     bounds = {k: tolerances.rounding(v, torch.float32) for k, v in truth.items()}
     tolerances.Judge(truth, bounds).check(dict(zip(truth, found, strict=True)), case.id)
-
-
-UNIT = {"num_heads": 4, "grid_size": None, "window": None, "channel_radius": 1, "spatial_neighbors": 4}
-UNIT |= {"self_loops": True, "order": "sequential", "scale": 1.0, "activation": None, "inplace": False, "backend": None}

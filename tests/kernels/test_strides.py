@@ -88,17 +88,17 @@ def test_operator_in_place(prefix: str, tensor: str, form: str, layout: str) -> 
     """``forward_`` has the bits of ``forward`` and leaves alone what surrounds x, or says why it cannot."""
     case = CASE.but(layout=layout)
     inputs, _ = strided.formed(case, {tensor: FORMS[form]})
-    arguments = (*inputs.values(), *case.operator_options, True)
+    tensors, options = tuple(inputs.values()), case.operator_options
     before = storages(inputs)
     refused = {"expanded": "x must not overlap itself", "negative": None}  # the latter by the dispatcher itself
     if tensor == "x" and form.split()[0] in refused:
         with pytest.raises((ValueError, RuntimeError), match=refused[form.split()[0]]):
-            strided.operator(prefix, "forward_")(*arguments)
+            strided.operator(prefix, "forward_")(*tensors, *options)
         assert torch.equal(storages(inputs)["x"], before["x"])
         return
-    y, _ = strided.operator(prefix, "forward")(*arguments, False)
+    y, _ = strided.operator(prefix, "forward")(*tensors, False, *options)
     around = inputs["x"].clone()
-    strided.operator(prefix, "forward_")(*arguments)
+    strided.operator(prefix, "forward_")(*tensors, *options)
     assert torch.equal(inputs["x"], y)
     with torch.no_grad():
         inputs["x"].copy_(around)
@@ -133,7 +133,7 @@ def test_operator_in_place_refuses_a_residual_in_x(prefix: str, how: str) -> Non
     inputs["residual"] = {"same": x, "view": x.view_as(x), "overlap": wide[1 : 1 + CASE.batch]}[how]
     before = wide.clone()
     with pytest.raises((ValueError, RuntimeError), match="residual must not share memory with x"):
-        strided.operator(prefix, "forward_")(*inputs.values(), *CASE.operator_options, True)
+        strided.operator(prefix, "forward_")(*inputs.values(), *CASE.operator_options)
     assert torch.equal(wide, before)
 
 
@@ -148,7 +148,7 @@ def test_one_column_and_no_samples(prefix: str) -> None:
     empty = torch.empty(0, 6, 1, 4).expand(0, 6, 5, 4)
     inputs, _ = strided.formed(CASE, {})
     weights = inputs["channel_weight"], inputs["spatial_weight"]
-    strided.operator(prefix, "forward_")(empty, *weights, None, *CASE.operator_options, True)
+    strided.operator(prefix, "forward_")(empty, *weights, None, *CASE.operator_options)
 
 
 def random_call(seed: int) -> tuple[Case, dict[str, Tensor], Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import subprocess
 import sys
@@ -13,8 +14,8 @@ import torch
 
 import steam_kernels
 from steam_kernels import FusedSTEAM, insert_steam
-from steam_kernels.cost import networks
-from steam_kernels.cost.counters import as_operators, count_in_torchinfo, fvcore_handles, ptflops_hooks, thop_ops
+from steam_kernels.costs import networks
+from steam_kernels.costs.counters import as_operators, count_in_torchinfo, fvcore_handles, ptflops_hooks, thop_ops
 
 torchvision = pytest.importorskip("torchvision")
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_the_page_holds_the_tables() -> None:
     """docs/cost.md has what the command prints, and its sentences the ratios of those numbers."""
     pytest.importorskip("timm")
-    command = [sys.executable, "-m", "steam_kernels.cost", "--model", "all", "--size", "224"]
+    command = [sys.executable, "-m", "steam_kernels.costs", "--model", "all", "--size", "224"]
     ran = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
     assert ran.stderr == ""
     page = (ROOT / "docs" / "cost.md").read_text()
@@ -45,7 +46,7 @@ def test_the_page_holds_the_tables() -> None:
 
 
 def test_the_command_names_what_is_wrong() -> None:
-    command = [sys.executable, "-m", "steam_kernels.cost", "--size", "0"]
+    command = [sys.executable, "-m", "steam_kernels.costs", "--size", "0"]
     ran = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert ran.returncode == 2 and "size must be at least 1, got 0" in ran.stderr
     with pytest.raises(ValueError, match=r"model must be one of 'resnet18'.*got 'vgg11'"):
@@ -97,20 +98,9 @@ def test_sites(name: str, blocks: int) -> None:
     assert measured.adaptive == seen
 
 
-@pytest.mark.parametrize("name", ["counters", "networks"])
-@pytest.mark.parametrize(
-    "code",
-    [
-        "import steam_kernels.cost.{0} as c",
-        "import steam_kernels.cost.{0}; c = steam_kernels.cost.{0}",
-        "from steam_kernels.cost import {0} as c",
-    ],
-)
-def test_modules_of_a_package_that_is_a_function_too(name: str, code: str) -> None:
-    """The function hides the package of its name: the modules are its attributes."""
-    names: dict[str, Any] = {}
-    exec(code.format(name), names)
-    assert names["c"].__name__ == f"steam_kernels.cost.{name}" and steam_kernels.cost(64, 7, 7).parameters == 64
+def test_no_module_has_the_name_of_the_function() -> None:
+    assert importlib.util.find_spec("steam_kernels.cost") is None
+    assert importlib.import_module("steam_kernels.costs.counters") and steam_kernels.cost(64, 7, 7).parameters == 64
 
 
 def test_steam_row_is_the_sum_of_cost() -> None:

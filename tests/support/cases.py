@@ -99,7 +99,7 @@ class Case:
 
     @property
     def operator_options(self) -> tuple[Any, ...]:
-        """The options of the operators, from grid to scale."""
+        """The options of the operators, from grid to relu."""
         return (
             list(self.resolved_grid),
             self.attention[1],
@@ -108,6 +108,7 @@ class Case:
             self.self_loops,
             self.order == "sequential",
             self.scale,
+            self.tail.endswith("relu"),
         )
 
     def but(self, **changes: Any) -> Case:

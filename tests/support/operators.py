@@ -15,7 +15,12 @@ OPS = torch.ops.steam_kernels
 def forward_arguments(case: Case, save: bool = True) -> tuple[Any, ...]:
     inputs, _ = cases.make(case)
     weights = (inputs["channel_weight"], inputs["spatial_weight"])
-    return inputs["x"], *weights, inputs.get("residual"), *case.operator_options, case.tail.endswith("relu"), save
+    return inputs["x"], *weights, inputs.get("residual"), save, *case.operator_options
+
+
+def in_place_arguments(case: Case) -> tuple[Any, ...]:
+    *tensors, _ = forward_arguments(case)[:5]
+    return *tensors, *case.operator_options
 
 
 def backward_arguments(case: Case, need: tuple[bool, ...] = (True, True, True, True)) -> tuple[Any, ...]:
@@ -24,8 +29,8 @@ def backward_arguments(case: Case, need: tuple[bool, ...] = (True, True, True, T
     relu = case.tail.endswith("relu")
     x, channel_weight, spatial_weight = arguments[:3]
     dy = torch.empty_like(x).normal_()
-    need = (*need[:3], need[3] and relu)
-    return dy, x, y if relu else None, channel_weight, spatial_weight, saved, *case.operator_options, *need
+    needs = (*need[:3], need[3] and relu)
+    return dy, x, y if relu else None, channel_weight, spatial_weight, saved, needs, *case.operator_options
 
 
 def same_layout(real: torch.Tensor, fake: torch.Tensor) -> bool:

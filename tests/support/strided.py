@@ -95,13 +95,13 @@ def run_operators(
     ``form`` gives "y" and "saved" another form on the way from one operator to the other.
     """
     forward, backward = operator(prefix, "forward"), operator(prefix, "backward")
-    arguments = (*(inputs[name] for name in FORWARD), *case.operator_options, True, True)
+    arguments = (*(inputs[name] for name in FORWARD), True, *case.operator_options)
     y, saved = forward(*arguments)
     calls = [(forward, arguments, (y, saved))]
     between = {"y": y, "saved": saved}
     between |= {name: form[name](value) for name, value in between.items() if name in form}
     given = inputs | between | {"dy": dy}
-    arguments = (*(given[name] for name in BACKWARD), *case.operator_options, *NEEDS)
+    arguments = (*(given[name] for name in BACKWARD), NEEDS, *case.operator_options)
     gradients = backward(*arguments)
     calls.append((backward, arguments, gradients))
     names = ("dx", "dchannel_weight", "dspatial_weight", "dresidual")

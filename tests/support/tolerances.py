@@ -41,6 +41,7 @@ Where x is float64 the truth is a run with such errors too, and R counts twice.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import math
@@ -260,10 +261,8 @@ class Unit:
     """
 
     def __init__(self, truth: Tensors, inputs: Tensors, options: Mapping[str, Any]) -> None:
-        call = {"num_heads": 4, "grid_size": None, "window": None, "channel_radius": 1, "spatial_neighbors": 4}
-        call |= {"self_loops": True, "order": "sequential", "scale": 1.0, "activation": None}
-        call |= {k: v for k, v in options.items() if k in call}
-        self.options = config.make_unit(**call, inplace=False, backend=None)
+        known = {field.name for field in dataclasses.fields(config.Options)} - {"inplace", "backend"}
+        self.options = config.Options(**{k: v for k, v in options.items() if k in known})
         x = inputs["x"]
         weights = to_float64({k: inputs[k].cpu() for k in ("channel_weight", "spatial_weight")})
         self.channel_weight, self.spatial_weight = weights.values()

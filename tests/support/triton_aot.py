@@ -320,9 +320,9 @@ class _Oldest(Compiler):
     """Compiles for the least compute capability that the backend takes; what is read is what machine code there is."""
 
     def __init__(self) -> None:
-        from steam_kernels.backends import gpu
+        from steam_kernels.backends.triton import LEAST_CAPABILITY
 
-        major, minor = gpu.LEAST_CAPABILITY
+        major, minor = LEAST_CAPABILITY
         TARGETS[f"sm_{major}{minor}"] = "cuda", 10 * major + minor, 32, f"sm{major}0"
         super().__init__(f"sm_{major}{minor}")
 

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from steam_kernels import memory
-from steam_kernels.config import Unit, make_unit
+from steam_kernels.config import Options
 from tests.support import cases
 from tests.support.cases import Case
 
@@ -91,33 +91,21 @@ class Call:
         residual = inputs.get("residual")
         self.residual = None if residual is None else memory.match_strides(residual, self.x)
         self.weights = inputs["channel_weight"], inputs["spatial_weight"]
-        unit: Unit = make_unit(
-            case.attention[1],
-            case.options.get("grid_size"),
-            case.options.get("window"),
-            case.radius,
-            case.neighbors,
-            case.self_loops,
-            case.order,
-            case.scale,
-            case.options.get("activation"),
-            False,
-            None,
-        )
-        self.relu = unit.relu
-        self.options = unit.grid(*case.space), *unit.options
+        options = Options(**case.options)
+        self.relu = options.relu
+        self.options = options.grid(*case.space), *options.arguments
 
     def forward(self, family: str) -> tuple[Tensor, Tensor]:
-        from steam_kernels.backends import triton
+        from steam_kernels.backends.triton import operators
 
-        return triton.forward(self.x, *self.weights, self.residual, *self.options, self.relu, True, family=family)
+        return operators.forward(self.x, *self.weights, self.residual, True, *self.options, family=family)
 
     def backward(self, y: Tensor, saved: Tensor, family: str) -> tuple[Tensor, ...]:
-        from steam_kernels.backends import triton
+        from steam_kernels.backends.triton import operators
 
         masked = y if self.relu else None
         needs = True, True, True, self.relu and self.residual is not None
-        return triton.backward(self.dy, self.x, masked, *self.weights, saved, *self.options, *needs, family=family)
+        return operators.backward(self.dy, self.x, masked, *self.weights, saved, needs, *self.options, family=family)
 
 
 def figures(guard: Guard, maps: dict[str, Tensor]) -> dict[str, Any]:

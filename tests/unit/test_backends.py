@@ -13,6 +13,7 @@ import torch
 
 import steam_kernels
 from steam_kernels import FusedSTEAM
+from steam_kernels.backends import native
 from tests.support.processes import PACKAGE, SMOKE, output, python
 
 VARIANTS = ("avx512", "avx2", "generic")
@@ -238,3 +239,14 @@ def test_env_report() -> None:
     from steam_kernels.backends import native
 
     assert native.CPU.variant in done.stdout
+
+
+@pytest.mark.parametrize("name", ["cpu", "cuda"])
+def test_a_library_of_other_schemas_is_a_reason(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its operators would read arguments that have another meaning."""
+    load, library = getattr(native, f"load_{name}"), getattr(native, name.upper())
+    if library.reason:
+        pytest.skip(library.reason)
+    assert load().reason == ""
+    monkeypatch.setattr(native, "OPERATORS", native.OPERATORS + 1)
+    assert load().reason == f"{library.path} is not of this version: build the package again"

@@ -245,6 +245,31 @@ def test_backend_may_be_set_later() -> None:
     unit.backend = None
 
 
+def test_options_may_be_set_later(any_backend: str) -> None:
+    """Each is checked when it is set, and the next call has it."""
+    unit, x = FusedSTEAM(6, backend=any_backend).double(), torch.randn(2, 6, 9, 8, dtype=torch.float64)
+    for name, value, wrong in (
+        ("num_heads", 2, 0),
+        ("grid_size", (3, 4), 0),
+        ("channel_radius", 2, -1),
+        ("spatial_neighbors", 8, 5),
+        ("self_loops", False, 1),
+        ("order", "parallel", "serial"),
+        ("activation", "relu", "gelu"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=name):
+            setattr(unit, name, wrong)
+        before = unit(x)
+        setattr(unit, name, value)
+        assert getattr(unit, name) == value and f"{name}={value!r}" in repr(unit)
+        assert not torch.equal(unit(x), before)
+        assert torch.allclose(
+            unit(x), steam_kernels.steam(x, *unit.parameters(), **unit.options.given()), rtol=0, atol=0
+        )
+    with pytest.raises(ValueError, match="grid_size and window"):
+        unit.window = 4
+
+
 def test_inplace_may_be_set_later_but_tools_do_not_find_it() -> None:
     """Ultralytics sets ``inplace`` at loading on each module that has it, and maps of a unit may be read again."""
     unit, x = FusedSTEAM(6).requires_grad_(False), torch.randn(2, 6, 9, 8)

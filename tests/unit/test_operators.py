@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import steam_kernels
 from tests.support import cases
 from tests.support.cases import Case
-from tests.support.operators import OPS, backward_arguments, forward_arguments, same_layout
+from tests.support.operators import OPS, backward_arguments, forward_arguments, in_place_arguments, same_layout
 
 CASES = [
     Case(space=(9, 8), channels=6),
@@ -42,7 +42,7 @@ def test_opcheck_backward(case: Case, need: tuple[bool, ...]) -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.id)
 def test_opcheck_in_place(case: Case) -> None:
-    torch.library.opcheck(OPS.forward_.default, forward_arguments(case)[:-1], test_utils=UTILITIES)
+    torch.library.opcheck(OPS.forward_.default, in_place_arguments(case), test_utils=UTILITIES)
 
 
 @pytest.mark.kernels

@@ -215,12 +215,17 @@ def test_checkpoints_of_older_versions(tmp_path: Path) -> None:
 
     unit = FusedSTEAM(identity_init=True)
     pickled = unit.__dict__.copy()
-    pickled["_buffers"] = {}
-    del pickled["_seen"], pickled["_seen_version"], pickled["_value"], pickled["_inplace"]
-    older = FusedSTEAM.__new__(FusedSTEAM)
-    older.__setstate__({**pickled, "scale": 4.0, "inplace": False})
+    options = pickled.pop("_options").but(order="parallel", backend="reference").given()
+    del pickled["_seen"], pickled["_seen_version"], pickled["_value"]
     x = torch.randn(*X)
-    assert older.scale == 4.0 and torch.equal(older(x), x)
+    for of_inplace, of_backend in (("inplace", "backend"), ("_inplace", "_backend")):
+        old = {k: v for k, v in options.items() if k not in ("inplace", "backend")}
+        old |= {of_inplace: False, of_backend: "reference", "scale": 4.0, "_buffers": {}}
+        older = FusedSTEAM.__new__(FusedSTEAM)
+        older.__setstate__(pickled | old)
+        assert older.scale == 4.0 and torch.equal(older(x), x)
+        assert older.order == "parallel" and older.backend == "reference" and older.num_heads == unit.num_heads
+        assert not {"order", "num_heads", of_inplace, of_backend} & older.__dict__.keys()
 
 
 def test_weights_of_a_network_without_units_leave_it_alone() -> None:

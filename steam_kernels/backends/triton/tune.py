@@ -14,7 +14,9 @@ from typing import Any
 
 import torch
 
-from . import INTERPRETED, backward, forward, launch
+from ...config import Options
+from . import family, launch
+from .operators import INTERPRETED, backward, forward
 
 STAGES = ((256, 56, 56), (512, 28, 28), (1024, 14, 14), (2048, 7, 7), (96, 14, 14))
 DTYPES = (torch.float32, torch.bfloat16)
@@ -129,15 +131,15 @@ def time_on_gpu(p: launch.Problem, dtype: torch.dtype, how: launch.Launch, repea
     format = torch.channels_last if p.channels_last else torch.contiguous_format
     x = torch.randn(p.samples, p.channels, p.height, p.width, device="cuda", dtype=dtype).to(memory_format=format)
     weight = torch.randn(4, 8, device="cuda")
-    options = (p.grid_h, p.grid_w), 4, 1, 4, True, True, 1.0
+    options = (p.grid_h, p.grid_w), *Options().arguments
     family = p.family
-    _, saved = forward(x, weight, weight, None, *options, False, True, family=family)
+    _, saved = forward(x, weight, weight, None, True, *options, family=family)
 
     def call() -> None:
         if p.backward:
-            backward(x, x, None, weight, weight, saved, *options, True, True, True, False, family=family)
+            backward(x, x, None, weight, weight, saved, (True, True, True, False), *options, family=family)
         else:
-            forward(x, weight, weight, None, *options, False, True, family=family)
+            forward(x, weight, weight, None, True, *options, family=family)
 
     setattr(launch, stage, lambda *_: how)
     launch.SMALL = 0
@@ -167,8 +169,6 @@ def main(arguments: list[str] | None = None) -> int:
     if INTERPRETED or not torch.cuda.is_available():
         print("tuning needs a GPU, and " + ("TRITON_INTERPRET is set" if INTERPRETED else "PyTorch sees none"))
         return 1
-    from ..gpu import family
-
     results: list[Result] = []
     for p, dtype in problems(given.samples, family(torch.cuda.current_device())):
         results += search(p, lambda how, p=p, dtype=dtype: time_on_gpu(p, dtype, how))  # type: ignore[misc]

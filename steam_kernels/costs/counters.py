@@ -7,20 +7,16 @@ two; a unit's pooling adds and its gate multiplies are not paired, so its number
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import ops, reference
-from ..config import Unit
+from .. import ops, tracing
+from ..config import Arguments
+from ..flops import forward_flops
 from ..module import FusedSTEAM
-from . import cost, forward_flops
-
-# steam_kernels.cost is the function, in which "import steam_kernels.cost.counters as x" looks for this module.
-cost.counters = sys.modules[__name__]  # type: ignore[attr-defined]
 
 
 def fvcore_handles() -> dict[str, Callable[[list[Any], list[Any]], int]]:
@@ -34,10 +30,13 @@ def ptflops_hooks() -> dict[Any, Callable[..., Any]]:
     With ``backend="pytorch"``, which knows layers by their exact class, units that follow a convolution or norm (sites
     "blocks") hide that layer's own count, and a residual must be given by position: take ``backend="aten"`` for those.
     """
-    packets = [
-        getattr(torch.ops.steam_kernels, prefix + name) for prefix in ops.PREFIXES for name in ("forward", "forward_")
-    ]
-    return {FusedSTEAM: _hooked, **dict.fromkeys(packets, _dispatched)}
+    counts = {"forward": _dispatched, "forward_": _dispatched_in_place}
+    packets = {
+        getattr(torch.ops.steam_kernels, prefix + name): count
+        for prefix in ops.PREFIXES
+        for name, count in counts.items()
+    }
+    return {FusedSTEAM: _hooked, **packets}
 
 
 def thop_ops() -> dict[type, Callable[..., None]]:
@@ -75,28 +74,29 @@ def count_in_torchinfo(statistics: Any) -> Any:
 
 @contextlib.contextmanager
 def as_operators() -> Iterator[None]:
-    """Has ``torch.jit`` traces hold a unit as one operator, for a counter to see; without it they hold plain ones.
+    """Makes ``torch.jit`` traces hold each unit as one operator, which a counter sees; else they hold plain operators.
 
-    Gradients are off meanwhile. A trace that is made here is for counting: it runs in this process alone.
+    Gradients are off in it. Such a trace is for counting, and runs in this process only.
     """
-    before = reference.traced_as_operators
-    reference.traced_as_operators = True
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        reference.traced_as_operators = before
+    with tracing.as_operators(), torch.no_grad():
+        yield
 
 
 def _traced(inputs: list[Any], outputs: list[Any]) -> int:
-    grid = [size.toIValue() for size in inputs[4].node().inputs()]
+    # forward has save before the grid and forward_ has not, so both are counted from the end.
+    options = len(Arguments._fields)
+    grid = [size.toIValue() for size in inputs[-options - 1].node().inputs()]
     residual = None if isinstance(inputs[3].type(), torch.NoneType) else ()
-    options = (value.toIValue() for value in inputs[5:9])
-    return ops.forward_flop(inputs[0].type().sizes(), None, None, residual, grid, *options)
+    arguments = (value.toIValue() for value in inputs[-options:])
+    return ops.forward_flop(inputs[0].type().sizes(), None, None, residual, False, grid, *arguments)
 
 
 def _dispatched(args: tuple[Any, ...], outputs: tuple[Any, ...]) -> int:
     return ops.forward_flop(*args)
+
+
+def _dispatched_in_place(args: tuple[Any, ...], outputs: tuple[Any, ...]) -> int:
+    return ops.forward_in_place_flop(*args)
 
 
 def _hooked(module: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
@@ -108,13 +108,7 @@ def _added(module: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
 
 
 def _of(module: Any, shape: Any, residual: bool) -> int:
-    unit = Unit(
-        num_heads=module.num_heads,
-        grid_size=module.grid_size,
-        window=module.window,
-        channel_radius=module.channel_radius,
-        spatial_neighbors=module.spatial_neighbors,
-        self_loops=module.self_loops,
-    )
     samples, channels, height, width = shape
-    return samples * forward_flops(channels, height, width, unit.grid(height, width), unit, residual)
+    options = module.options
+    grid = options.grid(height, width)
+    return samples * forward_flops(channels, height, width, grid, options.arguments, residual)

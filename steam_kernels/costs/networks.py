@@ -9,7 +9,6 @@ implementation must move: each gated map read once and written once, in float32;
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,11 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..config import Unit, check_integer
-from . import cost, forward_flops
-
-# steam_kernels.cost is the function, in which "import steam_kernels.cost.networks as x" looks for this module.
-cost.networks = sys.modules[__name__]  # type: ignore[attr-defined]
+from ..config import Options, check_integer
+from ..flops import forward_flops
 
 #: torchvision's names of the networks that :func:`table` knows.
 NETWORKS = ("resnet18", "resnet34", "resnet50", "resnet101", "mobilenet_v2")
@@ -97,8 +93,9 @@ def gct(channels: int, height: int, width: int) -> tuple[int, int]:
 
 def steam(channels: int, height: int, width: int) -> tuple[int, int]:
     """Parameters and FLOPs of one STEAM unit at its defaults, as :func:`steam_kernels.cost` has them."""
-    unit = Unit()
-    return 8 * _EMBED_DIM, forward_flops(channels, height, width, unit.grid(height, width), unit, False)
+    options = Options()
+    flops = forward_flops(channels, height, width, options.grid(height, width), options.arguments, False)
+    return 8 * _EMBED_DIM, flops
 
 
 def _multiple(value: float, divisor: int) -> int:
@@ -190,10 +187,10 @@ def counted(gate: str, shape: Shape) -> int | None:
     with torch.device("meta"), torch.no_grad():
         x = torch.empty(1, *shape)
         if gate == "STEAM":
-            weight, unit = torch.empty(4, _EMBED_DIM), Unit()
+            weight, options = torch.empty(4, _EMBED_DIM), Options()
             with FlopCounterMode(display=False) as counter:
-                grid = unit.grid(*shape[1:])
-                torch.ops.steam_kernels.forward(x, weight, weight, None, grid, *unit.options, False, False)
+                grid = options.grid(*shape[1:])
+                torch.ops.steam_kernels.forward(x, weight, weight, None, False, grid, *options.arguments)
             return counter.get_total_flops()
         module = timm_gate(gate, shape[0])
         if module is None:
@@ -215,7 +212,7 @@ def timm_gate(gate: str, channels: int) -> nn.Module | None:
 
 
 def markdown(name: str, size: int) -> str:
-    """The table of one network, as ``python -m steam_kernels.cost`` prints it."""
+    """The table of one network, as ``python -m steam_kernels.costs`` prints it."""
     lines = [
         f"**{name}, {size} × {size}**",
         "",

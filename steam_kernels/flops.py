@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..config import Unit, check_embed_dim, check_integer, ring_offsets
+from .config import Arguments, Options, check_embed_dim, check_integer, ring_offsets
 
 
 class Cost(NamedTuple):
@@ -64,7 +64,7 @@ def cost(
     unknown = unit.keys() - {"scale", "inplace", "backend", "identity_init", "device"}
     if unknown:
         raise TypeError(f"cost() got an unexpected keyword argument {sorted(unknown)[0]!r}")
-    given = Unit(
+    given = Options(
         num_heads=num_heads,
         grid_size=grid_size,
         window=window,
@@ -80,37 +80,40 @@ def cost(
     relu = given.relu
     return Cost(
         parameters=8 * embed_dim,
-        flops=forward_flops(channels, height, width, grid, given, residual),
+        flops=forward_flops(channels, height, width, grid, given.arguments, residual),
         bytes=map_bytes * (2 + residual),
-        backward_flops=backward_flops(channels, height, width, grid, given),
+        backward_flops=backward_flops(channels, height, width, grid, given.arguments),
         # A ReLU's backward reads y; the residual's gradient is dy itself unless the ReLU masked it.
         backward_bytes=map_bytes * (3 + relu + (relu and residual)),
     )
 
 
-def edges(channels: int, grid: tuple[int, int], unit: Unit) -> tuple[int, int]:
+def edges(channels: int, grid: tuple[int, int], options: Arguments) -> tuple[int, int]:
     """Directed edges of the ring and of the lattice, self loops included."""
     gh, gw = grid
     lattice = 2 * (gh * (gw - 1) + gw * (gh - 1))
-    if unit.spatial_neighbors == 8:
+    if options.spatial_neighbors == 8:
         lattice += 4 * (gh - 1) * (gw - 1)
-    if unit.self_loops or gh * gw == 1:
+    if options.self_loops or gh * gw == 1:
         lattice += gh * gw
-    return channels * len(ring_offsets(channels, unit.channel_radius, unit.self_loops)), lattice
+    return channels * len(ring_offsets(channels, options.channel_radius, options.self_loops)), lattice
 
 
-def forward_flops(channels: int, height: int, width: int, grid: tuple[int, int], unit: Unit, residual: bool) -> int:
+def forward_flops(
+    channels: int, height: int, width: int, grid: tuple[int, int], options: Arguments, residual: bool
+) -> int:
     """Forward FLOPs for one sample."""
     pixels, cells = channels * height * width, grid[0] * grid[1]
     # pool's adds and means; z and u from the means; one multiply for the combined gate's two factors, one for x.
     around = pixels + channels * cells + 4 * channels * cells + pixels + channels * cells
     # An edge and head: a difference, a product, exp, the sum of exps, and a multiply-add. A node and head: a t, the
     # mean's division and origin, and b's multiply-add. A node: its sigmoid's exp, add and division.
-    graph = sum(edges(channels, grid, unit)) * unit.num_heads * 6 + (channels + cells) * (unit.num_heads * 5 + 3)
+    heads, every_edge = options.num_heads, sum(edges(channels, grid, options))
+    graph = every_edge * heads * 6 + (channels + cells) * (heads * 5 + 3)
     return around + graph + (pixels if residual else 0)
 
 
-def backward_flops(channels: int, height: int, width: int, grid: tuple[int, int], unit: Unit) -> int:
+def backward_flops(channels: int, height: int, width: int, grid: tuple[int, int], options: Arguments) -> int:
     """Backward FLOPs for one sample, all gradients asked for."""
     pixels, cells = channels * height * width, grid[0] * grid[1]
     # P again (an add), R (a multiply-add), and dx (a multiply and an add of one number per channel and cell), per
@@ -121,5 +124,6 @@ def backward_flops(channels: int, height: int, width: int, grid: tuple[int, int]
     # An edge and head: the forward's four for alpha, the centred difference, the variance's three, and the gather's
     # four.
     # A node and head: d_m, two products for its own token and four for a and b. A node: the derivative of its sigmoid.
-    graph = sum(edges(channels, grid, unit)) * unit.num_heads * 12 + (channels + cells) * (unit.num_heads * 9 + 5)
+    heads, every_edge = options.num_heads, sum(edges(channels, grid, options))
+    graph = every_edge * heads * 12 + (channels + cells) * (heads * 9 + 5)
     return around + graph

@@ -1,0 +1,36 @@
+"""The cuda backend: compiled CUDA C++ kernels, the fallback on GPUs where Triton's do not run."""
+
+from __future__ import annotations
+
+import torch
+
+from . import native
+from .base import Backend, Call, too_large
+
+#: The bits that the kernels' index arithmetic inside a sample has.
+BITS = 31
+
+
+def why_not(call: Call | None) -> str:
+    """ "" if the CUDA kernels can run the call, else the reason."""
+    if native.CUDA.reason:
+        return native.CUDA.reason
+    if call is not None and call.x.device.type != "cuda":
+        return f"the cuda backend runs tensors on a GPU, and x is on {call.x.device}"
+    if not torch.cuda.is_available():
+        return "there is no GPU that CUDA can use (torch.cuda.is_available() is False)"
+    reason = native.why_not_gpu(torch.cuda.current_device() if call is None else call.x.device.index)
+    return reason or ("" if call is None else why_not_sizes(call))
+
+
+def why_not_sizes(call: Call) -> str:
+    """ "" if the kernels' arithmetic and grids have room for the call's sizes."""
+    samples, channels, height, width = call.x.shape
+    # The largest numbers are the column that a warp's last step reaches beyond a row, and 64 times the blocks of a
+    # grid. A block has at least 64 elements, except the last of a sample.
+    return too_large("cuda", "W + 32", width + 32, BITS) or too_large(
+        "cuda", "N (C H W + 64)", samples * (channels * height * width + 64), BITS + 6
+    )
+
+
+BACKEND = Backend("cuda", why_not, devices=("cuda",), prefix="cuda_")
