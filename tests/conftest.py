@@ -19,9 +19,12 @@ import pytest
 import torch
 
 import steam_kernels
-from tests.support import tolerances
-from tests.support.poison import POISONED
-from tests.support.processes import PACKAGE
+
+# Before its modules are imported, so that an assert in them shows its values.
+pytest.register_assert_rewrite("tests.support")
+from tests.support import tolerances  # noqa: E402
+from tests.support.poison import POISONED  # noqa: E402
+from tests.support.processes import PACKAGE  # noqa: E402
 
 # Ultralytics asks the network and writes into the home directory from its import on, unless told not to.
 _ULTRALYTICS = tempfile.TemporaryDirectory(prefix="steam_kernels_ultralytics_")

@@ -1,9 +1,10 @@
-"""Residual networks with units for the tests of tools: random weights, gates that gate, outputs of ordinary size."""
+"""Networks for the tests of models and tools: random weights, gates that gate, outputs of ordinary size."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
@@ -40,3 +41,18 @@ def settle(model: nn.Module, side: int = 64) -> nn.Module:
     for norm in norms:
         norm.momentum = 0.1
     return model.eval()
+
+
+def timm_model(name: str, **options: Any) -> nn.Module:
+    """A timm model with random weights; skips the test without timm."""
+    return pytest.importorskip("timm").create_model(name, pretrained=False, **options)
+
+
+def units(model: torch.nn.Module) -> dict[str, FusedSTEAM]:
+    """The layers of a model that are units, by name."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, FusedSTEAM)}
+
+
+def outputs(y: Any) -> list[torch.Tensor]:
+    """What a network returned, as a list of tensors."""
+    return [y] if isinstance(y, torch.Tensor) else list(y.values() if isinstance(y, dict) else y)
