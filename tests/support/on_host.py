@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from steam_kernels.config import Arguments
 from steam_kernels.ops import Operators, with_any_strides
 from tests.support.cases import Case
 
@@ -252,11 +253,16 @@ class Host:
         return with_any_strides(Operators(self.forward, self.backward, self.forward_))
 
     def forward(
-        self, x: Tensor, channel_weight: Tensor, spatial_weight: Tensor, residual: Tensor | None, *rest: Any
+        self,
+        x: Tensor,
+        channel_weight: Tensor,
+        spatial_weight: Tensor,
+        residual: Tensor | None,
+        save: bool,
+        grid: Sequence[int],
+        *options: Any,
     ) -> Any:
-        *options, save = rest
         y = self.poisoned_like(x)
-        grid = options[0]
         saved = torch.empty(
             (x.shape[0], 2 * (x.shape[1] + grid[0] * grid[1])) if save else (0,),
             dtype=torch.float64 if x.dtype == torch.float64 else torch.float32,
@@ -264,7 +270,7 @@ class Host:
         arrays = {"x": (READ, x), "y": (WRITTEN, y)}
         if save:
             arrays["saved"] = (WRITTEN, saved)
-        self._forward(x, channel_weight, spatial_weight, residual, options, arrays)
+        self._forward(x, channel_weight, spatial_weight, residual, (grid, *options), arrays)
         return y, saved
 
     def forward_(
@@ -281,11 +287,10 @@ class Host:
         options: Sequence[Any],
         arrays: dict[str, tuple[int, Tensor]],
     ) -> None:
-        *unit, relu = options
         arrays |= {"channel_weight": (READ, channel_weight), "spatial_weight": (READ, spatial_weight)}
         if residual is not None:
             arrays["residual"] = (READ, residual)
-        self.call(problem_of(x, channel_weight, relu, *unit), channel_weight.dtype, False, **arrays)
+        self.call(problem_of(x, channel_weight, *options), channel_weight.dtype, False, **arrays)
 
     def backward(
         self,
@@ -295,9 +300,10 @@ class Host:
         channel_weight: Tensor,
         spatial_weight: Tensor,
         saved: Tensor,
-        *rest: Any,
+        needs: Sequence[bool],
+        *options: Any,
     ) -> tuple[Tensor, ...]:
-        *unit, need_x, need_channel, need_spatial, need_residual = rest
+        need_x, need_channel, need_spatial, need_residual = needs
         arrays = {
             "channel_weight": (READ, channel_weight),
             "spatial_weight": (READ, spatial_weight),
@@ -318,7 +324,7 @@ class Host:
             results.append(self.poisoned_like(like) if need else like.new_empty(0))
             if need:
                 arrays[name] = (WRITTEN, results[-1])
-        problem = problem_of(x, channel_weight, y is not None, *unit)
+        problem = problem_of(x, channel_weight, *options)
         self.call(problem, channel_weight.dtype, True, **arrays)
         return tuple(results)
 
@@ -329,32 +335,10 @@ class Host:
         return room[offset:].as_strided(t.shape, torch.empty_like(t).stride())
 
 
-def problem_of(
-    x: Tensor,
-    weight: Tensor,
-    relu: bool,
-    grid: Sequence[int],
-    num_heads: int,
-    radius: int,
-    neighbors: int,
-    self_loops: bool,
-    sequential: bool,
-    scale: float,
-) -> Problem:
-    return Problem(
-        *x.shape,
-        *grid,
-        radius,
-        weight.shape[1],
-        num_heads,
-        neighbors,
-        self_loops,
-        sequential,
-        not x.is_contiguous(),
-        relu,
-        scale,
-        DTYPES[x.dtype],
-    )
+def problem_of(x: Tensor, weight: Tensor, grid: Sequence[int], *options: Any) -> Problem:
+    o = Arguments(*options)
+    graphs = o.channel_radius, weight.shape[1], o.num_heads, o.spatial_neighbors, o.self_loops, o.sequential
+    return Problem(*x.shape, *grid, *graphs, not x.is_contiguous(), o.relu, o.scale, DTYPES[x.dtype])
 
 
 def problem_at(case: Case) -> Problem:
