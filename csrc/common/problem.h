@@ -44,12 +44,6 @@ struct WeightGrad {
   DType dtype;
 };
 
-// Offset of element (n, c, h, w) in a dense tensor, in elements; 64-bit throughout.
-STEAM_CONSTEXPR int64_t element_offset(const Problem& p, int64_t n, int64_t c, int64_t h, int64_t w) {
-  return p.channels_last ? ((n * p.height + h) * p.width + w) * p.channels + c
-                         : ((n * p.channels + c) * p.height + h) * p.width + w;
-}
-
 // First row (column) of cell i: pixel r lies in cell floor(r * cells / length).
 STEAM_CONSTEXPR int64_t cell_begin(int64_t i, int64_t cells, int64_t length) {
   return (i * length + cells - 1) / cells;

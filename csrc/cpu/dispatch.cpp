@@ -164,14 +164,3 @@ extern "C" STEAM_API int64_t steam_cpu_probe_cache_share(int64_t reported, int64
 extern "C" STEAM_API int64_t steam_cpu_probe_limit(const char* cpu_max) {
   return steam::cpu::processors_of_limit(cpu_max);
 }
-
-// The kernels' own address arithmetic, so that a test can reach past 2^31 elements without a tensor of that size.
-extern "C" STEAM_API int64_t steam_cpu_probe_offset(int64_t n, int64_t c, int64_t h, int64_t w, int64_t channels,
-                                                    int64_t height, int64_t width, int channels_last) {
-  steam::Problem p{};
-  p.channels = channels;
-  p.height = height;
-  p.width = width;
-  p.channels_last = channels_last != 0;
-  return steam::element_offset(p, n, c, h, w);
-}
