@@ -6,78 +6,12 @@
 // contracted. channels_last sums whole cells, vectorised over channels.
 #pragma once
 
-#include "../common/problem.h"
+#include "choose.h"
+#include "maps.h"
 #include "vec.h"
 
 namespace steam {
 namespace {
-
-// Rows (or pixels) that one lane adds up before it starts afresh: keeps long sums from losing digits.
-constexpr int64_t kRun = 128;
-
-// How far ahead of the reads to prefetch, in bytes.
-constexpr int64_t kAhead = 4096;
-
-// One sample's maps, of equal layout. product = dy * x, where dy is masked by the ReLU whose output y is.
-template <class T, bool kProducts, bool kRelu>
-struct Maps {
-  using Type = T;
-  using L = Lanes<T>;
-  using V = typename L::V;
-  static constexpr bool products = kProducts;
-  const T* x;
-  const T* dy;
-  const T* y;
-  int64_t size;  // elements of the sample
-
-  STEAM_INLINE V value(int64_t e) const { return load(x + e); }
-  STEAM_INLINE V value_until(int64_t e) const { return load_until(x + e, x + size); }
-  STEAM_INLINE V upstream(int64_t e) const {
-    return masked<kRelu>(load(dy + e), [&] { return load(y + e); });
-  }
-  STEAM_INLINE V upstream_until(int64_t e) const {
-    return masked<kRelu>(load_until(dy + e, dy + size), [&] { return load_until(y + e, y + size); });
-  }
-  STEAM_INLINE void prefetch(int64_t e, int64_t ahead = kAhead / static_cast<int64_t>(sizeof(T))) const {
-    __builtin_prefetch(x + e + ahead);
-    if (kProducts) __builtin_prefetch(dy + e + ahead);
-    if (kProducts && kRelu) __builtin_prefetch(y + e + ahead);
-  }
-
- private:
-  template <bool kMask, class F>
-  static STEAM_INLINE V masked(V g, const F& output) {
-    if constexpr (kMask) {
-      const V out = output();
-      // As PyTorch's: a NaN in y lets the gradient through.
-      return L::select(out <= L::zero(), L::zero(), g);
-    } else {
-      return g;
-    }
-  }
-};
-
-// `f.run<U>()` with U = n, for 1 <= n <= kMost.
-template <int kMost, class F>
-STEAM_INLINE void with_unroll(int64_t n, const F& f) {
-  if constexpr (kMost > 1) {
-    if (n < kMost) return with_unroll<kMost - 1>(n, f);
-  }
-  f.template operator()<kMost>();
-}
-
-// Splits `vectors` into tiles of at most kMost, as even as they can be, and calls f<U>(first vector) for each.
-// float64 serves gradient checks: it goes one vector at a time, which keeps the library small.
-template <class L, int kWant, class F>
-STEAM_INLINE void for_tiles(int64_t vectors, const F& f) {
-  constexpr int kMost = sizeof(typename L::A) == 8 ? 1 : kWant;
-  int64_t tiles = (vectors + kMost - 1) / kMost;
-  for (int64_t v = 0; tiles > 0; --tiles) {
-    const int64_t n = (vectors - v + tiles - 1) / tiles;
-    with_unroll<kMost>(n, [&]<int U>() { f.template operator()<U>(v); });
-    v += n;
-  }
-}
 
 // Where the rows of a strip lie: `rows` rows, `stride` elements apart, from element e on.
 struct Strip {
@@ -86,49 +20,49 @@ struct Strip {
   STEAM_INLINE bool inside(int64_t width, int64_t size) const { return e + (rows - 1) * stride + width <= size; }
 };
 
-// Sums of U vectors over a strip that is short and lies inside the sample.
-template <int U, bool kValues, class S>
+// Sums of kVectors vectors over a strip that is short and lies inside the sample.
+template <int kVectors, bool kValues, class S>
 STEAM_INLINE void add_rows(const S& s, const Strip& strip, typename S::V* values, typename S::V* products) {
   using V = typename S::V;
   constexpr int64_t lanes = S::L::kLanes;
   int64_t at = strip.e;
   for (int64_t r = 0; r < strip.rows; ++r, at += strip.stride) {
 #pragma GCC unroll 16
-    for (int u = 0; u < U; ++u) {
-      if (u * lanes * static_cast<int64_t>(sizeof(*s.x)) % kLine == 0) s.prefetch(at + u * lanes);
-      const V x = s.value(at + u * lanes);
-      if (kValues) values[u] += x;
-      if (S::products) products[u] += x * s.upstream(at + u * lanes);
+    for (int k = 0; k < kVectors; ++k) {
+      if (k * lanes * static_cast<int64_t>(sizeof(*s.x)) % kLine == 0) s.prefetch(at + k * lanes);
+      const V x = s.value(at + k * lanes);
+      if (kValues) values[k] += x;
+      if (S::products) products[k] += x * s.upstream(at + k * lanes);
     }
   }
 }
 
 // Any strip: long ones in runs, and what would be read past the sample's end as zeros.
-template <int U, bool kValues, class S>
+template <int kVectors, bool kValues, class S>
 __attribute__((noinline)) void add_any_rows(const S& s, const Strip& strip, typename S::V* values,
                                             typename S::V* products) {
   using L = typename S::L;
   using V = typename S::V;
   constexpr int64_t lanes = L::kLanes;
-  for (int64_t done = 0; done < strip.rows; done += kRun) {
-    const Strip run{strip.e + done * strip.stride, smaller(strip.rows - done, kRun), strip.stride};
-    V sum[U], product[U];
-    for (int u = 0; u < U; ++u) sum[u] = product[u] = L::zero();
-    if (run.inside(U * lanes, s.size)) {
-      add_rows<U, kValues>(s, run, sum, product);
+  for (int64_t done = 0; done < strip.rows; done += kTermsPerPartial) {
+    const Strip run{strip.e + done * strip.stride, smaller(strip.rows - done, kTermsPerPartial), strip.stride};
+    V sum[kVectors], product[kVectors];
+    for (int k = 0; k < kVectors; ++k) sum[k] = product[k] = L::zero();
+    if (run.inside(kVectors * lanes, s.size)) {
+      add_rows<kVectors, kValues>(s, run, sum, product);
     } else {
       for (int64_t r = 0; r < run.rows; ++r) {
-        for (int u = 0; u < U; ++u) {
-          const int64_t at = run.e + r * run.stride + u * lanes;
+        for (int k = 0; k < kVectors; ++k) {
+          const int64_t at = run.e + r * run.stride + k * lanes;
           const V x = s.value_until(at);
-          if (kValues) sum[u] += x;
-          if (S::products) product[u] += x * s.upstream_until(at);
+          if (kValues) sum[k] += x;
+          if (S::products) product[k] += x * s.upstream_until(at);
         }
       }
     }
-    for (int u = 0; u < U; ++u) {
-      if (kValues) values[u] += sum[u];
-      if (S::products) products[u] += product[u];
+    for (int k = 0; k < kVectors; ++k) {
+      if (kValues) values[k] += sum[k];
+      if (S::products) products[k] += product[k];
     }
   }
 }
@@ -195,6 +129,9 @@ STEAM_INLINE void sum_wide_rows(const S& s, int64_t rows, int64_t stride, int64_
   }
 }
 
+// channels_last: vectors of channels that a task takes at a time.
+constexpr int64_t kTaskVectors = 16;
+
 // sums += more, both of whole vectors.
 template <class L>
 STEAM_INLINE void add_sums(const typename L::A* more, int64_t vectors, typename L::A* sums) {
@@ -212,13 +149,14 @@ __attribute__((noinline)) void wide_strip_sums(const S& source, const Strip& str
   alignas(kLine) A more_values[kWide * S::L::kLanes], more_products[kWide * S::L::kLanes];
   const S s = source;
   int64_t at = strip.e;
-  for (int64_t done = 0; done < strip.rows; done += kRun) {
+  for (int64_t done = 0; done < strip.rows; done += kTermsPerPartial) {
     A *value = done ? more_values : values, *product = done ? more_products : products;
-    sum_wide_rows<1, kValues>(s, smaller(strip.rows - done, kRun), strip.stride, vectors, value, product, [&] {
-      const int64_t row = at;
-      at += strip.stride;
-      return row;
-    });
+    sum_wide_rows<1, kValues>(s, smaller(strip.rows - done, kTermsPerPartial), strip.stride, vectors, value, product,
+                              [&] {
+                                const int64_t row = at;
+                                at += strip.stride;
+                                return row;
+                              });
     if (done && kValues) add_sums<typename S::L>(value, vectors, values);
     if (done && S::products) add_sums<typename S::L>(product, vectors, products);
   }
@@ -245,26 +183,26 @@ STEAM_INLINE void strip_sums(const S& s, int64_t e, const int64_t* begin, int64_
   };
   if (vectors <= kMost) {
     // Choose the tile once for all strips: those of narrow maps are short.
-    with_unroll<kMost>(vectors, [&]<int U>() {
+    with_unroll<kMost>(vectors, [&]<int kVectors>() {
       for (int64_t i = 0; i < strips; ++i) {
         const Strip strip = strip_from(i, 0);
-        V values[U], products[U];
+        V values[kVectors], products[kVectors];
 #pragma GCC unroll 16
-        for (int u = 0; u < U; ++u) values[u] = products[u] = L::zero();
-        if (strip.rows <= kRun && strip.inside(U * lanes, s.size)) {
-          add_rows<U, kValues>(s, strip, values, products);
+        for (int k = 0; k < kVectors; ++k) values[k] = products[k] = L::zero();
+        if (strip.rows <= kTermsPerPartial && strip.inside(kVectors * lanes, s.size)) {
+          add_rows<kVectors, kValues>(s, strip, values, products);
         } else {
-          V more_values[U], more_products[U];
-          for (int u = 0; u < U; ++u) more_values[u] = more_products[u] = L::zero();
-          add_any_rows<U, kValues>(s, strip, more_values, more_products);
-          for (int u = 0; u < U; ++u) {
-            values[u] = more_values[u];
-            products[u] = more_products[u];
+          V more_values[kVectors], more_products[kVectors];
+          for (int k = 0; k < kVectors; ++k) more_values[k] = more_products[k] = L::zero();
+          add_any_rows<kVectors, kValues>(s, strip, more_values, more_products);
+          for (int k = 0; k < kVectors; ++k) {
+            values[k] = more_values[k];
+            products[k] = more_products[k];
           }
         }
-        cut(values[U - 1], products[U - 1]);
+        cut(values[kVectors - 1], products[kVectors - 1]);
 #pragma GCC unroll 16
-        for (int u = 0; u < U; ++u) f(i, u * lanes, values[u], products[u]);
+        for (int k = 0; k < kVectors; ++k) f(i, k * lanes, values[k], products[k]);
       }
     });
     return;
@@ -291,32 +229,32 @@ void contract_channels(const S* source, int64_t size, int64_t channels, int64_t 
   using L = Lanes<S>;
   using V = typename L::V;
   constexpr int64_t lanes = L::kLanes;
-  for_tiles<L, 12>(length / lanes, [&]<int U>(int64_t v) {
-    const int64_t k = v * lanes;
-    V total[U];
-    for (int u = 0; u < U; ++u) total[u] = L::zero();
-    for (int64_t done = 0; done < channels; done += kRun) {
-      const int64_t n = smaller(channels - done, kRun);
-      int64_t at = done * stride + k;
-      const int64_t room = size - U * lanes - at;
+  for_tiles<L, 12>(length / lanes, [&]<int kVectors>(int64_t v) {
+    const int64_t column = v * lanes;
+    V total[kVectors];
+    for (int k = 0; k < kVectors; ++k) total[k] = L::zero();
+    for (int64_t done = 0; done < channels; done += kTermsPerPartial) {
+      const int64_t n = smaller(channels - done, kTermsPerPartial);
+      int64_t at = done * stride + column;
+      const int64_t room = size - kVectors * lanes - at;
       const int64_t whole = room >= (n - 1) * stride ? n : room < 0 ? 0 : room / stride + 1;
-      V sum[U];
-      for (int u = 0; u < U; ++u) sum[u] = L::zero();
+      V sum[kVectors];
+      for (int k = 0; k < kVectors; ++k) sum[k] = L::zero();
       int64_t c = 0;
       for (; c < whole; ++c, at += stride) {
         const V w = L::set(weight[done + c]);
 #pragma GCC unroll 16
-        for (int u = 0; u < U; ++u) sum[u] += w * load(source + at + u * lanes);
+        for (int k = 0; k < kVectors; ++k) sum[k] += w * load(source + at + k * lanes);
       }
       for (; c < n; ++c, at += stride) {
         const V w = L::set(weight[done + c]);
-        for (int u = 0; u < U; ++u) sum[u] += w * load_until(source + at + u * lanes, source + size);
+        for (int k = 0; k < kVectors; ++k) sum[k] += w * load_until(source + at + k * lanes, source + size);
       }
 #pragma GCC unroll 16
-      for (int u = 0; u < U; ++u) total[u] += sum[u];
+      for (int k = 0; k < kVectors; ++k) total[k] += sum[k];
     }
 #pragma GCC unroll 16
-    for (int u = 0; u < U; ++u) store(out + k + u * lanes, total[u]);
+    for (int k = 0; k < kVectors; ++k) store(out + column + k * lanes, total[k]);
   });
 }
 
@@ -375,24 +313,24 @@ STEAM_INLINE typename S::V sum_run(const S& source, int64_t e, int64_t length) {
 constexpr int kHeld = kVectorBytes >= 32 ? 8 : 4;
 constexpr int kHeldOfTwo = kVectorBytes >= 64 ? 8 : 4;
 
-// The same for rows of U vectors, `tail` of the last one's lanes being part of it.
-template <int U, class S>
+// The same for rows of kVectors vectors, `tail` of the last one's lanes being part of it.
+template <int kVectors, class S>
 STEAM_INLINE typename S::V sum_short_row(const S& s, int64_t e, typename S::L::M tail) {
   using L = typename S::L;
   using V = typename L::V;
   constexpr int64_t lanes = L::kLanes;
-  const bool inside = __builtin_expect(e + U * lanes <= s.size, 1);
-  V v[U];
+  const bool inside = __builtin_expect(e + kVectors * lanes <= s.size, 1);
+  V v[kVectors];
 #pragma GCC unroll 16
-  for (int u = 0; u < U; ++u) {
-    if (u * lanes * static_cast<int64_t>(sizeof(*s.x)) % kLine == 0) s.prefetch(e + u * lanes);
-    v[u] = u + 1 < U || inside ? s.value(e + u * lanes) : s.value_until(e + u * lanes);
+  for (int k = 0; k < kVectors; ++k) {
+    if (k * lanes * static_cast<int64_t>(sizeof(*s.x)) % kLine == 0) s.prefetch(e + k * lanes);
+    v[k] = k + 1 < kVectors || inside ? s.value(e + k * lanes) : s.value_until(e + k * lanes);
   }
-  v[U - 1] = L::select(tail, v[U - 1], L::zero());
+  v[kVectors - 1] = L::select(tail, v[kVectors - 1], L::zero());
 #pragma GCC unroll 4
-  for (int step = 1; step < U; step *= 2) {
+  for (int step = 1; step < kVectors; step *= 2) {
 #pragma GCC unroll 16
-    for (int u = 0; u + step < U; u += 2 * step) v[u] += v[u + step];
+    for (int k = 0; k + step < kVectors; k += 2 * step) v[k] += v[k + step];
   }
   return v[0];
 }
@@ -425,35 +363,35 @@ void cell_sums(const S& source, int64_t e, int64_t rows, int64_t cols, int64_t r
   for (int64_t v = 0; v < vectors; v += kWide) {
     const int64_t n = smaller(vectors - v, kWide);
     // Sums start afresh with each block of pixels.
-    const int64_t block_cols = smaller(cols, kRun), block_rows = kRun / block_cols;
+    const int64_t block_cols = smaller(cols, kTermsPerPartial), block_rows = kTermsPerPartial / block_cols;
     for (int64_t r = 0; r < rows; r += block_rows) {
       for (int64_t q = 0; q < cols; q += block_cols) {
         const int64_t nr = smaller(block_rows, rows - r), nq = smaller(block_cols, cols - q);
         const int64_t first = e + r * row_stride + q * channels + v * lanes;
         A *value = r + q ? more_values : values + v * lanes, *product = r + q ? more_products : products + v * lanes;
         if (vectors <= kMost) {
-          with_unroll<kMost>(vectors, [&]<int U>() {
-            V held_values[U], held_products[U];
+          with_unroll<kMost>(vectors, [&]<int kVectors>() {
+            V held_values[kVectors], held_products[kVectors];
 #pragma GCC unroll 16
-            for (int u = 0; u < U; ++u) held_values[u] = held_products[u] = L::zero();
+            for (int k = 0; k < kVectors; ++k) held_values[k] = held_products[k] = L::zero();
             for (int64_t i = 0; i < nr; ++i) {
               const Strip pixels{first + i * row_stride, nq, channels};
-              if (__builtin_expect(pixels.inside(U * lanes, s.size), 1)) {
-                add_rows<U, kValues>(s, pixels, held_values, held_products);
+              if (__builtin_expect(pixels.inside(kVectors * lanes, s.size), 1)) {
+                add_rows<kVectors, kValues>(s, pixels, held_values, held_products);
               } else {
-                V last_values[U], last_products[U];
-                for (int u = 0; u < U; ++u) last_values[u] = last_products[u] = L::zero();
-                add_any_rows<U, kValues>(s, pixels, last_values, last_products);
-                for (int u = 0; u < U; ++u) {
-                  held_values[u] += last_values[u];
-                  held_products[u] += last_products[u];
+                V last_values[kVectors], last_products[kVectors];
+                for (int k = 0; k < kVectors; ++k) last_values[k] = last_products[k] = L::zero();
+                add_any_rows<kVectors, kValues>(s, pixels, last_values, last_products);
+                for (int k = 0; k < kVectors; ++k) {
+                  held_values[k] += last_values[k];
+                  held_products[k] += last_products[k];
                 }
               }
             }
 #pragma GCC unroll 16
-            for (int u = 0; u < U; ++u) {
-              if (kValues) store(value + u * lanes, held_values[u]);
-              if (S::products) store(product + u * lanes, held_products[u]);
+            for (int k = 0; k < kVectors; ++k) {
+              if (kValues) store(value + k * lanes, held_values[k]);
+              if (S::products) store(product + k * lanes, held_products[k]);
             }
           });
         } else {
