@@ -9,16 +9,19 @@
 namespace steam {
 namespace {
 
-// Where a branch's nodes lie: row i, column j at first + i * pitch + j of an array of `size` numbers that has room
-// around the nodes for the neighbours of the outermost ones. A ring is one row whose surroundings repeat its other end.
+// The places of a branch's nodes in an array of `size` numbers: the node of row i and column j is at position
+// first + i * pitch + j. The array also has places around the nodes, for the neighbours of the outermost nodes. A ring
+// is one row, and the places around it repeat its other end.
 template <class L>
 struct Branch {
   using A = typename L::A;
   int64_t rows, cols;
   bool wraps;
-  int64_t first, pitch, span, size, margin;
+  int64_t first, pitch, size;
+  int64_t span;            // positions from the first to the last node
+  int64_t margin;          // ring: repeated nodes at each end
   int64_t count;           // neighbours of a node
-  int64_t* offsets;        // their distances in the array
+  int64_t* offsets;        // from the position of a node to the position of neighbour k
   typename L::I* present;  // lattice: bit k of present[position] says that neighbour k exists
   int64_t at(int64_t i, int64_t j) const { return first + i * pitch + j; }
 };
@@ -78,7 +81,7 @@ void fill_lattice(const Branch<L>& b, const Problem& p) {
   }
 }
 
-// Nodes come in blocks of so many positions: what threads partial, and within which sums are kept apart.
+// Positions in a block of nodes. A task takes a block, and each block has its own partial sums.
 constexpr int64_t kNodeBlock = 256;
 
 struct Positions {
@@ -94,12 +97,13 @@ Positions node_block(const Branch<L>& branch, int64_t block) {
   return {begin, smaller(begin + kNodeBlock, branch.first + branch.span)};
 }
 
-// The neighbourhoods of L::kLanes consecutive positions. K: their size where it is known at compile time, else 0.
+// The neighbourhoods of L::kLanes consecutive positions. K is the number of neighbours if the compiler knows it, else
+// 0.
 template <class L, int K>
 struct RingNodes {
   const typename L::A* at;
   const Branch<L>* branch;
-  int64_t left;  // nodes from here on
+  int64_t left;  // nodes from the first of the positions on
   STEAM_INLINE int64_t count() const { return K ? K : branch->count; }
   STEAM_INLINE typename L::V token(int64_t k) const { return load(at + branch->offsets[k]); }
   STEAM_INLINE typename L::M exists(int64_t) const { return typename L::M{} == typename L::M{}; }
@@ -113,7 +117,7 @@ template <class L, int K>
 struct LatticeNodes {
   const typename L::A* at;
   const Branch<L>* branch;
-  typename L::M bits;
+  typename L::M bits;  // Branch::present
   STEAM_INLINE int64_t count() const { return K ? K : branch->count; }
   STEAM_INLINE typename L::V token(int64_t k) const { return load(at + branch->offsets[k]); }
   STEAM_INLINE typename L::M exists(int64_t k) const { return (bits & (typename L::M{} + (1 << k))) != 0; }
@@ -135,7 +139,7 @@ struct Nodes {
         gate(arena.take<typename L::A>(branch.size)) {}
 };
 
-// Fills what lies around the nodes: a ring's other end, zeros elsewhere. The nodes' own tokens are in place.
+// Fills the places around the nodes, after the tokens of the nodes: with the other end of a ring, elsewhere with zeros.
 template <class L>
 void surround(const Branch<L>& branch, typename L::A* tokens) {
   using A = typename L::A;
@@ -155,7 +159,7 @@ void surround(const Branch<L>& branch, typename L::A* tokens) {
   for (int64_t i = first + branch.span; i < branch.size; ++i) tokens[i] = 0;
 }
 
-// Dense rows of nodes to and from a branch's array.
+// Copies the numbers of the nodes from rows without gaps into an array of the branch, and back.
 template <class L>
 void scatter_nodes(const Branch<L>& branch, const typename L::A* dense, typename L::A* array) {
   for (int64_t i = 0; i < branch.rows; ++i) {

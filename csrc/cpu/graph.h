@@ -28,8 +28,9 @@ void transform_nodes(const Branch<L>& branch, const Heads<L>& heads, Positions w
   }
 }
 
-// d<out_grad, T(tokens)>/d tokens, of the nodes `where`: what each node has through its own query into token_grad, what
-// it gives to its neighbours into the tape (K = 0: added to theirs).
+// The gradient of <out_grad, T(tokens)> by the tokens, from the nodes `where`. The part through a node's own query is
+// added to token_grad. The parts for its neighbours go into the tape, or (K = 0) are added to the neighbours'
+// token_grad.
 template <class L, class N, int K>
 void transform_nodes_backward(const Branch<L>& branch, const Heads<L>& heads, Positions where,
                               const typename L::A* tokens, const typename L::A* out_grad, typename L::A* token_grad,
@@ -55,7 +56,7 @@ void transform_nodes_backward(const Branch<L>& branch, const Heads<L>& heads, Po
         const V alpha = (K ? weights[K ? k : 0] : edge_weight<L>(nodes, k, slope, d)) * head.inverse;
         const V centred = d - head.mean, weighted = alpha * centred;
         variance += weighted * centred;
-        // The weight comes before the slope: it is 0 where slope * centred may overflow.
+        // The weight is multiplied first: it is 0 if slope * centred may overflow.
         const V given = mean_grad * (alpha + slope * weighted);
         if (K) {
           partial[K ? k : 0] += given;
@@ -76,8 +77,8 @@ void transform_nodes_backward(const Branch<L>& branch, const Heads<L>& heads, Po
   }
 }
 
-// One function for each usual size of a neighbourhood, where weights stay in registers; any other size goes the general
-// way.
+// Calls f.run<Nodes, K>(). The usual sizes of a neighbourhood have functions of their own, whose weights stay in
+// registers; all other sizes have K = 0.
 template <class L, class F>
 STEAM_INLINE void with_nodes(const Branch<L>& branch, const F& f) {
   if constexpr (sizeof(typename L::A) == 4) {
@@ -110,8 +111,8 @@ void open_gates(Positions where, const typename L::A* o, typename L::A* gate) {
   for (int64_t at = where.begin; at < where.end; at += L::kLanes) store(gate + at, sigmoid<L>(load(o + at)).open);
 }
 
-// o = T(tokens) at the nodes `where`, and the gates open = sigmoid(o). `tokens`, `o` and `open` are arrays of
-// branch.size; tokens and their surroundings are in place.
+// o = T(tokens) and the gates open = sigmoid(o), at the nodes `where`. `tokens` also has the places around the nodes
+// (surround).
 template <class L>
 struct GraphForward {
   const Branch<L>& branch;
@@ -137,7 +138,7 @@ void transform(const Branch<L>& branch, const Heads<L>& heads, Positions where, 
   with_nodes<L>(branch, GraphForward<L>{branch, heads, where, tokens, o, open});
 }
 
-// The same at every node.
+// The same at every node, after `surround`.
 template <class L>
 void graph_forward(const Branch<L>& branch, const Heads<L>& heads, typename L::A* tokens, typename L::A* o,
                    typename L::A* open, const cpu::Parallel* parallel) {
@@ -146,7 +147,8 @@ void graph_forward(const Branch<L>& branch, const Heads<L>& heads, typename L::A
             [&](int64_t block) { transform<L>(branch, heads, node_block(branch, block), tokens, o, open); });
 }
 
-// From the gradient of the gates (in `grad`, overwritten by that of o) to the gradient of the tokens.
+// The gradient of the tokens from the gradient of the gates. `grad` holds the gradient of the gates, and in the end the
+// gradient of o.
 template <class L>
 struct GraphBackward {
   using A = typename L::A;
@@ -190,7 +192,8 @@ struct GraphBackward {
       }
     }
     if (K == 0) return;
-    // A gather over the same neighbours: graphs are symmetric, so no two nodes ever add to one place.
+    // The graphs are symmetric, so each node gathers the partials from its own neighbours, and no place has two
+    // writers.
     for_tasks(parallel, blocks, [&](int64_t block) {
       const Positions where = node_block(branch, block);
       for (int64_t at = where.begin; at < where.end; at += L::kLanes) {
@@ -202,7 +205,7 @@ struct GraphBackward {
   }
 };
 
-// `sums` receives the gradients of a, then of b, for each head.
+// `sums` gets the gradients of a of each head, and then those of b.
 template <class L>
 void graph_backward(const Branch<L>& branch, const Heads<L>& heads, typename L::A* tokens, const typename L::A* o,
                     typename L::A* grad, typename L::A* token_grad, const GraphTape<L>& tape, double* sums,

@@ -9,8 +9,8 @@
 namespace steam {
 namespace {
 
-// Three neighbours' tokens in order of size, and how far they lie apart. With one of them not finite, all distances are
-// NaN: sorting may drop such a token, exact arithmetic does not.
+// The tokens p, q, r of three neighbours in order of size, and their distances. If one of the tokens is not finite, all
+// distances are NaN: exact arithmetic keeps such a token, but sorting may drop it.
 template <class L>
 struct Triple {
   using V = typename L::V;
@@ -31,7 +31,7 @@ struct Triple {
     range = hi - lo + poison;
   }
 
-  // What belongs to the smallest, the middle and the largest, to each neighbour.
+  // From numbers of the smallest, middle and largest token to numbers of the neighbours p, q, r.
   STEAM_INLINE void sort_back(V of_lo, V of_mid, V of_hi, V& of_p, V& of_q, V& of_r) const {
     const V of_low = L::select(below, of_mid, of_lo), of_high = L::select(above, of_mid, of_hi);
     of_r = L::select(below, of_lo, L::select(above, of_hi, of_mid));
@@ -40,14 +40,15 @@ struct Triple {
   }
 };
 
-// A Triple from the end with the largest score: its token, and how far the middle and the other end lie from it.
+// A Triple seen from the end with the largest score: the token of this end, and the distances from it to the middle and
+// to the other end.
 template <class L>
 struct View {
   typename L::V end, near, far;
 };
 
-// Which end that is depends on the signs of a head's slope a and of the node's token alone: one view for the heads with
-// a > 0, and for the others the one from the other end.
+// The sign of a head's slope a and the sign of the node's token decide which end has the largest score. So all heads
+// with a > 0 have one view, and all other heads have the view from the other end.
 template <class L>
 struct Views {
   using V = typename L::V;
@@ -65,7 +66,7 @@ struct Views {
   }
 };
 
-// What one head sees there. The end has weight 1: two exponentials of three.
+// The attention of one head. The end has weight 1, so two exponentials are enough.
 template <class L>
 struct TripleAttention {
   using V = typename L::V;
@@ -123,7 +124,8 @@ GraphTape<L> make_tape(const Branch<L>& branch, const Heads<L>& heads, Arena& ar
   return {partials, arena.take<typename L::V>(node_blocks(branch), 2 * heads.count)};
 }
 
-// transform_nodes_backward on a ring of three distinct neighbours. Where there is no node all is zero, and stays so.
+// transform_nodes_backward on a ring of three distinct neighbours. Positions without a node have zeros as tokens, so
+// all their gradients are zero.
 template <class L>
 void transform_triples_backward(const Branch<L>& branch, const Heads<L>& heads, Positions where,
                                 const typename L::A* tokens, const typename L::A* out_grad, typename L::A* token_grad,
@@ -146,7 +148,7 @@ void transform_triples_backward(const Branch<L>& branch, const Heads<L>& heads, 
         const V near = view.near - head.mean, far = view.far - head.mean;
         const V of_end = mean_grad * head.inverse;
         const V of_near = of_end * head.near_weight, of_far = of_end * head.far_weight;
-        // Weights come before the slope: they are 0 where its product with a distance may overflow.
+        // The weights are multiplied first: they are 0 if the product of the slope and a distance may overflow.
         const V by_near = of_near * near, by_far = of_far * far, by_end = of_end * head.mean;
         to_mid += of_near + slope * by_near;
         to_other += of_far + slope * by_far;

@@ -7,13 +7,14 @@
 namespace steam {
 namespace {
 
-// Rows (or pixels) that one lane adds up before it starts afresh: keeps long sums from losing digits.
+// Terms that a lane adds up before it starts a new partial sum. A longer sum would lose digits.
 constexpr int64_t kTermsPerPartial = 128;
 
-// How far ahead of the reads to prefetch, in bytes.
+// Bytes from a read to its prefetch.
 constexpr int64_t kAhead = 4096;
 
-// One sample's maps, of equal layout. product = dy * x, where dy is masked by the ReLU whose output y is.
+// The maps of one sample. A value is x, and a product is dy * x. With a ReLU, whose output is y, dy is masked. `_until`
+// reads the part of a vector that lies before the end of the sample.
 template <class T, bool kProducts, bool kRelu>
 struct Maps {
   using Type = T;
@@ -44,7 +45,7 @@ struct Maps {
   static STEAM_INLINE V masked(V g, const F& output) {
     if constexpr (kMask) {
       const V out = output();
-      // As PyTorch's: a NaN in y lets the gradient through.
+      // A NaN in y lets the gradient through, as in PyTorch's ReLU.
       return L::select(out <= L::zero(), L::zero(), g);
     } else {
       return g;

@@ -1,9 +1,8 @@
-// The pool stage on the CPU: sums of x (and of dy * x, backwards) over cells, in the pieces that each memory order
-// wants.
+// The pool stage on the CPU: sums of values (x) and, backward, of products (dy * x).
 //
-// NCHW keeps column sums: for each channel and each strip of rows that shares a cell row, one sum per column. They cost
-// one vertical addition per element; columns are joined into cells once per sample, after the channels have been
-// contracted. channels_last sums whole cells, vectorised over channels.
+// NCHW has column sums: for each strip, one sum per column. They cost one vertical addition per element. The columns
+// are joined into cells once per sample (cells.h), after the sum over channels. channels_last has sums of whole cells,
+// in vectors of channels.
 #pragma once
 
 #include "choose.h"
@@ -13,14 +12,14 @@
 namespace steam {
 namespace {
 
-// Where the rows of a strip lie: `rows` rows, `stride` elements apart, from element e on.
+// The first element and the rows of a strip, or of any pieces `stride` elements apart.
 struct Strip {
   int64_t e, rows, stride;
-  // Whether `width` elements can be read from every row without leaving the sample.
+  // Whether the sample has `width` elements from the beginning of every row on.
   STEAM_INLINE bool inside(int64_t width, int64_t size) const { return e + (rows - 1) * stride + width <= size; }
 };
 
-// Sums of kVectors vectors over a strip that is short and lies inside the sample.
+// Adds kVectors vectors of each row of a short strip, which lies inside the sample.
 template <int kVectors, bool kValues, class S>
 STEAM_INLINE void add_rows(const S& s, const Strip& strip, typename S::V* values, typename S::V* products) {
   using V = typename S::V;
@@ -37,7 +36,7 @@ STEAM_INLINE void add_rows(const S& s, const Strip& strip, typename S::V* values
   }
 }
 
-// Any strip: long ones in runs, and what would be read past the sample's end as zeros.
+// The same for any strip: a long one in pieces, and with zeros for elements past the end of the sample.
 template <int kVectors, bool kValues, class S>
 __attribute__((noinline)) void add_any_rows(const S& s, const Strip& strip, typename S::V* values,
                                             typename S::V* products) {
@@ -45,15 +44,15 @@ __attribute__((noinline)) void add_any_rows(const S& s, const Strip& strip, type
   using V = typename S::V;
   constexpr int64_t lanes = L::kLanes;
   for (int64_t done = 0; done < strip.rows; done += kTermsPerPartial) {
-    const Strip run{strip.e + done * strip.stride, smaller(strip.rows - done, kTermsPerPartial), strip.stride};
+    const Strip piece{strip.e + done * strip.stride, smaller(strip.rows - done, kTermsPerPartial), strip.stride};
     V sum[kVectors], product[kVectors];
     for (int k = 0; k < kVectors; ++k) sum[k] = product[k] = L::zero();
-    if (run.inside(kVectors * lanes, s.size)) {
-      add_rows<kVectors, kValues>(s, run, sum, product);
+    if (piece.inside(kVectors * lanes, s.size)) {
+      add_rows<kVectors, kValues>(s, piece, sum, product);
     } else {
-      for (int64_t r = 0; r < run.rows; ++r) {
+      for (int64_t r = 0; r < piece.rows; ++r) {
         for (int k = 0; k < kVectors; ++k) {
-          const int64_t at = run.e + r * run.stride + k * lanes;
+          const int64_t at = piece.e + r * piece.stride + k * lanes;
           const V x = s.value_until(at);
           if (kValues) sum[k] += x;
           if (S::products) product[k] += x * s.upstream_until(at);
@@ -67,8 +66,8 @@ __attribute__((noinline)) void add_any_rows(const S& s, const Strip& strip, type
   }
 }
 
-// Onto sums in memory: kRows rows too wide for registers, from the elements `at` on. Where kFresh there are no sums
-// yet.
+// Adds kRows rows that are too wide for registers, which begin at the elements `at`, to sums in memory. With kFresh the
+// sums do not exist yet.
 template <int kRows, bool kFresh, bool kValues, class S, class A>
 STEAM_INLINE void add_wide_rows(const S& s, const int64_t* at, int64_t ahead, int64_t vectors, A* values, A* products) {
   using V = typename S::V;
@@ -108,13 +107,14 @@ STEAM_INLINE void add_wide_rows(const S& s, const int64_t* at, int64_t ahead, in
   }
 }
 
-// Sums of `vectors` vectors over rows too wide for registers, kGroup rows at a time. next() is the first element of
-// each in turn; they are `stride` apart or more, in the order of memory.
+// Sums of `vectors` vectors over rows that are too wide for registers, kGroup rows at a time. next() returns the first
+// element of the next row, in the order of memory; rows are at least `stride` elements apart.
 template <int kGroup, bool kValues, class S, class A, class F>
 STEAM_INLINE void sum_wide_rows(const S& s, int64_t rows, int64_t stride, int64_t vectors, A* values, A* products,
                                 const F& next) {
   constexpr int64_t near = kAhead / static_cast<int64_t>(sizeof(*s.x));
-  // Not to where another row of the group is being read.
+  // The rows of a group are read together, so a prefetch into another of them would be too late. Narrow rows therefore
+  // prefetch beyond their group.
   const int64_t ahead = stride > near ? near : larger(near, kGroup * stride);
   for (int64_t done = 0; done < rows; done += kGroup) {
     with_unroll<kGroup>(smaller<int64_t>(rows - done, kGroup), [&]<int n>() STEAM_LAMBDA_INLINE {
@@ -138,10 +138,10 @@ STEAM_INLINE void add_sums(const typename L::A* more, int64_t vectors, typename 
   for (int64_t k = 0; k < vectors * L::kLanes; k += L::kLanes) store(sums + k, load(sums + k) + load(more + k));
 }
 
-// Vectors that a pass over wide rows goes along: their sums stay in the first-level cache.
+// Vectors of a wide row that one pass sums: their sums stay in the first-level cache.
 constexpr int64_t kWide = 64;
 
-// The same over any strip, for `vectors` <= kWide.
+// The same for a strip of any number of rows, with vectors <= kWide.
 template <bool kValues, class S>
 __attribute__((noinline)) void wide_strip_sums(const S& source, const Strip& strip, int64_t vectors,
                                                typename S::L::A* values, typename S::L::A* products) {
@@ -162,15 +162,15 @@ __attribute__((noinline)) void wide_strip_sums(const S& source, const Strip& str
   }
 }
 
-// Column sums of strips of rows of `length` elements: f(i, column, value vector, product vector) for each vector of
-// columns of each strip, with zeros past the row's end. Strip i has the rows begin[i] ... begin[i + 1] - 1, counted
-// from element e.
+// Column sums of strips of rows of `length` elements. Calls f(i, column, value vector, product vector) for each vector
+// of columns of each strip; the vectors have zeros past the end of the row. Strip i has the rows begin[i] ... begin[i +
+// 1] - 1, counted from element e.
 template <bool kValues, class S, class F>
 STEAM_INLINE void strip_sums(const S& s, int64_t e, const int64_t* begin, int64_t strips, int64_t length, const F& f) {
   using L = typename S::L;
   using V = typename L::V;
   constexpr int64_t lanes = L::kLanes;
-  // float64 serves gradient checks: it does without the tiles, which keeps the library small.
+  // float64 serves gradient checks, and has no tiles, which keeps the library small.
   constexpr int kMost = sizeof(typename L::A) == 8 ? 1 : kValues && S::products ? 7 : 8;
   const int64_t vectors = (length + lanes - 1) / lanes;
   const auto strip_from = [&](int64_t i, int64_t v) {
@@ -182,7 +182,7 @@ STEAM_INLINE void strip_sums(const S& s, int64_t e, const int64_t* begin, int64_
     product = L::select(L::first(length % lanes), product, L::zero());
   };
   if (vectors <= kMost) {
-    // Choose the tile once for all strips: those of narrow maps are short.
+    // The tile is chosen once for all strips, because strips of narrow maps are short.
     with_unroll<kMost>(vectors, [&]<int kVectors>() {
       for (int64_t i = 0; i < strips; ++i) {
         const Strip strip = strip_from(i, 0);
@@ -221,8 +221,8 @@ STEAM_INLINE void strip_sums(const S& s, int64_t e, const int64_t* begin, int64_
   }
 }
 
-// out[k] = sum over channels of weight[c] * source[c * stride + k] for k < length, a whole number of vectors.
-// `source` may be x itself or column sums; nothing is read past its `size` elements.
+// out[k] = sum over the channels of weight[c] * source[c * stride + k], for k < length, which is a whole number of
+// vectors. `source` is x itself or column sums, and has `size` elements.
 template <class S>
 void contract_channels(const S* source, int64_t size, int64_t channels, int64_t stride,
                        const typename Lanes<S>::A* weight, int64_t length, typename Lanes<S>::A* out) {
@@ -258,7 +258,7 @@ void contract_channels(const S* source, int64_t size, int64_t channels, int64_t 
   });
 }
 
-// Sum of whole(k) over the vectors of k < length, in four chains, and of rest(k) where the last one is not whole.
+// The sum of the vectors whole(k) for k < length, in four chains; rest(k) is the last vector if it is not whole.
 template <class L, class F, class R>
 STEAM_INLINE typename L::V sum_vectors(int64_t length, const F& whole, const R& rest) {
   using V = typename L::V;
@@ -284,7 +284,7 @@ STEAM_INLINE typename L::V sum_vectors(int64_t length, const F& whole, const R& 
   return (a + b) + (c + d);
 }
 
-// Sum of `length` elements from element e on, in lanes.
+// The sum of a run of `length` elements from element e on, still in lanes.
 template <class S>
 STEAM_INLINE typename S::V sum_run(const S& source, int64_t e, int64_t length) {
   using L = typename S::L;
@@ -309,11 +309,11 @@ STEAM_INLINE typename S::V sum_run(const S& source, int64_t e, int64_t length) {
   return (a + b) + (c + d);
 }
 
-// Vectors of a short row that are kept in registers: of one map, and of two.
+// Vectors of a short map that stay in registers, if a loop has one pattern, and if it has two.
 constexpr int kHeld = kVectorBytes >= 32 ? 8 : 4;
 constexpr int kHeldOfTwo = kVectorBytes >= 64 ? 8 : 4;
 
-// The same for rows of kVectors vectors, `tail` of the last one's lanes being part of it.
+// The same for a run of kVectors vectors. `tail` masks the lanes of the last vector that belong to the run.
 template <int kVectors, class S>
 STEAM_INLINE typename S::V sum_short_row(const S& s, int64_t e, typename S::L::M tail) {
   using L = typename S::L;
@@ -335,7 +335,7 @@ STEAM_INLINE typename S::V sum_short_row(const S& s, int64_t e, typename S::L::M
   return v[0];
 }
 
-// Adds up a function of each channel: f(c) gives a vector, whose lanes are summed into out[c].
+// out[c] = the sum over the lanes of f(c), for the channels begin ... end - 1.
 template <class L, class F>
 STEAM_INLINE void sum_channels(int64_t begin, int64_t end, typename L::A* out, const F& f) {
   int64_t c = begin;
@@ -347,8 +347,8 @@ STEAM_INLINE void sum_channels(int64_t begin, int64_t end, typename L::A* out, c
   for (; c < end; ++c) out[c] = sum_lanes<L>(f(c));
 }
 
-// channels_last: sums over rows x cols pixels from element e on, into `values` and `products` (rows of `channels`
-// numbers, padded to whole vectors; what lies in the padding is undefined).
+// channels_last: the sums over a cell of rows x cols pixels from element e on. `values` and `products` get a number of
+// each channel, and undefined numbers in the padding to whole vectors.
 template <bool kValues, class S>
 void cell_sums(const S& source, int64_t e, int64_t rows, int64_t cols, int64_t row_stride, int64_t channels,
                typename S::L::A* values, typename S::L::A* products) {
@@ -362,7 +362,7 @@ void cell_sums(const S& source, int64_t e, int64_t rows, int64_t cols, int64_t r
   alignas(kLine) A more_values[kWide * lanes], more_products[kWide * lanes];
   for (int64_t v = 0; v < vectors; v += kWide) {
     const int64_t n = smaller(vectors - v, kWide);
-    // Sums start afresh with each block of pixels.
+    // Each block of pixels has its own partial sums.
     const int64_t block_cols = smaller(cols, kTermsPerPartial), block_rows = kTermsPerPartial / block_cols;
     for (int64_t r = 0; r < rows; r += block_rows) {
       for (int64_t q = 0; q < cols; q += block_cols) {
@@ -405,7 +405,7 @@ void cell_sums(const S& source, int64_t e, int64_t rows, int64_t cols, int64_t r
             }
             return pixel;
           };
-          // Cells of up to four pixels are summed in one pass; larger ones are read in the order of memory.
+          // A cell of at most four pixels takes one pass. A larger cell is read in the order of memory.
           if (nr * nq <= 4) {
             sum_wide_rows<4, kValues>(s, nr * nq, channels, n, value, product, next);
           } else {
