@@ -1,6 +1,7 @@
 """Maps of more than 2**31 elements on the CPU: an offset into them that is kept in 32 bits is wrong.
 
-All calls are in place, because a second map would double the 4.4 GB of the first.
+A map has 4.4 GB, so no test has a second one: forward calls are in place, and backward calls have x as dy and compute
+no dx.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 LIMIT = 2**31
 FREE_BYTES = 12e9
 HEADS = 4
+OPS = torch.ops.steam_kernels
 
 
 def free_bytes() -> float:
@@ -44,23 +46,51 @@ def _room() -> Iterator[None]:
     yield
 
 
+SHAPE = (56, 40, 1000, 1001)
+SAMPLE = 40 * 1000 * 1001
+assert 53 * SAMPLE < LIMIT < 54 * SAMPLE, "sample 53 crosses the limit"
+
+
+def samples(layout: str) -> tuple[Tensor, list[float]]:
+    """One sample, and the factors that make all others from it."""
+    one = torch.empty((1, *SHAPE[1:]), dtype=torch.bfloat16, memory_format=LAYOUTS[layout]).uniform_(-1, 2)
+    return one, torch.linspace(0.5, 2, SHAPE[0]).tolist()
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_samples_have_the_bits_that_they_have_alone(layout: str) -> None:
-    shape = (56, 40, 1000, 1001)
-    sample = 40 * 1000 * 1001
-    assert 53 * sample < LIMIT < 54 * sample, "sample 53 crosses the limit"
     weights = torch.randn(2, 4, 8)
-    one = torch.empty((1, *shape[1:]), dtype=torch.bfloat16, memory_format=LAYOUTS[layout]).uniform_(-1, 2)
-    factors = torch.linspace(0.5, 2, shape[0])
-    x = torch.empty(shape, dtype=torch.bfloat16, memory_format=LAYOUTS[layout])
-    for n, factor in enumerate(factors.tolist()):
+    one, factors = samples(layout)
+    x = torch.empty(SHAPE, dtype=torch.bfloat16, memory_format=LAYOUTS[layout])
+    for n, factor in enumerate(factors):
         torch.mul(one, factor, out=x[n : n + 1])
     with torch.no_grad():
         steam(x, *weights, num_heads=HEADS, inplace=True, backend="cpu")
         for n in (0, 53, 54, 55):
-            alone = one * factors[n].item()
+            alone = one * factors[n]
             steam(alone, *weights, num_heads=HEADS, inplace=True, backend="cpu")
             assert torch.equal(x[n : n + 1], alone), f"sample {n} differs from the sample alone"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradients_of_weights_are_sums_over_samples(layout: str) -> None:
+    weights = torch.randn(2, 4, 8)
+    options = ((7, 7), HEADS, 1, 4, True, True, 1.0)
+    needs = (False, True, True, False)
+    one, factors = samples(layout)
+    x = torch.empty(SHAPE, dtype=torch.bfloat16, memory_format=LAYOUTS[layout])
+    rows, alone = [], []
+    for n, factor in enumerate(factors):
+        sample = torch.mul(one, factor, out=x[n : n + 1])
+        _, saved = OPS.forward(sample, *weights, None, *options, False, True)
+        rows.append(saved)
+        alone.append(torch.stack(OPS.backward(sample, sample, None, *weights, saved, *options, *needs)[1:3]).double())
+    gradients = torch.stack(OPS.backward(x, x, None, *weights, torch.cat(rows), *options, *needs)[1:3]).double()
+    each = torch.stack(alone)
+    # Sums over samples are in float64, so the only roundings are those of each result to float32, 2**-24 of it.
+    bound = 2**-23 * (each.abs().sum(0) + gradients.abs())
+    assert ((gradients - each.sum(0)).abs() <= bound).all()
+    assert (each[53:].abs().amax(0) > 100 * bound).all(), "the samples beyond the limit must be seen in the sum"
 
 
 def gates_by_chunks(x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
