@@ -49,15 +49,15 @@ def random_problem(pick: random.Random) -> Problem:
             return problem
 
 
-#: Maps of more pixels than this have column sums: kSmallMap of csrc/cpu/unit.h.
+#: Maps of more pixels than this have column sums: kSmallMap of csrc/cpu/plan.h.
 SMALL_MAP = 256
 #: Float32 numbers in a vector, by CPU variant: kVectorBytes / 4 of csrc/cpu/vec.h.
 LANES = {"avx512": 16, "avx2": 8, "generic": 4}
 
 
 def walk(problem: Problem, variant: str) -> str:
-    """The walk of ``docs/performance.md`` that serves a problem in float32 or bfloat16, chosen as in ``make_unit`` of
-    ``csrc/cpu/unit.h``."""
+    """The walk of ``docs/performance.md`` that serves a problem in float32 or bfloat16, chosen as in ``make_plan`` of
+    ``csrc/cpu/plan.h``."""
     c, pixels = problem.c, problem.h * problem.w
     if pixels == 1 or (problem.layout == "channels_last" and c > 1):
         return "kNarrow" if c < LANES[variant] else "kChannels"

@@ -18,11 +18,10 @@ if not glob.glob("/dev/nvidia[0-9]*") + glob.glob("/dev/kfd"):
 import pytest
 import torch
 
-import steam_kernels
-
 # Before its modules are imported, so that an assert in them shows its values.
 pytest.register_assert_rewrite("tests.support")
 from tests.support import tolerances  # noqa: E402
+from tests.support.backends import unusable_backends, usable_backends  # noqa: E402
 from tests.support.poison import POISONED  # noqa: E402
 from tests.support.processes import PACKAGE  # noqa: E402
 
@@ -67,19 +66,9 @@ def pytest_configure(config: pytest.Config) -> None:
         torch.set_num_threads(1)
 
 
-def usable_backends() -> list[str]:
-    """Every backend with kernels of its own that can run here; the interpreter, which is slow, has tests of its own."""
-    slow = ("triton", "reference") if os.environ.get("TRITON_INTERPRET") == "1" else ("reference",)
-    return [name for name, why in steam_kernels.available_backends().items() if not why and name not in slow]
-
-
-def _unusable() -> dict[str, str]:
-    return {name: why for name, why in steam_kernels.available_backends().items() if why}
-
-
 def pytest_report_header() -> list[str]:
     lines = [f"steam_kernels: kernel tests run on {', '.join(usable_backends()) or 'no backend'}"]
-    lines += [f"steam_kernels: {name} NOT RUN: {why}" for name, why in _unusable().items()]
+    lines += [f"steam_kernels: {name} NOT RUN: {why}" for name, why in unusable_backends().items()]
     if not POISONED:
         lines.append("steam_kernels: this C library cannot poison memory, unwritten outputs may go unseen")
     return lines
@@ -114,7 +103,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         for line in [*tolerances.summary(lines), *tolerances.too_near(lines)]:
             terminalreporter.write_line(line)
     # the header is not shown under -q
-    for name, why in _unusable().items():
+    for name, why in unusable_backends().items():
         terminalreporter.write_line(f"kernel tests NOT RUN on {name}: {why}")
 
 
@@ -122,7 +111,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "backend" in metafunc.fixturenames:
         names: list[object] = list(usable_backends())
         if not names:
-            reason = "; ".join(f"{name}: {why}" for name, why in _unusable().items())
+            reason = "; ".join(f"{name}: {why}" for name, why in unusable_backends().items())
             names = [pytest.param("none", marks=pytest.mark.skip(reason=f"no backend with kernels ({reason})"))]
         metafunc.parametrize("backend", names)
     if "any_backend" in metafunc.fixturenames:

@@ -1,4 +1,4 @@
-// What the C functions of every backend share: checks of their arguments, and the kernels' structs made from them.
+// The common code of the C functions of all backends: checks of arguments, and conversions to the kernels' structs.
 #pragma once
 
 #include <steam/steam.h>
@@ -14,7 +14,7 @@
 namespace steam {
 namespace {
 
-// A status and the one line that goes with it.
+// A status, and the line of text that explains it.
 class Report {
  public:
   explicit Report(char* message) : message_(message) {
@@ -71,7 +71,7 @@ inline DType dtype_of(steam_dtype dtype) {
   }
 }
 
-// Whether the maps' bytes can be counted: every offset that a kernel forms is then below 2^63.
+// Whether the bytes of a map fit in int64_t. Then all offsets of the kernels do too.
 inline bool has_countable_bytes(const steam_problem& p) {
   int64_t bytes = 8;
   for (const int64_t size : {p.channels, p.height, p.width, p.samples}) {

@@ -1,10 +1,10 @@
-// The graph transform of math step T with collapsed heads, for one node (or one vector of nodes) at a time.
-// Written over a lane type L, so that a SIMD vector on the CPU and a scalar on a GPU run the same source. L gives
+// The graph transform T of docs/math.md with collapsed heads, for one node or one vector of nodes at a time. The code
+// has a lane type L, so that SIMD vectors on the CPU and scalars on a GPU run the same source. L has
 //   V, M                       value and mask types
 //   set(double) -> V, zero()   broadcast
 //   select(M, V, V) -> V       lane-wise choice
 //   less(V, V) -> M
-//   exp_nonpositive(V) -> V    exp for arguments <= 0 (NaN stays NaN, -inf gives exactly 0)
+//   exp_nonpositive(V) -> V    exp for arguments <= 0; NaN for NaN, exactly 0 for -inf
 #pragma once
 
 #include <cmath>
@@ -19,7 +19,7 @@
 namespace steam {
 namespace {
 
-// The ring's neighbours of c are c + lo ... c + hi modulo C, each node once; `skip_self` leaves out c itself.
+// The neighbours of c on the ring: c + lo ... c + hi modulo C, each node once, and without c itself if `skip_self`.
 struct RingStencil {
   int64_t lo;
   int64_t hi;
@@ -62,7 +62,8 @@ STEAM_HD LatticeStencil lattice_stencil(int64_t grid_h, int64_t grid_w, int32_t 
   return s;
 }
 
-// What one head sees at one node: alpha_k = weight_k * inverse, m = extreme + mean, d_k = t_k - extreme.
+// The attention of one head at one node: alpha_k = weight_k * inverse, m = extreme + mean. Distances are d_k = t_k -
+// extreme.
 template <class L>
 struct Attention {
   typename L::V extreme;
@@ -70,7 +71,7 @@ struct Attention {
   typename L::V mean;
 };
 
-// Smallest and largest token of a neighbourhood. N gives count(), token(k) and exists(k).
+// The smallest and the largest token of a neighbourhood. N has count(), token(k) and exists(k).
 template <class L, class N>
 STEAM_HD void extremes(const N& nodes, typename L::V& lo, typename L::V& hi) {
   lo = L::set(INFINITY);
@@ -82,7 +83,8 @@ STEAM_HD void extremes(const N& nodes, typename L::V& lo, typename L::V& hi) {
   }
 }
 
-// exp(score_k - largest score), a difference before any product; 0 for a neighbour that does not exist.
+// exp(score_k - largest score), or 0 for a neighbour that does not exist. The difference of tokens comes before the
+// product (docs/math.md, "Numerics").
 template <class L, class N>
 STEAM_HD typename L::V edge_weight(const N& nodes, int64_t k, typename L::V slope, typename L::V d) {
   return L::select(nodes.exists(k), L::exp_nonpositive(slope * d), L::zero());
@@ -93,7 +95,7 @@ STEAM_HD typename L::V edge_difference(const N& nodes, int64_t k, typename L::V 
   return L::select(nodes.exists(k), nodes.token(k) - extreme, L::zero());
 }
 
-// `weights` receives the unnormalised weights where it is not null.
+// If `weights` is not null, it gets the weights before their division by the sum.
 template <class L, class N>
 STEAM_HD Attention<L> attend(const N& nodes, typename L::V slope, typename L::V lo, typename L::V hi,
                              typename L::V* weights) {
@@ -113,7 +115,7 @@ STEAM_HD Attention<L> attend(const N& nodes, typename L::V slope, typename L::V 
   return out;
 }
 
-// Per head k: a = <w_q, w_k> / sqrt(d_h) and b = <w_v, w_o> over the head's columns; `get(row, column)` reads the
+// a = <w_q, w_k> / sqrt(d_h) and b = <w_v, w_o> of one head, over the columns of the head. get(row, column) reads the
 // weight.
 template <class Get>
 STEAM_HD void collapse_head(const Get& get, int32_t dim, int32_t heads, int32_t head, double& a, double& b) {
@@ -140,7 +142,7 @@ struct ScalarLane {
   static STEAM_HD V exp_nonpositive(V x) { return std::exp(x); }
 };
 
-// v = sum_k alpha_k (t_k - m)^2, centred.
+// v = sum_k alpha_k (t_k - m)^2.
 template <class L, class N>
 STEAM_HD typename L::V message_variance(const N& nodes, typename L::V slope, const Attention<L>& head) {
   typename L::V sum = L::zero();
@@ -152,8 +154,8 @@ STEAM_HD typename L::V message_variance(const N& nodes, typename L::V slope, con
   return sum * head.inverse;
 }
 
-// What a node that attends with `slope` gives to the token of an existing neighbour, d away from its extreme. The
-// weight comes before the slope: it is 0 where their product with d - m may overflow.
+// The partial that a node with this slope adds to the gradient of the token of an existing neighbour, whose distance is
+// d. The weight is multiplied before the slope: it is 0 if the product of the slope and d - m may overflow.
 template <class L>
 STEAM_HD typename L::V edge_gradient(typename L::V d, typename L::V slope, typename L::V mean_grad,
                                      const Attention<L>& head) {

@@ -1,5 +1,4 @@
-// One STEAM unit on one batch: everything that a kernel is told besides pointers. Plain data, shared by host and
-// device.
+// The problem of a call: the shape of a batch and the options of a unit. Plain data, for host and device code.
 #pragma once
 
 #include <cstdint>
@@ -26,8 +25,8 @@ struct Problem {
   int32_t num_heads;          // h, divides d
   int32_t spatial_neighbors;  // 4 or 8
   bool self_loops;
-  bool sequential;     // space looks at the channel-gated map
-  bool channels_last;  // memory order N, H, W, C instead of N, C, H, W
+  bool sequential;     // the spatial tokens are means of the channel-gated map
+  bool channels_last;  // the memory format of all maps: channels_last, else NCHW
   bool relu;           // y = max(gated x + residual, 0)
   double scale;
   DType dtype;  // of x, residual, y and their gradients
@@ -40,17 +39,11 @@ struct Weight {
 };
 
 struct WeightGrad {
-  void* data;  // null: not asked for
+  void* data;  // may be null, then the gradient is not computed
   DType dtype;
 };
 
-// Offset of element (n, c, h, w) in a dense tensor, in elements; 64-bit throughout.
-STEAM_CONSTEXPR int64_t element_offset(const Problem& p, int64_t n, int64_t c, int64_t h, int64_t w) {
-  return p.channels_last ? ((n * p.height + h) * p.width + w) * p.channels + c
-                         : ((n * p.channels + c) * p.height + h) * p.width + w;
-}
-
-// First row (column) of cell i: pixel r lies in cell floor(r * cells / length).
+// The first row (column) of cell i, because pixel r is in cell floor(r * cells / length).
 STEAM_CONSTEXPR int64_t cell_begin(int64_t i, int64_t cells, int64_t length) {
   return (i * length + cells - 1) / cells;
 }

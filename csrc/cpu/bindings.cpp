@@ -1,4 +1,4 @@
-// The operators' CPU kernels.
+// torch's operators on the CPU kernels.
 #include "../common/bindings.h"
 
 #include <steam/steam.h>

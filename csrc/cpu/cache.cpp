@@ -13,7 +13,7 @@ namespace steam {
 namespace cpu {
 namespace {
 
-// A file's beginning, as text; whether there is one.
+// Reads the beginning of a file as text, and returns whether there is any.
 bool read_text(const char* path, char* text, std::size_t size) {
   text[0] = '\0';
   std::FILE* file = std::fopen(path, "r");
@@ -29,7 +29,7 @@ struct Processors {
 
 Processors allowed_processors() {
 #if defined(__linux__)
-  // Not a cpu_set_t, which has room for 1024, and none for the mask of a machine with more.
+  // A cpu_set_t is too small for the mask of a machine with more than 1024 processors.
   unsigned long mask[1024];
   constexpr int kBits = 8 * sizeof(mask[0]);
   std::memset(mask, 0, sizeof(mask));
@@ -46,8 +46,8 @@ Processors allowed_processors() {
   return {online > 0 ? online : 1, 0};
 }
 
-// The least limit of our control group and of those that it is in; 0 where there is none. A container sees its own
-// group as the root.
+// The smallest limit of this process's control group and of all groups around it; 0 if there is none. In a container
+// the container's own group is the root.
 int64_t limited_processors() {
   char text[4096], path[5120], group[4096] = "";
   if (read_text("/proc/self/cgroup", text, sizeof(text))) {
@@ -68,7 +68,7 @@ int64_t limited_processors() {
     while (end > group && *--end != '/') {
     }
   }
-  // The older interface has two files.
+  // The first version of control groups has the limit in two files.
   char period[64];
   if (read_text("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", text, 64) &&
       read_text("/sys/fs/cgroup/cpu/cpu.cfs_period_us", period, sizeof(period))) {
@@ -80,7 +80,8 @@ int64_t limited_processors() {
   return least;
 }
 
-// Not sysconf: glibc reports the whole package where several such caches share it.
+// The last-level cache of a processor, from the system's files. sysconf is no source, because glibc reports the sum of
+// all such caches of a package.
 int64_t reported_bytes(int64_t processor) {
   int64_t bytes = 0;
   int deepest = 1;
@@ -104,11 +105,11 @@ int64_t reported_bytes(int64_t processor) {
 
 }  // namespace
 
-int64_t Cache::share() const {
-  int64_t ours;
-  if (__builtin_mul_overflow(kEach, processors, &ours)) ours = INT64_MAX;
+int64_t Cache::counted_on() const {
+  int64_t of_all;
+  if (__builtin_mul_overflow(kEach, processors, &of_all)) of_all = INT64_MAX;
   const int64_t most = reported > 0 ? reported : kUsual;
-  return ours < most ? ours : most;
+  return of_all < most ? of_all : most;
 }
 
 int64_t processors_of_limit(const char* text) {

@@ -1,4 +1,4 @@
-// How much of the last-level cache a process may hope for.
+// The part of the last-level cache that a call counts on.
 #pragma once
 
 #include <cstdint>
@@ -7,21 +7,23 @@ namespace steam {
 namespace cpu {
 
 struct Cache {
-  int64_t reported;    // bytes of the last-level cache by the system; 0 where it reports none
-  int64_t processors;  // that this process may run on
+  int64_t reported;    // bytes of the last-level cache, as the system reports them; 0 if it reports none
+  int64_t processors;  // the processors that this process may run on
 
-  // A virtual machine reports its host's cache, and a process shares a cache with its neighbours: so much for each
-  // processor is what the two-core virtual machine that it was measured on could use of 300 MB, and twice what Zen 3
-  // and 4 have for each of their eight cores.
+  // Bytes for each processor. A virtual machine reports the cache of its host, and other processes use the cache too. A
+  // virtual machine of two cores that reported 300 MB could use 8 MiB for each core in a measurement. 8 MiB are also
+  // twice the cache of each of the eight cores of a Zen 3 or 4.
   static constexpr int64_t kEach = int64_t{8} << 20;
+  // The size of a cache if the system reports none.
   static constexpr int64_t kUsual = int64_t{24} << 20;
-  int64_t share() const;
+
+  int64_t counted_on() const;
 };
 
 Cache find_cache();
 
-// Processors' worth of time that a limit in the words of cgroup's cpu.max allows, "max 100000" or "150000 100000",
-// rounded up; 0 where there is no limit.
+// The number of processors that a limit allows, rounded up; 0 if there is no limit. `text` has the form of cgroup's
+// cpu.max: "max 100000" or "150000 100000".
 int64_t processors_of_limit(const char* text);
 
 }  // namespace cpu

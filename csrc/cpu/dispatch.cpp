@@ -1,4 +1,5 @@
-// Which instruction set's kernels run. Compiled for the plain target, like everything that runs before the choice.
+// The choice of the variant that runs. This file is compiled for the baseline instruction set, because it runs before
+// the choice.
 #include <steam/steam.h>
 
 #include <atomic>
@@ -41,7 +42,7 @@ bool has_avx512() {
 }
 #endif
 #if defined(STEAM_CPU_HAS_AVX2)
-// The compiler's x86-64-v3, but for instructions that no processor with AVX2 and FMA lacks.
+// The compiler's x86-64-v3 has more instructions, but every processor with these four has them too.
 bool has_avx2() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
          __builtin_cpu_supports("bmi2");
@@ -78,7 +79,7 @@ const Variant& variant() {
   return *v;
 }
 
-// What steam_cpu_set_cache_bytes was given; -1 before.
+// The bytes of the last steam_cpu_set_cache_bytes; -1 before the first.
 std::atomic<int64_t> cache_set{-1};
 
 const Cache& cache_found() {
@@ -90,7 +91,7 @@ const Cache& cache_found() {
 
 int64_t cache_bytes() {
   const int64_t set = cache_set.load(std::memory_order_relaxed);
-  return set >= 0 ? set : cache_found().share();
+  return set >= 0 ? set : cache_found().counted_on();
 }
 
 namespace {
@@ -156,22 +157,11 @@ int steam_cpu_set_cache_bytes(int64_t bytes) {
 int64_t steam_cpu_reported_cache_bytes(void) { return steam::cpu::cache_found().reported; }
 int64_t steam_cpu_processors(void) { return steam::cpu::cache_found().processors; }
 
-// The rule by itself, so that a test can ask it about machines that it does not run on.
+// The bytes that a call counts on, for tests: of any machine, not only of the one that they run on.
 extern "C" STEAM_API int64_t steam_cpu_probe_cache_share(int64_t reported, int64_t processors) {
-  return steam::cpu::Cache{reported, processors}.share();
+  return steam::cpu::Cache{reported, processors}.counted_on();
 }
-// And how a limit of processor time is read: text of cgroup's cpu.max.
+// The limit in a text of cgroup's cpu.max, for tests.
 extern "C" STEAM_API int64_t steam_cpu_probe_limit(const char* cpu_max) {
   return steam::cpu::processors_of_limit(cpu_max);
-}
-
-// The kernels' own address arithmetic, so that a test can reach past 2^31 elements without a tensor of that size.
-extern "C" STEAM_API int64_t steam_cpu_probe_offset(int64_t n, int64_t c, int64_t h, int64_t w, int64_t channels,
-                                                    int64_t height, int64_t width, int channels_last) {
-  steam::Problem p{};
-  p.channels = channels;
-  p.height = height;
-  p.width = width;
-  p.channels_last = channels_last != 0;
-  return steam::element_offset(p, n, c, h, w);
 }

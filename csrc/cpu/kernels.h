@@ -1,4 +1,4 @@
-// The CPU kernels' interface: plain arguments, one entry for each instruction set and direction. No torch.
+// The interface of the CPU kernels, without torch: plain structs, and one entry for each variant and direction.
 #pragma once
 
 #include <cstddef>
@@ -14,11 +14,12 @@ using ParallelRun = void (*)(int64_t tasks, void (*body)(void* context, int64_t 
 
 struct Parallel {
   int64_t threads;
-  ParallelRun run;  // may be null where threads is 1
+  ParallelRun run;  // may be null if threads is 1
 };
 
-// All maps are dense in the problem's memory order. `saved` is (N, 2 * (C + gh * gw)) in the accumulation type: a
-// sample's row holds channel tokens, channel pre-activations, spatial tokens, spatial pre-activations.
+// All maps are dense in the problem's memory format. `saved` is (N, 2 * (C + gh * gw)) in the accumulation type. The
+// row of a sample holds the channel tokens, the channel pre-activations, the spatial tokens and the spatial
+// pre-activations.
 struct ForwardArgs {
   Problem problem;
   Weight channel_weight;
@@ -36,33 +37,34 @@ struct BackwardArgs {
   Weight spatial_weight;
   const void* dy;
   const void* x;
-  const void* y;  // read where problem.relu
+  const void* y;  // read only if problem.relu
   const void* saved;
-  void* dx;         // null: not asked for
-  void* dresidual;  // null: not asked for
+  void* dx;         // may be null, then it is not computed
+  void* dresidual;  // may be null, then it is not computed
   WeightGrad channel_grad;
   WeightGrad spatial_grad;
   Parallel parallel;
 };
 
-// Bytes of the last-level cache that a call may hope to find its maps in. Decides how outputs are stored, never what
-// they hold.
+// Bytes of the last-level cache that a call counts on. They decide the way in which outputs are stored, never their
+// values.
 int64_t cache_bytes();
 
-// An entry of the instruction set that is being compiled.
+// The name of an entry of the variant that is being compiled.
 #define STEAM_JOIN(a, b) a##b
 #define STEAM_NAME(prefix, variant) STEAM_JOIN(prefix, variant)
 
-// Bytes of working memory that the call needs. It runs where `memory` is not null, and nothing fails then.
+// Returns the bytes of working memory that the call needs. If `memory` is not null, the call also runs, and cannot
+// fail.
 using Forward = std::size_t (*)(const ForwardArgs&, char* memory);
 using Backward = std::size_t (*)(const BackwardArgs&, char* memory);
 
-// The variant in use: the best that the processor has, until another is selected. Bytes of working memory that there
-// were not, in which case nothing has run; 0 where the call is done.
+// A call on the variant in use: the best that the processor can run, until another is selected. Returns 0 after the
+// call, or, if no working memory could be allocated, the bytes of it; then no kernel has run.
 std::size_t forward(const ForwardArgs& args);
 std::size_t backward(const BackwardArgs& args);
 
-// What to say then, in STEAM_MESSAGE_BYTES.
+// Writes the message for that case, of at most STEAM_MESSAGE_BYTES.
 void no_memory(std::size_t bytes, const Problem& problem, char* text);
 
 }  // namespace cpu

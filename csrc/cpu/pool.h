@@ -1,140 +1,73 @@
-// The pool stage on the CPU: sums of x (and of dy * x, backwards) over cells, in the pieces that each memory order
-// wants.
+// The pool stage on the CPU: sums of values (x) and, backward, of products (dy * x).
 //
-// NCHW keeps column sums: for each channel and each strip of rows that shares a cell row, one sum per column. They cost
-// one vertical addition per element; columns are joined into cells once per sample, after the channels have been
-// contracted. channels_last sums whole cells, vectorised over channels.
+// NCHW has column sums: for each strip, one sum per column. They cost one vertical addition per element. The columns
+// are joined into cells once per sample (cells.h), after the sum over channels. channels_last has sums of whole cells,
+// in vectors of channels.
 #pragma once
 
-#include "../common/problem.h"
+#include "choose.h"
+#include "maps.h"
 #include "vec.h"
 
 namespace steam {
 namespace {
 
-// Rows (or pixels) that one lane adds up before it starts afresh: keeps long sums from losing digits.
-constexpr int64_t kRun = 128;
-
-// How far ahead of the reads to prefetch, in bytes.
-constexpr int64_t kAhead = 4096;
-
-// One sample's maps, of equal layout. product = dy * x, where dy is masked by the ReLU whose output y is.
-template <class T, bool kProducts, bool kRelu>
-struct Maps {
-  using Type = T;
-  using L = Lanes<T>;
-  using V = typename L::V;
-  static constexpr bool products = kProducts;
-  const T* x;
-  const T* dy;
-  const T* y;
-  int64_t size;  // elements of the sample
-
-  STEAM_INLINE V value(int64_t e) const { return load(x + e); }
-  STEAM_INLINE V value_until(int64_t e) const { return load_until(x + e, x + size); }
-  STEAM_INLINE V upstream(int64_t e) const {
-    return masked<kRelu>(load(dy + e), [&] { return load(y + e); });
-  }
-  STEAM_INLINE V upstream_until(int64_t e) const {
-    return masked<kRelu>(load_until(dy + e, dy + size), [&] { return load_until(y + e, y + size); });
-  }
-  STEAM_INLINE void prefetch(int64_t e, int64_t ahead = kAhead / static_cast<int64_t>(sizeof(T))) const {
-    __builtin_prefetch(x + e + ahead);
-    if (kProducts) __builtin_prefetch(dy + e + ahead);
-    if (kProducts && kRelu) __builtin_prefetch(y + e + ahead);
-  }
-
- private:
-  template <bool kMask, class F>
-  static STEAM_INLINE V masked(V g, const F& output) {
-    if constexpr (kMask) {
-      const V out = output();
-      // As PyTorch's: a NaN in y lets the gradient through.
-      return L::select(out <= L::zero(), L::zero(), g);
-    } else {
-      return g;
-    }
-  }
-};
-
-// `f.run<U>()` with U = n, for 1 <= n <= kMost.
-template <int kMost, class F>
-STEAM_INLINE void with_unroll(int64_t n, const F& f) {
-  if constexpr (kMost > 1) {
-    if (n < kMost) return with_unroll<kMost - 1>(n, f);
-  }
-  f.template operator()<kMost>();
-}
-
-// Splits `vectors` into tiles of at most kMost, as even as they can be, and calls f<U>(first vector) for each.
-// float64 serves gradient checks: it goes one vector at a time, which keeps the library small.
-template <class L, int kWant, class F>
-STEAM_INLINE void for_tiles(int64_t vectors, const F& f) {
-  constexpr int kMost = sizeof(typename L::A) == 8 ? 1 : kWant;
-  int64_t tiles = (vectors + kMost - 1) / kMost;
-  for (int64_t v = 0; tiles > 0; --tiles) {
-    const int64_t n = (vectors - v + tiles - 1) / tiles;
-    with_unroll<kMost>(n, [&]<int U>() { f.template operator()<U>(v); });
-    v += n;
-  }
-}
-
-// Where the rows of a strip lie: `rows` rows, `stride` elements apart, from element e on.
+// The first element and the rows of a strip, or of any pieces `stride` elements apart.
 struct Strip {
   int64_t e, rows, stride;
-  // Whether `width` elements can be read from every row without leaving the sample.
+  // Whether the sample has `width` elements from the beginning of every row on.
   STEAM_INLINE bool inside(int64_t width, int64_t size) const { return e + (rows - 1) * stride + width <= size; }
 };
 
-// Sums of U vectors over a strip that is short and lies inside the sample.
-template <int U, bool kValues, class S>
+// Adds kVectors vectors of each row of a short strip, which lies inside the sample.
+template <int kVectors, bool kValues, class S>
 STEAM_INLINE void add_rows(const S& s, const Strip& strip, typename S::V* values, typename S::V* products) {
   using V = typename S::V;
   constexpr int64_t lanes = S::L::kLanes;
   int64_t at = strip.e;
   for (int64_t r = 0; r < strip.rows; ++r, at += strip.stride) {
 #pragma GCC unroll 16
-    for (int u = 0; u < U; ++u) {
-      if (u * lanes * static_cast<int64_t>(sizeof(*s.x)) % kLine == 0) s.prefetch(at + u * lanes);
-      const V x = s.value(at + u * lanes);
-      if (kValues) values[u] += x;
-      if (S::products) products[u] += x * s.upstream(at + u * lanes);
+    for (int k = 0; k < kVectors; ++k) {
+      if (k * lanes * static_cast<int64_t>(sizeof(*s.x)) % kLine == 0) s.prefetch(at + k * lanes);
+      const V x = s.value(at + k * lanes);
+      if (kValues) values[k] += x;
+      if (S::products) products[k] += x * s.upstream(at + k * lanes);
     }
   }
 }
 
-// Any strip: long ones in runs, and what would be read past the sample's end as zeros.
-template <int U, bool kValues, class S>
+// The same for any strip: a long one in pieces, and with zeros for elements past the end of the sample.
+template <int kVectors, bool kValues, class S>
 __attribute__((noinline)) void add_any_rows(const S& s, const Strip& strip, typename S::V* values,
                                             typename S::V* products) {
   using L = typename S::L;
   using V = typename S::V;
   constexpr int64_t lanes = L::kLanes;
-  for (int64_t done = 0; done < strip.rows; done += kRun) {
-    const Strip run{strip.e + done * strip.stride, smaller(strip.rows - done, kRun), strip.stride};
-    V sum[U], product[U];
-    for (int u = 0; u < U; ++u) sum[u] = product[u] = L::zero();
-    if (run.inside(U * lanes, s.size)) {
-      add_rows<U, kValues>(s, run, sum, product);
+  for (int64_t done = 0; done < strip.rows; done += kTermsPerPartial) {
+    const Strip piece{strip.e + done * strip.stride, smaller(strip.rows - done, kTermsPerPartial), strip.stride};
+    V sum[kVectors], product[kVectors];
+    for (int k = 0; k < kVectors; ++k) sum[k] = product[k] = L::zero();
+    if (piece.inside(kVectors * lanes, s.size)) {
+      add_rows<kVectors, kValues>(s, piece, sum, product);
     } else {
-      for (int64_t r = 0; r < run.rows; ++r) {
-        for (int u = 0; u < U; ++u) {
-          const int64_t at = run.e + r * run.stride + u * lanes;
+      for (int64_t r = 0; r < piece.rows; ++r) {
+        for (int k = 0; k < kVectors; ++k) {
+          const int64_t at = piece.e + r * piece.stride + k * lanes;
           const V x = s.value_until(at);
-          if (kValues) sum[u] += x;
-          if (S::products) product[u] += x * s.upstream_until(at);
+          if (kValues) sum[k] += x;
+          if (S::products) product[k] += x * s.upstream_until(at);
         }
       }
     }
-    for (int u = 0; u < U; ++u) {
-      if (kValues) values[u] += sum[u];
-      if (S::products) products[u] += product[u];
+    for (int k = 0; k < kVectors; ++k) {
+      if (kValues) values[k] += sum[k];
+      if (S::products) products[k] += product[k];
     }
   }
 }
 
-// Onto sums in memory: kRows rows too wide for registers, from the elements `at` on. Where kFresh there are no sums
-// yet.
+// Adds kRows rows that are too wide for registers, which begin at the elements `at`, to sums in memory. With kFresh the
+// sums do not exist yet.
 template <int kRows, bool kFresh, bool kValues, class S, class A>
 STEAM_INLINE void add_wide_rows(const S& s, const int64_t* at, int64_t ahead, int64_t vectors, A* values, A* products) {
   using V = typename S::V;
@@ -174,13 +107,14 @@ STEAM_INLINE void add_wide_rows(const S& s, const int64_t* at, int64_t ahead, in
   }
 }
 
-// Sums of `vectors` vectors over rows too wide for registers, kGroup rows at a time. next() is the first element of
-// each in turn; they are `stride` apart or more, in the order of memory.
+// Sums of `vectors` vectors over rows that are too wide for registers, kGroup rows at a time. next() returns the first
+// element of the next row, in the order of memory; rows are at least `stride` elements apart.
 template <int kGroup, bool kValues, class S, class A, class F>
 STEAM_INLINE void sum_wide_rows(const S& s, int64_t rows, int64_t stride, int64_t vectors, A* values, A* products,
                                 const F& next) {
   constexpr int64_t near = kAhead / static_cast<int64_t>(sizeof(*s.x));
-  // Not to where another row of the group is being read.
+  // The rows of a group are read together, so a prefetch into another of them would be too late. Narrow rows therefore
+  // prefetch beyond their group.
   const int64_t ahead = stride > near ? near : larger(near, kGroup * stride);
   for (int64_t done = 0; done < rows; done += kGroup) {
     with_unroll<kGroup>(smaller<int64_t>(rows - done, kGroup), [&]<int n>() STEAM_LAMBDA_INLINE {
@@ -195,16 +129,19 @@ STEAM_INLINE void sum_wide_rows(const S& s, int64_t rows, int64_t stride, int64_
   }
 }
 
+// channels_last: vectors of channels that a task takes at a time.
+constexpr int64_t kTaskVectors = 16;
+
 // sums += more, both of whole vectors.
 template <class L>
 STEAM_INLINE void add_sums(const typename L::A* more, int64_t vectors, typename L::A* sums) {
   for (int64_t k = 0; k < vectors * L::kLanes; k += L::kLanes) store(sums + k, load(sums + k) + load(more + k));
 }
 
-// Vectors that a pass over wide rows goes along: their sums stay in the first-level cache.
+// Vectors of a wide row that one pass sums: their sums stay in the first-level cache.
 constexpr int64_t kWide = 64;
 
-// The same over any strip, for `vectors` <= kWide.
+// The same for a strip of any number of rows, with vectors <= kWide.
 template <bool kValues, class S>
 __attribute__((noinline)) void wide_strip_sums(const S& source, const Strip& strip, int64_t vectors,
                                                typename S::L::A* values, typename S::L::A* products) {
@@ -212,27 +149,28 @@ __attribute__((noinline)) void wide_strip_sums(const S& source, const Strip& str
   alignas(kLine) A more_values[kWide * S::L::kLanes], more_products[kWide * S::L::kLanes];
   const S s = source;
   int64_t at = strip.e;
-  for (int64_t done = 0; done < strip.rows; done += kRun) {
+  for (int64_t done = 0; done < strip.rows; done += kTermsPerPartial) {
     A *value = done ? more_values : values, *product = done ? more_products : products;
-    sum_wide_rows<1, kValues>(s, smaller(strip.rows - done, kRun), strip.stride, vectors, value, product, [&] {
-      const int64_t row = at;
-      at += strip.stride;
-      return row;
-    });
+    sum_wide_rows<1, kValues>(s, smaller(strip.rows - done, kTermsPerPartial), strip.stride, vectors, value, product,
+                              [&] {
+                                const int64_t row = at;
+                                at += strip.stride;
+                                return row;
+                              });
     if (done && kValues) add_sums<typename S::L>(value, vectors, values);
     if (done && S::products) add_sums<typename S::L>(product, vectors, products);
   }
 }
 
-// Column sums of strips of rows of `length` elements: f(i, column, value vector, product vector) for each vector of
-// columns of each strip, with zeros past the row's end. Strip i has the rows begin[i] ... begin[i + 1] - 1, counted
-// from element e.
+// Column sums of strips of rows of `length` elements. Calls f(i, column, value vector, product vector) for each vector
+// of columns of each strip; the vectors have zeros past the end of the row. Strip i has the rows begin[i] ... begin[i +
+// 1] - 1, counted from element e.
 template <bool kValues, class S, class F>
 STEAM_INLINE void strip_sums(const S& s, int64_t e, const int64_t* begin, int64_t strips, int64_t length, const F& f) {
   using L = typename S::L;
   using V = typename L::V;
   constexpr int64_t lanes = L::kLanes;
-  // float64 serves gradient checks: it does without the tiles, which keeps the library small.
+  // float64 serves gradient checks, and has no tiles, which keeps the library small.
   constexpr int kMost = sizeof(typename L::A) == 8 ? 1 : kValues && S::products ? 7 : 8;
   const int64_t vectors = (length + lanes - 1) / lanes;
   const auto strip_from = [&](int64_t i, int64_t v) {
@@ -244,27 +182,27 @@ STEAM_INLINE void strip_sums(const S& s, int64_t e, const int64_t* begin, int64_
     product = L::select(L::first(length % lanes), product, L::zero());
   };
   if (vectors <= kMost) {
-    // Choose the tile once for all strips: those of narrow maps are short.
-    with_unroll<kMost>(vectors, [&]<int U>() {
+    // The tile is chosen once for all strips, because strips of narrow maps are short.
+    with_unroll<kMost>(vectors, [&]<int kVectors>() {
       for (int64_t i = 0; i < strips; ++i) {
         const Strip strip = strip_from(i, 0);
-        V values[U], products[U];
+        V values[kVectors], products[kVectors];
 #pragma GCC unroll 16
-        for (int u = 0; u < U; ++u) values[u] = products[u] = L::zero();
-        if (strip.rows <= kRun && strip.inside(U * lanes, s.size)) {
-          add_rows<U, kValues>(s, strip, values, products);
+        for (int k = 0; k < kVectors; ++k) values[k] = products[k] = L::zero();
+        if (strip.rows <= kTermsPerPartial && strip.inside(kVectors * lanes, s.size)) {
+          add_rows<kVectors, kValues>(s, strip, values, products);
         } else {
-          V more_values[U], more_products[U];
-          for (int u = 0; u < U; ++u) more_values[u] = more_products[u] = L::zero();
-          add_any_rows<U, kValues>(s, strip, more_values, more_products);
-          for (int u = 0; u < U; ++u) {
-            values[u] = more_values[u];
-            products[u] = more_products[u];
+          V more_values[kVectors], more_products[kVectors];
+          for (int k = 0; k < kVectors; ++k) more_values[k] = more_products[k] = L::zero();
+          add_any_rows<kVectors, kValues>(s, strip, more_values, more_products);
+          for (int k = 0; k < kVectors; ++k) {
+            values[k] = more_values[k];
+            products[k] = more_products[k];
           }
         }
-        cut(values[U - 1], products[U - 1]);
+        cut(values[kVectors - 1], products[kVectors - 1]);
 #pragma GCC unroll 16
-        for (int u = 0; u < U; ++u) f(i, u * lanes, values[u], products[u]);
+        for (int k = 0; k < kVectors; ++k) f(i, k * lanes, values[k], products[k]);
       }
     });
     return;
@@ -283,44 +221,44 @@ STEAM_INLINE void strip_sums(const S& s, int64_t e, const int64_t* begin, int64_
   }
 }
 
-// out[k] = sum over channels of weight[c] * source[c * stride + k] for k < length, a whole number of vectors.
-// `source` may be x itself or column sums; nothing is read past its `size` elements.
+// out[k] = sum over the channels of weight[c] * source[c * stride + k], for k < length, which is a whole number of
+// vectors. `source` is x itself or column sums, and has `size` elements.
 template <class S>
 void contract_channels(const S* source, int64_t size, int64_t channels, int64_t stride,
                        const typename Lanes<S>::A* weight, int64_t length, typename Lanes<S>::A* out) {
   using L = Lanes<S>;
   using V = typename L::V;
   constexpr int64_t lanes = L::kLanes;
-  for_tiles<L, 12>(length / lanes, [&]<int U>(int64_t v) {
-    const int64_t k = v * lanes;
-    V total[U];
-    for (int u = 0; u < U; ++u) total[u] = L::zero();
-    for (int64_t done = 0; done < channels; done += kRun) {
-      const int64_t n = smaller(channels - done, kRun);
-      int64_t at = done * stride + k;
-      const int64_t room = size - U * lanes - at;
+  for_tiles<L, 12>(length / lanes, [&]<int kVectors>(int64_t v) {
+    const int64_t column = v * lanes;
+    V total[kVectors];
+    for (int k = 0; k < kVectors; ++k) total[k] = L::zero();
+    for (int64_t done = 0; done < channels; done += kTermsPerPartial) {
+      const int64_t n = smaller(channels - done, kTermsPerPartial);
+      int64_t at = done * stride + column;
+      const int64_t room = size - kVectors * lanes - at;
       const int64_t whole = room >= (n - 1) * stride ? n : room < 0 ? 0 : room / stride + 1;
-      V sum[U];
-      for (int u = 0; u < U; ++u) sum[u] = L::zero();
+      V sum[kVectors];
+      for (int k = 0; k < kVectors; ++k) sum[k] = L::zero();
       int64_t c = 0;
       for (; c < whole; ++c, at += stride) {
         const V w = L::set(weight[done + c]);
 #pragma GCC unroll 16
-        for (int u = 0; u < U; ++u) sum[u] += w * load(source + at + u * lanes);
+        for (int k = 0; k < kVectors; ++k) sum[k] += w * load(source + at + k * lanes);
       }
       for (; c < n; ++c, at += stride) {
         const V w = L::set(weight[done + c]);
-        for (int u = 0; u < U; ++u) sum[u] += w * load_until(source + at + u * lanes, source + size);
+        for (int k = 0; k < kVectors; ++k) sum[k] += w * load_until(source + at + k * lanes, source + size);
       }
 #pragma GCC unroll 16
-      for (int u = 0; u < U; ++u) total[u] += sum[u];
+      for (int k = 0; k < kVectors; ++k) total[k] += sum[k];
     }
 #pragma GCC unroll 16
-    for (int u = 0; u < U; ++u) store(out + k + u * lanes, total[u]);
+    for (int k = 0; k < kVectors; ++k) store(out + column + k * lanes, total[k]);
   });
 }
 
-// Sum of whole(k) over the vectors of k < length, in four chains, and of rest(k) where the last one is not whole.
+// The sum of the vectors whole(k) for k < length, in four chains; rest(k) is the last vector if it is not whole.
 template <class L, class F, class R>
 STEAM_INLINE typename L::V sum_vectors(int64_t length, const F& whole, const R& rest) {
   using V = typename L::V;
@@ -346,7 +284,7 @@ STEAM_INLINE typename L::V sum_vectors(int64_t length, const F& whole, const R& 
   return (a + b) + (c + d);
 }
 
-// Sum of `length` elements from element e on, in lanes.
+// The sum of a run of `length` elements from element e on, still in lanes.
 template <class S>
 STEAM_INLINE typename S::V sum_run(const S& source, int64_t e, int64_t length) {
   using L = typename S::L;
@@ -371,33 +309,33 @@ STEAM_INLINE typename S::V sum_run(const S& source, int64_t e, int64_t length) {
   return (a + b) + (c + d);
 }
 
-// Vectors of a short row that are kept in registers: of one map, and of two.
+// Vectors of a short map that stay in registers, if a loop has one pattern, and if it has two.
 constexpr int kHeld = kVectorBytes >= 32 ? 8 : 4;
 constexpr int kHeldOfTwo = kVectorBytes >= 64 ? 8 : 4;
 
-// The same for rows of U vectors, `tail` of the last one's lanes being part of it.
-template <int U, class S>
+// The same for a run of kVectors vectors. `tail` masks the lanes of the last vector that belong to the run.
+template <int kVectors, class S>
 STEAM_INLINE typename S::V sum_short_row(const S& s, int64_t e, typename S::L::M tail) {
   using L = typename S::L;
   using V = typename L::V;
   constexpr int64_t lanes = L::kLanes;
-  const bool inside = __builtin_expect(e + U * lanes <= s.size, 1);
-  V v[U];
+  const bool inside = __builtin_expect(e + kVectors * lanes <= s.size, 1);
+  V v[kVectors];
 #pragma GCC unroll 16
-  for (int u = 0; u < U; ++u) {
-    if (u * lanes * static_cast<int64_t>(sizeof(*s.x)) % kLine == 0) s.prefetch(e + u * lanes);
-    v[u] = u + 1 < U || inside ? s.value(e + u * lanes) : s.value_until(e + u * lanes);
+  for (int k = 0; k < kVectors; ++k) {
+    if (k * lanes * static_cast<int64_t>(sizeof(*s.x)) % kLine == 0) s.prefetch(e + k * lanes);
+    v[k] = k + 1 < kVectors || inside ? s.value(e + k * lanes) : s.value_until(e + k * lanes);
   }
-  v[U - 1] = L::select(tail, v[U - 1], L::zero());
+  v[kVectors - 1] = L::select(tail, v[kVectors - 1], L::zero());
 #pragma GCC unroll 4
-  for (int step = 1; step < U; step *= 2) {
+  for (int step = 1; step < kVectors; step *= 2) {
 #pragma GCC unroll 16
-    for (int u = 0; u + step < U; u += 2 * step) v[u] += v[u + step];
+    for (int k = 0; k + step < kVectors; k += 2 * step) v[k] += v[k + step];
   }
   return v[0];
 }
 
-// Adds up a function of each channel: f(c) gives a vector, whose lanes are summed into out[c].
+// out[c] = the sum over the lanes of f(c), for the channels begin ... end - 1.
 template <class L, class F>
 STEAM_INLINE void sum_channels(int64_t begin, int64_t end, typename L::A* out, const F& f) {
   int64_t c = begin;
@@ -409,8 +347,8 @@ STEAM_INLINE void sum_channels(int64_t begin, int64_t end, typename L::A* out, c
   for (; c < end; ++c) out[c] = sum_lanes<L>(f(c));
 }
 
-// channels_last: sums over rows x cols pixels from element e on, into `values` and `products` (rows of `channels`
-// numbers, padded to whole vectors; what lies in the padding is undefined).
+// channels_last: the sums over a cell of rows x cols pixels from element e on. `values` and `products` get a number of
+// each channel, and undefined numbers in the padding to whole vectors.
 template <bool kValues, class S>
 void cell_sums(const S& source, int64_t e, int64_t rows, int64_t cols, int64_t row_stride, int64_t channels,
                typename S::L::A* values, typename S::L::A* products) {
@@ -424,36 +362,36 @@ void cell_sums(const S& source, int64_t e, int64_t rows, int64_t cols, int64_t r
   alignas(kLine) A more_values[kWide * lanes], more_products[kWide * lanes];
   for (int64_t v = 0; v < vectors; v += kWide) {
     const int64_t n = smaller(vectors - v, kWide);
-    // Sums start afresh with each block of pixels.
-    const int64_t block_cols = smaller(cols, kRun), block_rows = kRun / block_cols;
+    // Each block of pixels has its own partial sums.
+    const int64_t block_cols = smaller(cols, kTermsPerPartial), block_rows = kTermsPerPartial / block_cols;
     for (int64_t r = 0; r < rows; r += block_rows) {
       for (int64_t q = 0; q < cols; q += block_cols) {
         const int64_t nr = smaller(block_rows, rows - r), nq = smaller(block_cols, cols - q);
         const int64_t first = e + r * row_stride + q * channels + v * lanes;
         A *value = r + q ? more_values : values + v * lanes, *product = r + q ? more_products : products + v * lanes;
         if (vectors <= kMost) {
-          with_unroll<kMost>(vectors, [&]<int U>() {
-            V held_values[U], held_products[U];
+          with_unroll<kMost>(vectors, [&]<int kVectors>() {
+            V held_values[kVectors], held_products[kVectors];
 #pragma GCC unroll 16
-            for (int u = 0; u < U; ++u) held_values[u] = held_products[u] = L::zero();
+            for (int k = 0; k < kVectors; ++k) held_values[k] = held_products[k] = L::zero();
             for (int64_t i = 0; i < nr; ++i) {
               const Strip pixels{first + i * row_stride, nq, channels};
-              if (__builtin_expect(pixels.inside(U * lanes, s.size), 1)) {
-                add_rows<U, kValues>(s, pixels, held_values, held_products);
+              if (__builtin_expect(pixels.inside(kVectors * lanes, s.size), 1)) {
+                add_rows<kVectors, kValues>(s, pixels, held_values, held_products);
               } else {
-                V last_values[U], last_products[U];
-                for (int u = 0; u < U; ++u) last_values[u] = last_products[u] = L::zero();
-                add_any_rows<U, kValues>(s, pixels, last_values, last_products);
-                for (int u = 0; u < U; ++u) {
-                  held_values[u] += last_values[u];
-                  held_products[u] += last_products[u];
+                V last_values[kVectors], last_products[kVectors];
+                for (int k = 0; k < kVectors; ++k) last_values[k] = last_products[k] = L::zero();
+                add_any_rows<kVectors, kValues>(s, pixels, last_values, last_products);
+                for (int k = 0; k < kVectors; ++k) {
+                  held_values[k] += last_values[k];
+                  held_products[k] += last_products[k];
                 }
               }
             }
 #pragma GCC unroll 16
-            for (int u = 0; u < U; ++u) {
-              if (kValues) store(value + u * lanes, held_values[u]);
-              if (S::products) store(product + u * lanes, held_products[u]);
+            for (int k = 0; k < kVectors; ++k) {
+              if (kValues) store(value + k * lanes, held_values[k]);
+              if (S::products) store(product + k * lanes, held_products[k]);
             }
           });
         } else {
@@ -467,7 +405,7 @@ void cell_sums(const S& source, int64_t e, int64_t rows, int64_t cols, int64_t r
             }
             return pixel;
           };
-          // Cells of up to four pixels are summed in one pass; larger ones are read in the order of memory.
+          // A cell of at most four pixels takes one pass. A larger cell is read in the order of memory.
           if (nr * nq <= 4) {
             sum_wide_rows<4, kValues>(s, nr * nq, channels, n, value, product, next);
           } else {

@@ -8,12 +8,12 @@ namespace steam {
 namespace cpu {
 namespace {
 
-// A thread keeps at most so much for each thread that shared its last call.
+// The calling thread keeps at most so many bytes for each thread of its last call.
 constexpr std::size_t kKeptBytes = std::size_t{64} << 20;
 
 char* pages(std::size_t bytes) { return static_cast<char*>(std::aligned_alloc(kPage, bytes)); }
 
-// What a thread keeps between its calls.
+// The memory that a thread keeps between its calls.
 struct Kept {
   char* block = nullptr;
   std::size_t bytes = 0;
@@ -37,9 +37,8 @@ thread_local Kept kept;
 
 Scratch::Scratch(std::size_t bytes, int64_t threads) {
   bytes = Arena::slice(bytes > 0 ? bytes : 1);
-  const std::size_t shares = static_cast<std::size_t>(threads < 1024 ? threads : 1024);
-  const std::size_t limit = kKeptBytes * shares;
-  // A call within another one of its thread, or a large one, has a block to itself.
+  const std::size_t limit = kKeptBytes * static_cast<std::size_t>(threads < 1024 ? threads : 1024);
+  // A call inside another call of the same thread, or with a large block, gets a block of its own.
   kept_ = !kept.lent && bytes <= limit;
   if (!kept_) {
     data_ = pages(bytes);
@@ -50,7 +49,7 @@ Scratch::Scratch(std::size_t bytes, int64_t threads) {
     return;
   }
   if (bytes > kept.bytes) {
-    // With what there was before on top, growing sizes ask for a new block ever more seldom.
+    // The new block has the bytes of the old one in addition, so that growing maps need new blocks ever less often.
     const std::size_t more = bytes + kept.bytes < limit ? bytes + kept.bytes : limit;
     kept.drop();
     kept.allocate(more);
@@ -71,5 +70,5 @@ Scratch::~Scratch() {
 }  // namespace cpu
 }  // namespace steam
 
-// Bytes that the calling thread keeps, so that a test can see that they are bounded.
+// Bytes that the calling thread keeps. A test checks that they are bounded.
 extern "C" STEAM_API int64_t steam_cpu_probe_kept_bytes(void) { return static_cast<int64_t>(steam::cpu::kept.bytes); }

@@ -1,4 +1,5 @@
-// Working memory of a call: asked for once, before anything runs, so that nothing that runs can lack it.
+// The working memory of a call. A call allocates it once, before the first task, so that no task can fail to get
+// memory.
 #pragma once
 
 #include <cstddef>
@@ -7,16 +8,16 @@
 namespace steam {
 namespace cpu {
 
-// One block for the length of a scope. It belongs to the calling thread, which keeps it for its next call: a fresh
-// block would page-fault for longer than a small kernel runs.
+// One block of memory for the length of a scope. The calling thread keeps it for its next call, because the page faults
+// of a new block take longer than a small kernel.
 class Scratch {
  public:
-  // `threads` will share the block, and each of them justifies that some of it is kept.
+  // `threads` threads use the block. The limit of the memory that is kept grows with their number.
   Scratch(std::size_t bytes, int64_t threads);
   ~Scratch();
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
-  // Begins on a page; null where there is no memory for it.
+  // The beginning of a page, or null if the allocation failed.
   char* data() const { return data_; }
 
  private:
@@ -28,16 +29,16 @@ class Scratch {
 
 namespace {
 
-// Two threads that write to one page would move it to and fro between them.
+// The slices of two threads have no page in common, because a page that both write would move between their caches.
 constexpr std::size_t kPage = 4096;
 
-// Places pieces one behind the other from `at` on. Where `at` is null it only counts, so that the same code says how
-// much it needs and takes it. What cannot be counted is counted as more than there is.
+// Places pieces of memory one after another, from `at` on. If `at` is null, it only counts their bytes, so that the
+// same code first counts and then places. A number of bytes that does not fit in size_t counts as more than any memory.
 class Arena {
  public:
   explicit Arena(char* at) : at_(at) {}
 
-  // `rows` of `row` numbers, aligned to 64 bytes.
+  // `rows` rows of `row` numbers, aligned to 64 bytes.
   template <class X>
   X* take(int64_t rows, int64_t row = 1) {
     std::size_t bytes;
@@ -47,7 +48,7 @@ class Arena {
         !__builtin_mul_overflow(bytes, sizeof(X), &bytes);
     return reinterpret_cast<X*>(place(counted ? bytes : kMost, 64));
   }
-  // `count` slices of `bytes`, with no page in common.
+  // `count` slices of `bytes` bytes, with no page in common.
   char* take_slices(int64_t count, std::size_t bytes) {
     std::size_t all;
     const bool counted = !__builtin_mul_overflow(static_cast<std::size_t>(count), slice(bytes), &all);
@@ -60,8 +61,8 @@ class Arena {
 
  private:
   static constexpr std::size_t kMost = PTRDIFF_MAX / kPage * kPage;
-  static std::size_t round(std::size_t bytes, std::size_t unit) {
-    return bytes < kMost ? (bytes + unit - 1) / unit * unit : kMost;
+  static std::size_t round(std::size_t bytes, std::size_t multiple) {
+    return bytes < kMost ? (bytes + multiple - 1) / multiple * multiple : kMost;
   }
 
   char* place(std::size_t bytes, std::size_t alignment) {

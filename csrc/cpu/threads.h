@@ -1,4 +1,4 @@
-// Work shared among threads.
+// The tasks of a call on threads.
 #pragma once
 
 #include "kernels.h"
@@ -7,8 +7,8 @@
 namespace steam {
 namespace {
 
-// How a thread rounds, and what it does with denormal numbers. Results depend on it, so that whoever works for a call
-// has the calling thread's.
+// How a thread rounds, and whether it flushes denormal numbers to zero. Results depend on the mode, so all tasks of a
+// call run in the mode of the calling thread.
 class FloatMode {
  public:
   static FloatMode of_this_thread() {
@@ -27,7 +27,7 @@ class FloatMode {
     asm volatile("msr fpcr, %0" : : "r"(bits_));
 #endif
   }
-  // But for flags that say what has happened.
+  // Flags record past exceptions and are no part of the mode.
   bool same(const FloatMode& other) const { return ((bits_ ^ other.bits_) & ~kFlags) == 0; }
 
  private:
@@ -40,13 +40,14 @@ class FloatMode {
 #endif
 };
 
-// Not inline: arithmetic must not move across the changes of mode around it, of which the compiler knows nothing.
+// Not inline, because the compiler does not know that the mode changes around the call, and could move arithmetic
+// across the changes.
 template <class F>
 __attribute__((noinline)) void run_task(const F& f, int64_t task) {
   f(task);
 }
 
-// f(task) for all tasks: on the threads of `parallel`, or one after another where there is none.
+// Calls f(task) for all tasks: on the threads of `parallel`, or, if it is null, one after another.
 template <class F>
 STEAM_INLINE void for_tasks(const cpu::Parallel* parallel, int64_t tasks, const F& f) {
   if (parallel == nullptr || tasks < 2) {

@@ -1,5 +1,5 @@
-// SIMD lanes in GCC/Clang vector extensions: one source for AVX-512, AVX2, SSE2, NEON and whatever else has 16-byte
-// vectors. Intrinsics appear only where the extensions have no word for it: streaming stores and half conversions.
+// SIMD lanes in GCC/Clang vector extensions: one source for AVX-512, AVX2, SSE2, NEON and other processors with 16-byte
+// vectors. Intrinsics are only in streaming stores and conversions of half precision, which the extensions lack.
 #pragma once
 
 #include <cmath>
@@ -80,8 +80,9 @@ struct LanesF {
   static STEAM_INLINE V magnitude(V a) { return bit_cast<V>(bit_cast<M>(a) & 0x7fffffff); }
 
   static STEAM_INLINE V exp_nonpositive(V x) {
-    // Cody-Waite reduction by ln 2, then 1 + r + r^2 q(r) on |r| <= ln(2)/2, q of degree 3 with the least relative
-    // error: 1.8e-7 at most with all roundings, where Taylor's of degree 6 has 2.3e-7.
+    // Cody-Waite reduction by ln 2, then 1 + r + r^2 q(r) on |r| <= ln(2)/2. q has degree 3 and the least relative
+    // error. The relative error of the result is at most 1.8e-7 with all roundings; Taylor's polynomial of degree 6
+    // has 2.3e-7.
     const V shifted = x * 1.44269504088896341f + 12582912.0f;
     const V n = shifted - 12582912.0f;
     V r = x - n * 0.693145751953125f;
@@ -91,7 +92,7 @@ struct LanesF {
     p = p * r + 0.499992311000824f;
     p = p * r + 1.0f;
     p = p * r + 1.0f;
-    // 12582912 leaves n in the low mantissa bits; the multiplication keeps a NaN a NaN.
+    // The low mantissa bits of `shifted` are n, because 12582912 is 1.5 * 2^23. The multiplication keeps a NaN a NaN.
     const V power = bit_cast<V>((bit_cast<M>(shifted) + 127) << 23);
     return select(x < -87.0f, zero(), p * power);
   }
@@ -114,7 +115,7 @@ struct LanesD {
   }
   static STEAM_INLINE M first(int64_t n) { return iota() < n; }
   static STEAM_INLINE V magnitude(V a) { return bit_cast<V>(bit_cast<M>(a) & 0x7fffffffffffffffLL); }
-  // float64 is for checking gradients: libm's exactness before speed.
+  // float64 serves gradient checks, so exp is libm's, which is slower and more exact.
   static STEAM_INLINE V exp_nonpositive(V x) {
     V out;
     for (int i = 0; i < kLanes; ++i) out[i] = exp(x[i]);
@@ -125,7 +126,7 @@ struct LanesD {
 template <class L>
 struct Gate {
   typename L::V open;    // sigmoid(o)
-  typename L::V closed;  // 1 - sigmoid(o), from the pre-activation
+  typename L::V closed;  // 1 - sigmoid(o), computed from o, not from the rounded gate
 };
 
 template <class L>
@@ -137,7 +138,7 @@ STEAM_INLINE Gate<L> sigmoid(typename L::V o) {
   return {L::select(negative, small, large), L::select(negative, large, small)};
 }
 
-// In pairs, as sum_lanes_of_each adds them: the same bits.
+// The sum of all lanes, in pairs like those of sum_lanes_of_each, so that both have the same bits.
 template <class L>
 STEAM_INLINE typename L::A sum_lanes(typename L::V v) {
   typename L::A a[L::kLanes];
@@ -148,7 +149,7 @@ STEAM_INLINE typename L::A sum_lanes(typename L::V v) {
   return a[0];
 }
 
-// Neighbouring lanes of (a, b) added: the sums of a's pairs, then of b's.
+// The sums of neighbouring lanes: of the pairs of a, then of the pairs of b.
 template <class L>
 STEAM_INLINE typename L::V add_pairs(typename L::V a, typename L::V b) {
   constexpr int n = L::kLanes;
@@ -195,23 +196,23 @@ struct LanesOf<double> {
 template <class T>
 using Lanes = typename LanesOf<T>::type;
 
-// __builtin_convertvector says the same, but GCC makes three times the instructions of it.
+// __builtin_convertvector does the same, but GCC compiles it to three times as many instructions.
 #if defined(__AVX2__) && !defined(__AVX512BW__) && !defined(STEAM_CPU_VECTOR_BYTES)
 STEAM_INLINE VecU extend(VecH h) { return bit_cast<VecU>(_mm256_cvtepu16_epi32(bit_cast<__m128i>(h))); }
-// Takes numbers below 2^16.
-STEAM_INLINE VecH truncate(VecU u) {
-  const __m256i v = bit_cast<__m256i>(u);
+// The numbers must be below 2^16.
+STEAM_INLINE VecH truncate(VecU bits) {
+  const __m256i v = bit_cast<__m256i>(bits);
   return bit_cast<VecH>(_mm256_castsi256_si128(_mm256_permute4x64_epi64(_mm256_packus_epi32(v, v), 0x08)));
 }
 #else
 STEAM_INLINE VecU extend(VecH h) { return __builtin_convertvector(h, VecU); }
-STEAM_INLINE VecH truncate(VecU u) { return __builtin_convertvector(u, VecH); }
+STEAM_INLINE VecH truncate(VecU bits) { return __builtin_convertvector(bits, VecH); }
 #endif
 
-// bfloat16 is the upper half of a float. Rounding to nearest leaves it there; a NaN is cut, not rounded up into a
-// number: arithmetic's NaNs have the quiet bit, which stays.
+// bfloat16 is the upper half of a float, so a narrow number is a float rounded to its upper half. A NaN is truncated,
+// because rounding could turn it into infinity; the quiet bit, which NaNs of arithmetic have, is in the upper half.
 #if defined(__AVX512BW__) && !defined(STEAM_CPU_VECTOR_BYTES)
-// Where sixteen-bit halves come from: each one's own lane for the upper halves, and back.
+// Permutations of sixteen-bit halves: into the upper half of each lane, and back.
 STEAM_INLINE __m512i to_upper() { return bit_cast<__m512i>(LanesF::iota() << 16); }
 STEAM_INLINE __m512i from_upper() { return bit_cast<__m512i>(LanesF::iota() * 0x40004 + 0x30001); }
 STEAM_INLINE VecF widen(VecH h, BFloat16) {
@@ -220,10 +221,10 @@ STEAM_INLINE VecF widen(VecH h, BFloat16) {
 }
 STEAM_INLINE __m512i round_upper(VecF v) {
   const __m512 f = bit_cast<__m512>(v);
-  const __m512i u = bit_cast<__m512i>(v);
+  const __m512i bits = bit_cast<__m512i>(v);
   const __mmask16 number = _mm512_cmp_ps_mask(f, f, _CMP_ORD_Q);
-  const __mmask16 odd = _mm512_mask_test_epi32_mask(number, u, _mm512_set1_epi32(0x10000));
-  const __m512i up = _mm512_mask_add_epi32(u, number, u, _mm512_set1_epi32(0x7fff));
+  const __mmask16 odd = _mm512_mask_test_epi32_mask(number, bits, _mm512_set1_epi32(0x10000));
+  const __m512i up = _mm512_mask_add_epi32(bits, number, bits, _mm512_set1_epi32(0x7fff));
   return _mm512_mask_add_epi32(up, odd, up, _mm512_set1_epi32(1));
 }
 STEAM_INLINE VecH narrow(VecF v, BFloat16) {
@@ -231,11 +232,11 @@ STEAM_INLINE VecH narrow(VecF v, BFloat16) {
 }
 #else
 STEAM_INLINE VecF widen(VecH h, BFloat16) { return bit_cast<VecF>(extend(h) << 16); }
-// The sixteen bits of each lane, in its lower half.
+// The rounded sixteen bits of each lane, in its lower half.
 STEAM_INLINE VecU round_bits(VecF v) {
-  const VecU u = bit_cast<VecU>(v);
-  const VecU bias = ((u >> 16) & 1) + 0x7fff;
-  return (u + (bias & bit_cast<VecU>(v == v))) >> 16;
+  const VecU bits = bit_cast<VecU>(v);
+  const VecU bias = ((bits >> 16) & 1) + 0x7fff;
+  return (bits + (bias & bit_cast<VecU>(v == v))) >> 16;
 }
 STEAM_INLINE VecH narrow(VecF v, BFloat16) { return truncate(round_bits(v)); }
 #endif
@@ -252,21 +253,21 @@ STEAM_INLINE VecH narrow(VecF v, Float16) {
 }
 #else
 STEAM_INLINE VecF widen(VecH h, Float16) {
-  const VecU u = extend(h);
-  VecU bits = (u & 0x7fff) << 13;
+  const VecU half = extend(h);
+  VecU bits = (half & 0x7fff) << 13;
   const VecU exponent = bits & (0x7c00u << 13);
   bits += (127u - 15u) << 23;
-  // Infinity and NaN need the exponent's other half; subnormals are renormalised by one exact subtraction.
+  // The exponent of infinity and NaN needs a second correction. One exact subtraction normalises subnormal numbers.
   bits += bit_cast<VecU>(exponent == (0x7c00u << 13)) & ((128u - 16u) << 23);
   const VecU magic = VecU{} + (113u << 23);
   const VecF renormalised = bit_cast<VecF>(bits + (1u << 23)) - bit_cast<VecF>(magic);
   const VecU out = bit_cast<VecU>((exponent == 0u) ? bit_cast<VecI>(renormalised) : bit_cast<VecI>(bits));
-  return bit_cast<VecF>(out | ((u & 0x8000) << 16));
+  return bit_cast<VecF>(out | ((half & 0x8000) << 16));
 }
 STEAM_INLINE VecH narrow(VecF v, Float16) {
-  const VecU u = bit_cast<VecU>(v);
-  const VecU sign = u & 0x80000000u;
-  const VecU m = u ^ sign;
+  const VecU bits = bit_cast<VecU>(v);
+  const VecU sign = bits & 0x80000000u;
+  const VecU m = bits ^ sign;  // the magnitude
   const VecU magic = VecU{} + (((127u - 15u) + (23u - 10u) + 1u) << 23);
   const VecU subnormal = bit_cast<VecU>(bit_cast<VecF>(m) + bit_cast<VecF>(magic)) - magic;
   const VecU normal = (m - ((127u - 15u) << 23) + 0xfff + ((m >> 13) & 1)) >> 13;
@@ -307,7 +308,7 @@ STEAM_INLINE void store(T* p, typename Lanes<T>::V v) {
   __builtin_memcpy(p, &bits, sizeof(bits));
 }
 
-// Two vectors, one behind the other.
+// Two vectors, one after the other in memory.
 template <class T>
 STEAM_INLINE void store_two(T* p, typename Lanes<T>::V a, typename Lanes<T>::V b) {
 #if defined(__AVX512BW__) && !defined(STEAM_CPU_VECTOR_BYTES)
@@ -319,7 +320,7 @@ STEAM_INLINE void store_two(T* p, typename Lanes<T>::V a, typename Lanes<T>::V b
 #elif defined(__AVX2__) && !defined(STEAM_CPU_VECTOR_BYTES)
   if constexpr (std::is_same_v<T, BFloat16>) {
     const __m256i low = bit_cast<__m256i>(round_bits(a)), high = bit_cast<__m256i>(round_bits(b));
-    // Packs within halves of a register, so the middle quarters trade places.
+    // The instruction packs within halves of a register, so the permutation exchanges the middle quarters.
     const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(low, high), 0xd8);
     __builtin_memcpy(p, &packed, sizeof(packed));
     return;
@@ -329,7 +330,7 @@ STEAM_INLINE void store_two(T* p, typename Lanes<T>::V a, typename Lanes<T>::V b
   store(p + Lanes<T>::kLanes, b);
 }
 
-// The first n lanes only; a load leaves the others zero.
+// Only the first n lanes; the other lanes of a load are zero.
 template <class T>
 __attribute__((noinline)) typename Lanes<T>::V load_first(const T* p, int64_t n) {
   T buffer[Lanes<T>::kLanes] = {};
@@ -343,8 +344,8 @@ __attribute__((noinline)) void store_first(T* p, typename Lanes<T>::V v, int64_t
   memcpy(p, buffer, static_cast<size_t>(n) * sizeof(T));
 }
 
-// A whole vector where that stays below `end`, else what there is. Lanes past the row hold its neighbours: callers
-// ignore them.
+// The elements from p on that lie before `end`, at most a vector of them. Lanes past the end of a run hold elements of
+// the next run, which callers ignore.
 template <class T>
 STEAM_INLINE typename Lanes<T>::V load_until(const T* p, const T* end) {
   const int64_t left = end - p;
@@ -383,7 +384,8 @@ STEAM_INLINE void stream_line(void* to, const void* from) {
 #endif
 }
 
-// Streaming stores are not ordered with later stores of this thread: fence before anyone else may read.
+// Later stores of a thread may become visible before its streaming stores, so a fence comes before another thread
+// reads.
 STEAM_INLINE void stream_fence() {
 #if defined(__SSE2__)
   _mm_sfence();

@@ -821,7 +821,7 @@ def test_the_sweep_fails_where_a_large_map_falls(
 
 
 def test_the_sweep_says_which_walk_served_a_shape() -> None:
-    """As ``make_unit`` of the CPU kernels chooses it, with its constants."""
+    """As ``make_plan`` of the CPU kernels chooses it, with its constants."""
     problem = core.Problem(2, 17, 20, 20)
     for changed, expected in (
         ({}, "kColumns"),
@@ -835,15 +835,15 @@ def test_the_sweep_says_which_walk_served_a_shape() -> None:
     ):
         assert sweep.walk(replace(problem, **changed), "avx512") == expected
     assert sweep.walk(replace(problem, layout="channels_last", c=15), "avx2") == "kChannels"
-    unit, vectors = ((ROOT / "csrc" / "cpu" / name).read_text() for name in ("unit.h", "vec.h"))
-    assert f"constexpr int64_t kSmallMap = {sweep.SMALL_MAP};" in unit
+    plan, vectors = ((ROOT / "csrc" / "cpu" / name).read_text() for name in ("plan.h", "vec.h"))
+    assert f"constexpr int64_t kSmallMap = {sweep.SMALL_MAP};" in plan
     for line in (
-        "p.channels < U::lanes ? Walk::kNarrow : Walk::kChannels;",
-        "u.pixels <= kSmallMap || p.grid_h == p.height ? Walk::kPixels : Walk::kColumns;",
-        "if (p.channels == 1) p.channels_last = false;",
-        "if (u.pixels == 1) p.channels_last = true;",
+        "problem.channels < lanes ? Walk::kNarrow : Walk::kChannels;",
+        "plan.pixels <= kSmallMap || problem.grid_h == problem.height ? Walk::kPixels : Walk::kColumns;",
+        "if (problem.channels == 1) channels_last = false;",
+        "if (plan.pixels == 1) channels_last = true;",
     ):
-        assert line in unit
+        assert line in plan
     assert [int(n) // 4 for n in re.findall(r"constexpr int kVectorBytes = (\d+);", vectors)] == [*sweep.LANES.values()]
     facts = sweep.facts_of(replace(problem, layout="channels_last"), "avx512")
     assert facts["walk"] == "kChannels" and facts["grid"] == [7, 7] and facts["mbytes"] == 2 * 17 * 400 * 4 / 1e6
