@@ -165,9 +165,7 @@ def test_maps_reach_every_kernel_and_loop() -> None:
     for case in MAPS:
         for backward in (False, True):
             nchw = "nhwc" not in case.layout
-            p = launch.Problem(
-                1, case.channels, *case.space, *case.resolved_grid, case.dtype.itemsize, not nchw, backward
-            )
+            p = launch.Pass(1, case.channels, *case.space, *case.resolved_grid, case.dtype.itemsize, not nchw, backward)
             pooling, graphs, gating = launch.pool(p), launch.graph(p, 4, 2, 2 * case.radius + 1), launch.gate(p)
             own = seen.setdefault(f"{'nchw' if nchw else 'nhwc'} {'backward' if backward else 'forward'}", set())
             if pooling is not None:
@@ -670,10 +668,10 @@ def test_the_launch_is_on_the_device_of_x(name: str, monkeypatch: pytest.MonkeyP
 # ---- the launch table ------------------------------------------------------------------------------------------------
 
 
-def problems() -> list[launch.Problem]:
+def passes() -> list[launch.Pass]:
     shapes = [(32, 256, 56, 56), (32, 2048, 7, 7), (1, 1, 1, 1), (2, 3, 500, 333), (1, 30, 1, 4000), (9, 96, 13, 14)]
     return [
-        launch.Problem(*shape, min(g, shape[2]), min(g, shape[3]), itemsize, last, backward, family)
+        launch.Pass(*shape, min(g, shape[2]), min(g, shape[3]), itemsize, last, backward, family)
         for shape in shapes
         for g in (7, 1, 40)
         for itemsize in (2, 4, 8)
@@ -684,8 +682,8 @@ def problems() -> list[launch.Problem]:
 
 
 def test_launch_table() -> None:
-    """Powers of two, tiles that fit, programs that cover, units that divide; what shapes no tile is no constant."""
-    for p in problems():
+    """Powers of two, tiles that fit, programs that cover, divisors that divide; what shapes no tile is no constant."""
+    for p in passes():
         shown = [launch.pool(p), launch.graph(p, 4, 2, 3), launch.gate(p), launch.whole(p, 4, 2, 3)]
         for how in shown:
             if how is None:
@@ -694,7 +692,7 @@ def test_launch_table() -> None:
             told = how.constants
             blocks = {k: v for k, v in told.items() if not isinstance(v, bool) and "STEPS" not in k and v}
             assert all(v & (v - 1) == 0 for v in blocks.values()), (p, told)
-            assert p.channels % told["CHANNEL_UNIT"] == 0 and p.area % told.get("AREA_UNIT", 1) == 0
+            assert p.channels % told["CHANNELS_MULTIPLE"] == 0 and p.area % told.get("AREA_MULTIPLE", 1) == 0
             assert how.num_warps * launch.FAMILIES[p.family].warp in (128, 256)
             assert set(how.options) - {"num_warps", "num_stages", "maxnreg"} == set(told)
         pooling, graphs, gating, _ = shown
@@ -728,7 +726,7 @@ def test_tuner_candidates_compute_the_same(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(launch, "SMALL", 0)
     x, weight = torch.randn(1, 12, 14, 14), torch.randn(4, 8)
-    p = launch.Problem(1, 12, 14, 14, 7, 7, 4)
+    p = launch.Pass(1, 12, 14, 14, 7, 7, 4)
     arguments = x, weight, weight, None, (7, 7), 4, 1, 4, True, True, 1.0, False, False
     kernels = gpu.triton_kernels().module
     expected, _ = kernels.forward(*arguments)
@@ -747,7 +745,7 @@ def test_tuner_candidates_compute_the_same(monkeypatch: pytest.MonkeyPatch) -> N
 def test_tuner_finds_and_prints_the_fastest() -> None:
     from steam_kernels.backends.triton import tune
 
-    p = next(p for p, _ in tune.problems(32, "sm90") if not p.pixel_cells)
+    p = next(p for p, _ in tune.passes(32, "sm90") if not p.pixel_cells)
     results = tune.search(p, lambda how: 100.0 / how.num_warps)
     assert [r.table.kernel for r in results] == [launch.pool(p).kernel, "graph", "gate"]
     for r in results:
@@ -853,7 +851,12 @@ class _WithoutDocstrings(ast.NodeTransformer):
         return ast.Expr(ast.Constant(None)) if isinstance(node.value, ast.Constant) else node
 
 
-@pytest.mark.parametrize("name", ["__init__", "gate", "graph", "launch", "pool", "sizes", "whole"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "__init__", "arguments", "gate", "graph", "graph_backward", "launch", "pool", "transform", "weights", "whole",
+    ],
+)  # fmt: skip
 def test_knows_no_device_and_uses_nothing_special(name: str) -> None:
     package = Path(steam_kernels.__file__).parent / "backends" / "triton"
     assert forbidden((package / f"{name}.py").read_text()) == set()

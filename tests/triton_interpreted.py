@@ -206,7 +206,7 @@ def traffic(wanted: list[str]) -> Iterator[dict[str, Any]]:
 
 def _plan(launch: Any, stage: Stage, layout: str, backward: bool, batch: int, family: str) -> list[Any]:
     channels, size, grid, _ = stage
-    p = launch.Problem(batch, channels, size, size, grid, grid, 4, layout == "nhwc", backward, family)
+    p = launch.Pass(batch, channels, size, size, grid, grid, 4, layout == "nhwc", backward, family)
     pooling, gating = launch.pool(p), launch.gate(p)
     return [launch.is_small(p), pooling and pooling.options, gating.options]
 
