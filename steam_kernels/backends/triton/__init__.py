@@ -21,13 +21,12 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from ...config import accumulation_dtype
 from . import launch
-from .arguments import Options
+from .arguments import INTERPRETED, Options, constants
 from .gate import gate, gate_backward
 from .graph import graph
 from .graph_backward import graph_backward
@@ -36,9 +35,6 @@ from .weights import weights_backward
 from .whole import whole, whole_backward
 
 __all__ = ["INTERPRETED", "backward", "forward", "forward_"]
-
-#: Whether the kernels run in Triton's interpreter, on tensors of any device: whether TRITON_INTERPRET was 1 at import.
-INTERPRETED = not isinstance(gate, triton.JITFunction)
 
 
 class _Call(NamedTuple):
@@ -72,6 +68,11 @@ class _Call(NamedTuple):
         """The last runtime arguments of the kernels of the graph stage, and of a whole sample."""
         sizes, strides = self.sizes(how), (*weights.channel.stride(), *weights.spatial.stride())
         return (*weights, *strides, *sizes, self.heads, self.head_width, *self.ring)
+
+    @property
+    def graph_constants(self) -> dict[str, Any]:
+        """The constants of the same kernels that do not depend on the launch."""
+        return {"OPTIONS": constants(Options, self.options._asdict()), "ACC": self.acc}
 
 
 class _Weights(NamedTuple):
@@ -200,8 +201,7 @@ def _forward(
             *call.graph_arguments(how, weights),
             SCALE=scale,
             RELU=relu,
-            OPTIONS=call.options,
-            ACC=call.acc,
+            **call.graph_constants,
             **how.keywords,
         )
         return saved
@@ -211,7 +211,7 @@ def _forward(
         _pool(call, x, None, None, sums, None)
     how = launch.graph(*call.graph_key)
     arguments = call.graph_arguments(how, weights)
-    graph[(how.programs,)](sums, saved, gates, *arguments, OPTIONS=call.options, ACC=call.acc, **how.keywords)
+    graph[(how.programs,)](sums, saved, gates, *arguments, **call.graph_constants, **how.keywords)
     how = launch.gate(p)
     gate[(how.programs,)](
         x, residual, y, gates, *call.sizes(how), SCALE=scale, RELU=relu, ACC=call.acc, **how.keywords
@@ -317,37 +317,34 @@ def backward(
     dx, dresidual = (torch.empty_like(x) if need else x.new_empty(0) for need in (need_x, need_residual))
     weights = _Weights(channel_weight, spatial_weight)
     needs = need_channel_weight, need_spatial_weight
-    dweights = _Weights(
-        *(w.new_empty(w.shape if need else 0) for w, need in zip(weights, needs, strict=True)),
-    )
-    gates, shifts = _rows(x, p.channels + p.cells), _rows(x, p.channels + p.cells)
-    partials = _rows(x, 4 * call.heads)
+    dweights = _Weights(*(w.new_empty(w.shape if need else 0) for w, need in zip(weights, needs, strict=True)))
+    gates, flows, shifts = (_rows(x, p.channels + p.cells) for _ in range(3))
+    rows = _Rows(saved, gates, flows, shifts, _rows(x, 4 * call.heads))
     ring = need_x or need_channel_weight  # whether a gradient behind the channel gate is needed
     graphs = ring or need_spatial_weight
     needed = (dx if need_x else None), (dresidual if need_residual else None)
     maps = _Maps(dy, x, y)
-    if p.samples and graphs:
-        rows = _Rows(saved, gates, _rows(x, p.channels + p.cells), shifts, partials)
-        if launch.is_small(p):
-            _whole_backward(call, maps, needed, weights, rows, scale, ring)
-        else:
+    if p.samples and graphs and launch.is_small(p):
+        _whole_backward(call, maps, needed, weights, rows, scale, ring)
+    elif p.samples:
+        if graphs:
             _graph_backward(call, maps, weights, rows, scale, ring)
-    if p.samples and not (graphs and launch.is_small(p)) and (need_x or need_residual):
-        how = launch.gate(p)
-        gate_backward[(how.programs,)](
-            dy,
-            y,
-            *needed,
-            gates,
-            shifts,
-            *call.sizes(how),
-            SCALE=scale,
-            SEQUENTIAL=sequential,
-            ACC=call.acc,
-            **how.keywords,
-        )
+        if need_x or need_residual:
+            how = launch.gate(p)
+            gate_backward[(how.programs,)](
+                dy,
+                y,
+                *needed,
+                rows.gates,
+                rows.shifts,
+                *call.sizes(how),
+                SCALE=scale,
+                SEQUENTIAL=sequential,
+                ACC=call.acc,
+                **how.keywords,
+            )
     if need_channel_weight or need_spatial_weight:
-        _weights_backward(call, weights, dweights, needs, partials)
+        _weights_backward(call, weights, dweights, needs, rows.partials)
     return dx, *dweights, dresidual
 
 
@@ -378,8 +375,7 @@ def _whole_backward(
         *call.graph_arguments(how, weights),
         SCALE=scale,
         RING=ring,
-        OPTIONS=call.options,
-        ACC=call.acc,
+        **call.graph_constants,
         **how.keywords,
     )
 
@@ -399,8 +395,7 @@ def _graph_backward(call: _Call, maps: _Maps, weights: _Weights, rows: _Rows, sc
         *call.graph_arguments(how, weights),
         SCALE=scale,
         RING=ring,
-        OPTIONS=call.options,
-        ACC=call.acc,
+        **call.graph_constants,
         **how.keywords,
     )
 

@@ -4,7 +4,7 @@ Device functions take groups. A kernel takes its constants in groups, and its ru
 not apply ``do_not_specialize`` to the members of a tuple, and would compile a kernel again for a new size.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import triton
 import triton.language as tl
@@ -121,3 +121,21 @@ class Weight(NamedTuple):
 def sizes_of(channels, area, width, grid_h, grid_w, LAYOUT: tl.constexpr):
     """The sizes of a sample from the arguments of a kernel; ``width`` stays divided by its divisor."""
     return Sizes(channels * LAYOUT.CHANNELS_MULTIPLE, area * LAYOUT.AREA_MULTIPLE, width, grid_h, grid_w)
+
+
+# ---- groups on the host ----------------------------------------------------------------------------------------------
+
+#: Whether Triton's interpreter runs the kernels: whether TRITON_INTERPRET was 1 when this module was imported.
+INTERPRETED = not isinstance(sizes_of, triton.JITFunction)
+
+Group = TypeVar("Group", bound=tuple[Any, ...])
+
+
+def constants(kind: type[Group], members: dict[str, Any]) -> Group:
+    """A group of constants, as kernels take them.
+
+    The compiler of Triton 3.4 needs each member to be a ``tl.constexpr``. The interpreter cannot compute with tensors
+    and ``tl.constexpr``, and needs plain values.
+    """
+    group = kind(**members)
+    return group if INTERPRETED else kind(*map(tl.constexpr, group))

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any
 
-from .arguments import GateTile, GraphTile, Layout, PoolTile, WeightsTile
+from .arguments import GateTile, GraphTile, Layout, PoolTile, WeightsTile, constants
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,8 @@ class Launch:
         options, out = self.options, {}
         for group, kind in GROUPS[self.kernel].items():
             prefix = "" if group in ("LAYOUT", "TILE") else f"{group}_"
-            out[group] = kind(**{f: options.pop(prefix + f) for f in kind._fields if prefix + f in options})
+            members = {name: options.pop(prefix + name) for name in kind._fields if prefix + name in options}
+            out[group] = constants(kind, members)
         return out | options
 
 
