@@ -26,7 +26,7 @@ from triton.runtime import interpreter
 from steam_kernels.backends.triton import launch
 
 OPS = torch.ops.steam_kernels
-#: Every feasible pair of two factors' values; costs in the interpreter follow the number of tiles and neighbours.
+#: The levels of the factors of ``PAIRS``. The cost in the interpreter grows with the number of tiles and neighbours.
 FACTORS: dict[str, tuple[Any, ...]] = {
     "where": (
         ((7, 7), None),
@@ -68,11 +68,11 @@ MAPS = [
     Case(space=(24, 31), channels=5, batch=1, grid="w2"),
     Case(space=(24, 31), channels=5, batch=1, grid="w2", layout="nhwc"),
     Case(space=(12, 12), channels=10, batch=1, grid=(12, 12)),
-    # the ring reaches around
+    # The ring reaches itself.
     Case(space=(5, 4), channels=21, batch=1, radius=10, attention=(2, 1)),
     Case(space=(3, 3), channels=4, radius=9, self_loops=False),
 ]
-#: Levels that the CPU's grid of cases has and the one above lacks, each at least once.
+#: Cases with the levels that the CPU's grid has and FACTORS does not have, each at least once.
 OTHERS = [
     Case((6, 5), 7, 3, 3, "channel_slice", attention=(8, 2), radius=3, tail="other_relu", dy_layout="expanded"),
     Case((5, 4), 5, 1, 2, "channel_slice_nhwc", torch.bfloat16, attention=(8, 8), tail="other_relu", dy_layout="other"),
@@ -82,13 +82,13 @@ OTHERS = [
 ]
 SMALL = Case(space=(9, 8), channels=6, grid=(3, 5), batch=2)
 PAIRS = cases.all_pairs(FACTORS)
-#: Radii beyond 2 where there are few channels: the cost of interpreting grows with the square of the neighbours.
+#: Only cases of few channels have radii beyond 2, because the cost grows with the square of the number of neighbours.
 RANDOM = [c for c in cases.random_cases(40, seed=77) if c.radius < 3 or c.channels < 8][:14]
 
 
 @pytest.fixture(autouse=True)
 def rounds_to_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
-    """To nearest, ties to even, as GPUs do and PyTorch does: the interpreter cuts float32 off, twice as far away."""
+    """Rounds to nearest, ties to even, as GPUs and PyTorch do. The interpreter truncates, with twice the error."""
     cut_off = interpreter._convert_float
 
     def convert(values: Any, source: Any, target: Any, mode: Any) -> Any:
@@ -102,7 +102,7 @@ def rounds_to_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(params=["whole", "stages"])
 def launches(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """One launch for a small sample, or one a stage."""
+    """One launch for a small sample, or one per stage."""
     if request.param == "stages":
         monkeypatch.setattr(launch, "SMALL", 0)
     return request.param

@@ -15,7 +15,7 @@ from steam_kernels.backends import gpu
 
 
 def test_the_interpreter_is_never_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is usable, by argument or environment, and slow: nobody gets it who did not name it."""
+    """The interpreter is slow. It runs only if the argument or the environment variable names it."""
     from torch.profiler import profile
 
     assert steam_kernels.available_backends()["triton"] == ""
@@ -41,7 +41,7 @@ def test_why_not_sizes() -> None:
     one = torch.zeros(1)
     assert gpu.why_not_triton(call_of(one.expand(1, 1, 10_000, 10_000))) == ""
     assert "16 H W below 2^31" in gpu.why_not_triton(call_of(one.expand(1, 1, 20_000, 20_000)))
-    # C + 1 + 1 + 2^15: a block beyond the last channel, the ring, one cell's number
+    # C + 1 + 1 + 2^15: the channels, the number of one cell, the ring, and a block beyond the last channel
     assert gpu.why_not_triton(call_of(one.expand(1, 2**31 - 2**15 - 3, 1, 1))) == ""
     for size in (2**31 - 2**15 - 2, 2**31):
         assert "C + gh gw + channel_radius + 2^15 below 2^31" in gpu.why_not_triton(call_of(one.expand(1, size, 1, 1)))
@@ -49,7 +49,8 @@ def test_why_not_sizes() -> None:
     assert gpu.why_not_triton(call_of(wide, channel_radius=2**28)) == ""
     assert gpu.why_not_triton(call_of(one.expand(1, 3 * 2**29, 1, 1), channel_radius=2**31)) != ""
     for space, name in (((2**25, 1), "gh (H + 1)"), ((1, 2**25), "gw (W + 1)")):
-        # 63 cells of 2^25 pixels fit; with 64, one pixel less leaves the product below 2^31 and not what ends a cell
+        # 63 cells of 2^25 pixels fit. With 64 cells and one pixel less, the product is below 2^31, but not the number
+        # that is divided for the end of the last cell.
         assert gpu.why_not_triton(call_of(one.expand(1, 1, *space), grid_size=63)) == ""
         assert f"{name} below 2^31" in gpu.why_not_triton(call_of(one.expand(1, 1, *space), grid_size=64))
         under = tuple(max(1, size - 1) for size in space)
@@ -64,7 +65,7 @@ def test_why_not_another_device() -> None:
 
 @pytest.fixture
 def compiled(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """As if Triton had been imported to compile; the answers that are kept are forgotten before and after."""
+    """Triton seems to have been imported to compile. Cached answers are cleared before and after."""
     monkeypatch.setattr(gpu.triton_kernels().module, "INTERPRETED", False)
     gpu._why_not_device.cache_clear()
     gpu.family.cache_clear()
@@ -111,7 +112,7 @@ def test_why_not_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", ops.Operators._fields)
 def test_the_gpu_key_runs_the_first_backend_that_can(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The Python function behind the main operators' CUDA key, on CPU tensors as if they were on a GPU."""
+    """The Python function of the main operators' CUDA key, called with CPU tensors."""
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"steam_kernels::{name}", "CUDA")
     case = SMALL.but(tail="residual_relu")
 
@@ -138,7 +139,7 @@ def test_the_gpu_key_runs_the_first_backend_that_can(name: str, monkeypatch: pyt
 
 @pytest.mark.parametrize("name", ops.Operators._fields)
 def test_the_launch_is_on_the_device_of_x(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The operator makes the device of its first argument the current one around the kernels, told of its family."""
+    """The operator makes the device of its first argument current around the kernels, and passes its family to them."""
     from contextlib import contextmanager
     from types import SimpleNamespace
 

@@ -24,7 +24,7 @@ def passes() -> list[launch.Pass]:
 
 
 def test_launch_table() -> None:
-    """Powers of two, tiles that fit, programs that cover, divisors that divide; what shapes no tile is no constant."""
+    """Blocks are powers of two, tiles fit, programs cover the map, and divisors divide. Sizes are no constants."""
     for p in passes():
         shown = [launch.pool(p), launch.graph(p, 4, 2, 3), launch.gate(p), launch.whole(p, 4, 2, 3)]
         for how in shown:
@@ -63,7 +63,7 @@ def test_launch_table() -> None:
 
 
 def test_tuner_candidates_compute_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every candidate covers the map as the table's launch does: the programs of its blocks, and the same numbers."""
+    """Every candidate has the programs that its blocks need, and gives the same numbers as the table's launch."""
     from steam_kernels.backends.triton import tune
 
     monkeypatch.setattr(launch, "SMALL", 0)

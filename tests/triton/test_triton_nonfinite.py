@@ -22,7 +22,7 @@ BAD = Case(space=(5, 6), channels=5, grid=(3, 4), batch=3, attention=(2, 1))
 
 @pytest.mark.parametrize("layout", cases.DENSE_LAYOUTS)
 def test_non_finite_stays_in_its_sample(launches: str, layout: str) -> None:
-    """A NaN or an Inf is its own sample's matter, and where a pixel is NaN, so is y."""
+    """A NaN or an Inf changes only its own sample, and y is NaN where the reference's y is NaN."""
     for bad in (float("nan"), float("inf")):
         case = SMALL.but(batch=3, layout=layout, tail="residual_relu")
         inputs, _ = cases.make(case)
@@ -37,7 +37,7 @@ def test_non_finite_stays_in_its_sample(launches: str, layout: str) -> None:
 
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
 def test_variances_are_centred(launches: str, layout: str) -> None:
-    """Tokens of 50 that differ by 0.01; equal ones, whose variance is 0."""
+    """Tokens of 50 that differ by 0.01, and equal tokens, whose variance is 0."""
     options = CENTRED[launches]
     test_numerics.test_far_from_zero("triton", 50.0, 0.01, (9, 8), 11, layout, options, torch.float32)
     test_numerics.test_constant_maps_are_not_noisy("triton", (5, 3), 7, layout, -50.0, 0.0)
@@ -56,7 +56,7 @@ def test_sharp_attention(launches: str, layout: str) -> None:
 
 @CROSSED
 def test_one_bad_value(launches: str, layout: str) -> None:
-    """In x, then in dy: every result is finite where the reference's is, and the other samples keep their bits."""
+    """In x, then in dy. Results are finite where the reference's are, and the other samples keep their bits."""
     sequential = launches == "stages"
     order, tail = ("sequential", "residual_relu") if sequential else ("parallel", "none")
     case = BAD.but(layout=layout, order=order, tail=tail)

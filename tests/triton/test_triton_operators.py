@@ -33,7 +33,7 @@ def test_what_is_not_asked_for(launches: str, wanted: tuple[str, ...]) -> None:
 
 
 def test_only_the_masked_residual(launches: str) -> None:
-    """The operator itself, asked for the residual's gradient alone."""
+    """The operator gives the gradient of the residual alone if no other gradient is needed."""
     arguments = backward_arguments(SMALL.but(tail="residual_relu"), (False, False, False, True))
     dy, _, y = arguments[:3]
     *others, dresidual = OPS.triton_backward(*arguments)
@@ -83,7 +83,7 @@ def test_opcheck(case: Case) -> None:
 
 
 def test_compiles_without_a_break() -> None:
-    """One graph, one opaque operator each way, no pause to look for a backend."""
+    """One graph, one opaque operator per direction, and no graph break for the choice of a backend."""
     from torch._dynamo.testing import AotEagerAndRecordGraphs
 
     unit = FusedSTEAM(backend="triton")
@@ -115,7 +115,7 @@ def test_flops_are_the_cpu_operators() -> None:
     assert count("triton") == count("cpu") > 0
 
 
-# ---- the module's own functions, called directly ---------------------------------------------------------------------
+# ---- direct calls of the module's functions -----------------------------------------------------------------------
 
 DIRECT = Case(space=(3, 4), channels=3, grid=2, batch=2, attention=(2, 1), tail="residual_relu")
 NEITHER = [layout for layout in cases.LAYOUTS if layout not in cases.DENSE_LAYOUTS]
@@ -129,7 +129,7 @@ def nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("layout", NEITHER)
 def test_direct_calls_refuse_x_of_other_strides(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernels know two layouts: any other x must not be read as one of them."""
+    """The kernels know two memory formats, and must not read another x as one of them."""
     kernels = gpu.triton_kernels().module
     given = forward_arguments(DIRECT)
     x, channel_weight, spatial_weight, _, *options, _, _ = given
@@ -146,8 +146,8 @@ def test_direct_calls_refuse_x_of_other_strides(layout: str, monkeypatch: pytest
 
 
 def test_direct_calls_refuse_maps_unlike_x(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A residual, dy or y of other strides, shape or dtype, what forward did not save, a residual's gradient that is
-    dy."""
+    """A residual, dy or y of other strides, shape or dtype; a ``saved`` that is not from forward; a residual's gradient
+    without a ReLU."""
     kernels = gpu.triton_kernels().module
     given = forward_arguments(DIRECT)
     x, channel_weight, spatial_weight, _, *options, relu, _ = given
@@ -183,7 +183,7 @@ def test_direct_calls_refuse_maps_unlike_x(monkeypatch: pytest.MonkeyPatch) -> N
 def test_strides_of_axes_of_length_1_mean_nothing(
     launches: str, shape: tuple[int, ...], strides: tuple[int, ...], others: tuple[int, ...]
 ) -> None:
-    """Nor does any stride of an empty batch: the same numbers as of plain maps."""
+    """Such strides, and strides of an empty batch, give the same numbers as those of dense maps."""
     kernels = gpu.triton_kernels().module
     case = DIRECT.but(batch=shape[0], channels=shape[1], space=shape[2:])
     plain = forward_arguments(case)

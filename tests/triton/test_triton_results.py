@@ -33,7 +33,7 @@ def test_the_interpreter_rounds_as_pytorch_does() -> None:
 
 @pytest.mark.parametrize("index", range(len(PAIRS)), ids=lambda i: PAIRS[i].id)
 def test_pairs(index: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every other case by one launch a stage."""
+    """Every second case runs by one launch per stage."""
     if index % 2:
         monkeypatch.setattr(launch, "SMALL", 0)
     cases.check(PAIRS[index], "triton", *cases.make(PAIRS[index]))
@@ -51,7 +51,7 @@ def test_other_levels(case: Case, launches: str) -> None:
 
 
 def test_every_level_of_the_cpu_kernels_is_met() -> None:
-    """Of each factor but the sizes and scale, on some case; and random units have radii beyond 2."""
+    """Some case has each level of each factor, except the sizes and the scale. Random units have radii beyond 2."""
     for name, levels in cases.FACTORS.items():
         if name not in ("where", "channels", "scale", "batch"):
             assert {getattr(case, name) for case in [*PAIRS, *MAPS, *OTHERS]} >= set(levels), name
@@ -59,7 +59,7 @@ def test_every_level_of_the_cpu_kernels_is_met() -> None:
 
 
 def test_maps_reach_every_kernel_and_loop() -> None:
-    """The cases above are wide enough for more than one tile of each kind, or they would prove less than they say."""
+    """The cases of ``test_maps`` have more than one tile of each kind."""
     seen: dict[str, set[str]] = {}
     for case in MAPS:
         for backward in (False, True):
@@ -93,7 +93,7 @@ def test_random_unit_against_the_oracle(case: Case) -> None:
 
 
 def test_runs_in_the_number_of_launches_promised(launches: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three forwards and four backwards; for a small sample one, and one more for the weights' gradients."""
+    """Three launches forward and four backward. A small sample has one each, and one for the weights' gradients."""
     from triton.runtime.interpreter import InterpretedFunction
 
     names: list[str] = []
