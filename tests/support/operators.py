@@ -23,9 +23,12 @@ def in_place_arguments(case: Case) -> tuple[Any, ...]:
     return *tensors, *case.operator_options
 
 
-def backward_arguments(case: Case, need: tuple[bool, ...] = (True, True, True, True)) -> tuple[Any, ...]:
+def backward_arguments(
+    case: Case, need: tuple[bool, ...] = (True, True, True, True), prefix: str = ""
+) -> tuple[Any, ...]:
+    """The arguments of ``backward``; the forward operator with this prefix computed y and saved."""
     arguments = forward_arguments(case)
-    y, saved = OPS.forward(*arguments)
+    y, saved = getattr(OPS, f"{prefix}forward")(*arguments)
     relu = case.tail.endswith("relu")
     x, channel_weight, spatial_weight = arguments[:3]
     dy = torch.empty_like(x).normal_()

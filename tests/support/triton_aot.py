@@ -1,20 +1,20 @@
-"""Ahead-of-time compilation of every launch for real GPUs, and what the result says; needs no GPU and no driver.
+"""Ahead-of-time compilation of every launch for real GPUs, and the figures of the result. Needs no GPU and no driver.
 
-    python -m tests.support.triton_aot --rows sm_80,gfx942      # prints what is read, as JSON
+    python -m tests.support.triton_aot --rows sm_80,gfx942      # prints the figures as JSON
 
-A case is one call of the backend, forward and backward, on CPU tensors whose memory nobody touches. Its launches are
-recorded in place of being run, specialised by Triton's own binder exactly as the launcher would, and compiled for each
-target. Then, for each kernel:
+A case is one call of the backend, forward and backward, on CPU tensors whose memory is never accessed. Its launches are
+recorded and not run. Triton's own binder specialises them as the launcher would, and they are compiled for each target.
+The figures of a kernel are:
 
-* registers, shared memory and stack from ``cuobjdump``; spills are the ``LDL`` and ``STL`` of ``nvdisasm``; for AMD all
-  are in the assembly's metadata;
-* the share of 128-bit accesses *to maps* (tensors of x's size), weighed by bytes: in the PTX, or in AMD's LLVM IR, each
-  access is traced back to the kernel's parameter that its address was made from;
-* the share of 128-bit accesses among all, in the machine code;
-* occupancy, from registers, shared memory and warps;
+* registers, shared memory and stack from ``cuobjdump``. Spills are the ``LDL`` and ``STL`` of ``nvdisasm``. For AMD all
+  of them are in the metadata of the assembly.
+* the share of 128-bit accesses *to maps* (tensors of x's size), weighted by bytes. In the PTX, or in AMD's LLVM IR, the
+  address of each access is traced back to a parameter of the kernel.
+* the share of 128-bit accesses among all accesses of the machine code.
+* the occupancy, from registers, shared memory and warps.
 * the width of every offset that is added to a pointer to a map, in Triton's IR.
 
-Compilation needs a process without TRITON_INTERPRET: :func:`rows` starts its own, two at a time.
+Compilation needs a process without TRITON_INTERPRET. :func:`rows` starts such processes, two at a time.
 """
 
 from __future__ import annotations
@@ -51,8 +51,11 @@ TARGETS: dict[str, tuple[str, int | str, int, str]] = {
 
 @dataclass(frozen=True)
 class Compiled:
-    """One call to compile. In the ``vector`` class the pointers are aligned and a run of memory is a multiple of 128
-    bits; the ``odd`` class starts one element past an aligned address, with sizes that nothing divides."""
+    """One call to compile.
+
+    In the ``vector`` class the pointers are aligned, and a run of memory is a multiple of 128 bits. In the ``odd``
+    class maps start one element past an aligned address, and no power of two divides the sizes.
+    """
 
     label: str
     shape: tuple[int, int, int, int]
@@ -70,7 +73,7 @@ class Compiled:
         return f"{self.label} {str(self.dtype).removeprefix('torch.')} {self.layout}{kind}{' tail' * self.tail}"
 
     def empty(self) -> Tensor:
-        """A map that is nowhere written: memory of its size costs nothing."""
+        """A map in memory that is never accessed, and so costs nothing."""
         n, c, h, w = self.shape
         flat = torch.empty(n * c * h * w + 1, dtype=self.dtype)[not self.vector :]
         flat = flat[: n * c * h * w]
@@ -81,8 +84,10 @@ STAGES = {"56": (256, 56, 56), "28": (512, 28, 28), "14": (1024, 14, 14), "7": (
 
 
 def cases() -> Iterator[Compiled]:
-    """Ten kinds of call in both layouts: every stage; every dtype in both classes; tails, both orders; small samples,
-    which one launch serves, and larger ones."""
+    """Ten kinds of call in both memory formats.
+
+    They have every stage of a ResNet, every dtype in both classes, tails, both orders, small samples and larger ones.
+    """
     for layout in ("nchw", "nhwc"):
         yield Compiled("56", (32, *STAGES["56"]), torch.float32, layout)
         yield Compiled("28", (32, *STAGES["28"]), torch.float16, layout, tail=True)
@@ -97,7 +102,7 @@ def cases() -> Iterator[Compiled]:
 
 
 def cases_of(target: str) -> list[Compiled]:
-    """Half of them, so that each kind of call is compiled in one layout for this target, in the other for the next."""
+    """Half of the cases: each kind of call in one memory format for this target, in the other for the next target."""
     every = list(cases())
     half, turn = len(every) // 2, list(TARGETS).index(target)
     return [case for i, case in enumerate(every) if (i % half + i // half + turn) % 2 == 0]
@@ -116,7 +121,7 @@ class Recorded(NamedTuple):
 
 
 def record(run: Callable[[], Any]) -> list[Recorded]:
-    """The launches that ``run`` makes; none is executed."""
+    """The launches of ``run``, none of which is executed."""
     from triton.runtime.jit import JITFunction
 
     found: list[Recorded] = []
@@ -134,7 +139,7 @@ def record(run: Callable[[], Any]) -> list[Recorded]:
 
 
 def launches(case: Compiled, family: str) -> Iterator[tuple[str, Recorded, list[Tensor]]]:
-    """Each launch of a case: its direction, itself, and the maps of the case."""
+    """For each launch of a case: the direction, the launch, and the maps of the case."""
     from steam_kernels.backends import triton as backend
 
     x, dy = case.empty(), case.empty()
@@ -165,7 +170,7 @@ def launches(case: Compiled, family: str) -> Iterator[tuple[str, Recorded, list[
 
 
 class Kernel(NamedTuple):
-    """What one launch compiles to."""
+    """The compiled code of one launch."""
 
     name: str
     warps: int
@@ -177,12 +182,12 @@ class Kernel(NamedTuple):
     #: All accesses of the machine code.
     machine: list[code.Access]
     ttir: str
-    #: Of the PTX; none on AMD.
+    #: The opcodes of the PTX; empty on AMD.
     opcodes: set[str]
 
 
 class Compiler:
-    """Compiles recorded launches for one target, each distinct one once."""
+    """Compiles recorded launches for one target, and equal launches once."""
 
     def __init__(self, target: str) -> None:
         from triton.backends.compiler import GPUTarget
@@ -198,7 +203,7 @@ class Compiler:
         from triton.runtime.jit import create_function_from_signature
 
         fn = launch.kernel
-        # What JITFunction.run does with the arguments, on this target's backend.
+        # JITFunction.run does the same with the arguments, for the backend of this machine's GPU.
         kwargs = {**launch.kwargs, "debug": False, "instrumentation_mode": ""}
         bind = create_function_from_signature(fn.signature, fn.params, self.backend)
         bound, specialization, options = bind(*launch.args, **kwargs)
@@ -237,7 +242,7 @@ class Compiler:
 
 
 def tools() -> dict[str, Path]:
-    """The CUDA tools of Triton's wheel, or nothing where one is missing or cannot be executed."""
+    """The CUDA tools of Triton's wheel; empty if one is missing or cannot be executed."""
     import triton
 
     folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -255,7 +260,7 @@ def _tool(name: str, option: str, cubin: bytes) -> str:
 
 
 def row_of(compiler: Compiler, launch: Recorded, maps: list[Tensor]) -> dict[str, Any]:
-    """What there is to say of one launch on one target; ``maps`` are those of its arguments that matter."""
+    """The figures of one launch on one target; ``maps`` are the arguments whose accesses count."""
     kernel = compiler(launch)
     given = {k: v for k, v in launch.kwargs.items() if k in launch.kernel.signature.parameters}
     bound = launch.kernel.signature.bind_partial(*launch.args, **given)
@@ -279,7 +284,7 @@ def row_of(compiler: Compiler, launch: Recorded, maps: list[Tensor]) -> dict[str
 
 
 def compiled_rows(targets: list[str]) -> Iterator[dict[str, Any]]:
-    """A row for each launch of each case on each target; one that does not compile has "error" and no figures."""
+    """A row for each launch of each case on each target. A launch that does not compile has "error" and no figures."""
     from triton.compiler.errors import CompilationError
 
     for target in targets:
@@ -296,7 +301,7 @@ def compiled_rows(targets: list[str]) -> Iterator[dict[str, Any]]:
 
 
 def planted_rows() -> dict[str, dict[str, Any]]:
-    """The toy kernels of ``triton_planted``, which the readers of compiled code must judge rightly."""
+    """Rows of the toy kernels of ``triton_planted``, whose figures are known."""
     from tests.support import triton_planted as toy
 
     x, y, few = torch.empty(1 << 14), torch.empty(1 << 14), torch.empty(64)
@@ -317,7 +322,7 @@ def planted_rows() -> dict[str, dict[str, Any]]:
 
 
 class _Oldest(Compiler):
-    """Compiles for the least compute capability that the backend takes; what is read is what machine code there is."""
+    """Compiles for the lowest compute capability that the backend accepts, and reads only the machine code's size."""
 
     def __init__(self) -> None:
         from steam_kernels.backends.triton import LEAST_CAPABILITY
@@ -331,7 +336,7 @@ class _Oldest(Compiler):
 
 
 def oldest_rows() -> dict[str, int]:
-    """Bytes of machine code of every kernel, of bfloat16 too, for the oldest GPU."""
+    """The bytes of machine code of every kernel, also in bfloat16, for the lowest compute capability."""
     compiler, out = _Oldest(), {}
     for case in (
         Compiled("14", (32, *STAGES["14"]), torch.bfloat16, "nchw", tail=True),
@@ -351,7 +356,7 @@ def _rounded(share: float | None) -> float | None:
 
 
 def worker(*arguments: str) -> subprocess.Popen[str]:
-    """This file as a process of its own, in which Triton compiles; its standard output is JSON."""
+    """A process that runs this file without TRITON_INTERPRET; its standard output is JSON."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = f"{ROOT}{os.pathsep}{environment.get('PYTHONPATH', '')}"
     return subprocess.Popen(
@@ -364,7 +369,7 @@ def worker(*arguments: str) -> subprocess.Popen[str]:
 
 
 def answer(process: subprocess.Popen[str]) -> Any:
-    """What a worker printed, parsed."""
+    """The parsed output of a worker."""
     out, errors = process.communicate()
     if process.returncode:
         raise RuntimeError(f"compiling failed:\n{errors[-4000:]}")
@@ -372,7 +377,7 @@ def answer(process: subprocess.Popen[str]) -> Any:
 
 
 def rows() -> list[dict[str, Any]]:
-    """All rows, by two processes."""
+    """All rows, from two processes."""
     names = list(TARGETS)
     running = [worker("--rows", ",".join(names[i : i + 2])) for i in (0, 2)]
     return [row for process in running for row in answer(process)]

@@ -1,7 +1,7 @@
-"""What compiled Triton kernels do, read from their text: Triton's IR, PTX, LLVM IR, machine code and resources.
+"""Readers of compiled Triton kernels: Triton's IR, PTX, LLVM IR, machine code and resources.
 
-Addresses are traced back to the kernel's parameter that they were made from, by names alone: a register depends on all
-that any instruction defining it reads. A loaded value ends a trace, as no address here is made from loaded data.
+An address is traced back to a parameter of the kernel by names alone: a register depends on all operands of every
+instruction that defines it. A loaded value ends a trace, because no kernel here computes an address from loaded data.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ WIDE = 16  # bytes of a 128-bit access
 
 
 class Access(NamedTuple):
-    """One load or store of one thread: the numbers of the parameters that it may go to, and its bytes.
+    """One load or store of one thread: the numbers of the parameters that it may access, and its bytes.
 
-    More than one where the compiler has merged accesses of several branches; none in machine code, which does not say.
+    There are several parameters if the compiler has merged accesses of several branches. There are none in machine
+    code, which does not show them.
     """
 
     parameters: frozenset[int]
@@ -27,14 +28,14 @@ class Access(NamedTuple):
 
 
 def wide_share(accesses: Iterable[Access]) -> float | None:
-    """Bytes moved by accesses of at least 128 bits over all bytes; None where there is no access."""
+    """The bytes moved by accesses of at least 128 bits over all bytes; None if there is no access."""
     accesses = list(accesses)
     total = sum(a.bytes for a in accesses)
     return sum(a.bytes for a in accesses if a.bytes >= WIDE) / total if total else None
 
 
 class _Trace:
-    """Which names each name is made from, and which parameter a name is."""
+    """The names from which each name is computed, and the number of the parameter that a name is."""
 
     def __init__(self) -> None:
         self.sources: dict[str, set[str]] = defaultdict(set)
@@ -60,7 +61,7 @@ _PTX_REGISTER = re.compile(r"%\w+")
 
 
 def ptx_accesses(ptx: str) -> list[Access]:
-    """The global loads and stores, parameters numbered as in the entry's list."""
+    """The global loads and stores, with parameters numbered as in the list of the entry."""
     trace, pointers, pending = _Trace(), set(), []
     for number in re.findall(r"\.param \.u64 \.ptr \S+(?: \.align \d+)? \w+_param_(\d+)", ptx):
         pointers.add(int(number))
@@ -90,8 +91,9 @@ def ptx_accesses(ptx: str) -> list[Access]:
     return [Access(frozenset(trace.origins(address) & pointers), store, size) for address, store, size in pending]
 
 
-#: What a kernel may be made of, so that simple tools can execute its PTX: arithmetic, comparisons, conversions,
-#: accesses, barriers and exchanges within a warp. ldmatrix is Triton's, where a tile changes layout in shared memory.
+#: The opcodes that a kernel may contain, so that simple tools can execute its PTX: arithmetic, comparisons,
+#: conversions, accesses, barriers and exchanges within a warp. Triton emits ldmatrix where a tile changes its layout in
+#: shared memory.
 PLAIN_PTX = re.compile(
     r"(abs|add|and|bfe|cvt|div|fma|mad|max|min|mov|mul|neg|not|or|prmt|rem|selp|setp|shf|shl|shr|sqrt|sub|xor)\.[.\w]+"
     r"|bra(\.uni)?|ret|ex2\.approx(\.ftz)?\.f32|(ld|st)\.(global|shared(::cta)?|param)(\.v[24])?\.b\d+"
@@ -100,7 +102,7 @@ PLAIN_PTX = re.compile(
 
 
 def ptx_opcodes(ptx: str) -> set[str]:
-    """Every opcode of a kernel with its suffixes."""
+    """All opcodes of a kernel with their suffixes."""
     found = set()
     for statement in re.sub(r"//.*|^\s*\.(?:loc|file)\b.*", "", ptx, flags=re.M).split(";"):
         text = re.sub(r"^(\s|\$\w+:|\{|\}|@!?%\w+)*", "", statement)
@@ -110,7 +112,7 @@ def ptx_opcodes(ptx: str) -> set[str]:
     return found
 
 
-# ---- LLVM IR, as AMD's backend is given it ---------------------------------------------------------------------------
+# ---- LLVM IR, the input of AMD's backend -----------------------------------------------------------------------------
 
 _LLVM_BITS = {"half": 16, "bfloat": 16, "float": 32, "double": 64}
 
@@ -135,7 +137,7 @@ _LLVM_STORE = re.compile(
 
 
 def llvm_accesses(llir: str) -> list[Access]:
-    """The global loads and stores of a kernel in LLVM IR, parameters numbered as in its definition."""
+    """The global loads and stores of a kernel in LLVM IR, with parameters numbered as in its definition."""
     header = re.search(r"^define [^\n]*amdgpu_kernel [^\n]*@\w+\(([^\n]*)\) ", llir, re.M)
     assert header is not None
     trace, pointers, pending = _Trace(), set(), []
@@ -163,7 +165,7 @@ def llvm_accesses(llir: str) -> list[Access]:
 
 
 def sass_accesses(sass: str) -> list[Access]:
-    """The global loads and stores in ``nvdisasm``'s listing; whose they are it does not say."""
+    """The global loads and stores in the listing of ``nvdisasm``, which does not show their parameters."""
     out = []
     for kind, suffix in re.findall(r"\b(LDG|STG|LDGSTS)((?:\.\w+)*)\b", sass):
         size = 4
@@ -174,7 +176,7 @@ def sass_accesses(sass: str) -> list[Access]:
 
 
 def sass_spills(sass: str) -> int:
-    """Loads and stores of local memory, where spilled registers go."""
+    """The number of loads and stores of local memory, which holds spilled registers."""
     return len(re.findall(r"\b(?:LDL|STL)\b", sass))
 
 
@@ -200,8 +202,7 @@ def amd_accesses(assembly: str) -> list[Access]:
 
 @dataclass(frozen=True)
 class Resources:
-    """What one thread, or one program, takes: registers (vector registers on AMD), spilled accesses, bytes of shared
-    memory."""
+    """A thread's registers (vector registers on AMD) and spilled accesses, and a program's bytes of shared memory."""
 
     registers: int
     spills: int
@@ -209,30 +210,30 @@ class Resources:
 
 
 def nvidia_resources(usage: str, sass: str, shared: int) -> Resources:
-    """From ``cuobjdump --dump-resource-usage`` and ``nvdisasm``; ``shared`` is what a launch asks for, all there is."""
+    """From ``cuobjdump --dump-resource-usage`` and ``nvdisasm``; ``shared`` is the shared memory of the launch."""
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert found is not None, usage
     return Resources(int(found[1]), sass_spills(sass) + (int(found[2]) > 0), shared)
 
 
 def amd_resources(assembly: str, shared: int) -> Resources:
-    """From the metadata at the end of AMD's assembly."""
+    """The resources in the metadata at the end of AMD's assembly."""
     found = re.findall(r"^\s*\.(vgpr_count|vgpr_spill_count|private_segment_fixed_size):\s+(\d+)", assembly, re.M)
     fields = {name: int(value) for name, value in found}
-    # A spilled scalar register goes to a lane of a vector register, not to memory.
+    # The spills of scalar registers are not counted: a lane of a vector register holds them, and no memory.
     spills = fields["vgpr_spill_count"] + (fields["private_segment_fixed_size"] > 0)
     return Resources(fields["vgpr_count"], spills, shared)
 
 
-#: Target -> bytes of shared memory of a multiprocessor; from NVIDIA's compute capability tables.
+#: The bytes of shared memory of a multiprocessor, by target, from NVIDIA's compute capability tables.
 _SHARED = {"sm_80": 164 << 10, "sm_90": 228 << 10, "sm_100": 228 << 10}
 
 
 def occupancy(target: str, resources: Resources, warps: int) -> float:
-    """Resident warps over the most that a multiprocessor (AMD: compute unit) holds, by registers, shared memory, slots.
+    """Resident warps over the most that a multiprocessor (AMD: compute unit) holds.
 
-    NVIDIA: 64 warps, 32 programs, 65536 registers given out to warps by 256, 1 KiB of shared memory beside each
-    program's own. gfx942: 4 SIMDs of 8 warps with 512 vector registers a lane, given out by 8, and 64 KiB of LDS.
+    NVIDIA: 64 warps, 32 programs, 65536 registers that a warp gets in units of 256, and 1 KiB of shared memory beside
+    the program's own. gfx942: 4 SIMDs of 8 warps, with 512 vector registers per lane in units of 8, and 64 KiB of LDS.
     """
     if target == "gfx942":
         most, per_simd = 32, min(8, 512 // max(8, -(-resources.registers // 8) * 8))
@@ -249,7 +250,7 @@ def occupancy(target: str, resources: Resources, warps: int) -> float:
 
 
 class _Scopes:
-    """Values of a textual IR: a name may be used again in another region, for another value."""
+    """The values of a textual IR. A name in another region may be another value."""
 
     def __init__(self) -> None:
         self.stack: list[dict[str, str]] = [{}]
@@ -265,16 +266,16 @@ class _Scopes:
 
 
 class _Region(NamedTuple):
-    """An operation with regions: its results, and the loop's arguments; both take what is yielded."""
+    """An operation with regions: its results and the arguments of its loop. Both receive the yielded values."""
 
     results: list[str]
     arguments: list[str]
 
 
 def narrow_offsets(ttir: str, maps: Iterable[str]) -> list[str]:
-    """Each addition of an offset of fewer than 64 bits to a pointer made from one of the parameters ``maps``.
+    """Each addition of an offset of fewer than 64 bits to a pointer into one of the parameters ``maps``.
 
-    A place within a tile may have 32: an offset that no size, program's number or loop's index has a part in.
+    A place within a tile may have 32 bits: an offset that depends on no size, program number or loop index.
     """
     trace, scopes, open_regions, added = _Trace(), _Scopes(), [], []
     sizes: set[str] = set()
@@ -282,7 +283,7 @@ def narrow_offsets(ttir: str, maps: Iterable[str]) -> list[str]:
     for line in ttir.splitlines():
         text = re.sub(r"\s*loc\(.*", "", line.strip())
         if "tt.func" in text:
-            # a parameter's own location stands between it and the next
+            # The location of a parameter stands between it and the next parameter.
             for name, kind in re.findall(r"%(\w+): (\S+)", line.split(") attributes")[0]):
                 if kind.startswith("!tt.ptr"):
                     trace.roots[scopes.new(f"%{name}")] = int(name in wanted)
@@ -312,11 +313,11 @@ def narrow_offsets(ttir: str, maps: Iterable[str]) -> list[str]:
             arguments = [scopes.new(name) for name, _ in carried]
             for argument, (_, start) in zip(arguments, carried, strict=True):
                 trace.sources[argument].add(start)
-            if right.startswith("scf.for"):  # whose first argument is its index, which is not yielded
+            if right.startswith("scf.for"):  # The first argument of a for loop is its index, which is not yielded.
                 sizes.add(arguments.pop(0))
             open_regions.append(_Region(results, arguments))
         elif right.startswith("tt.addptr"):
-            trace.sources[results[0]].add(operands[0])  # an offset is no pointer
+            trace.sources[results[0]].add(operands[0])  # the pointer alone, without the offset
             added.append((*operands, right))
         elif not right.startswith("tt.load"):
             for result in results:

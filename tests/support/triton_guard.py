@@ -1,24 +1,25 @@
-"""A guard around Triton's interpreter, which by itself checks no address and runs programs in order.
+"""A guard around Triton's interpreter. The interpreter alone checks no address and runs programs in order.
 
     with Guard(seed=1) as guard:
         kernel[grid](...)
     guard.traffic(x).loaded.bytes
 
-Inside, every launch runs its programs in a random order, and each of these raises :class:`GuardError`:
+Under the guard, every launch runs its programs in a random order, and each of these raises :class:`GuardError`:
 
-* an active lane of a load or store outside the tensor that its pointer was made from (a neighbouring tensor is outside
-  too), or not aligned to its element;
-* a byte stored by one program and loaded or stored by another of the same launch;
-* a byte loaded or stored again by the program that stored it, without a barrier between: its threads are not ordered;
-* two lanes of one store with different values for one address; an atomic, which no kernel here needs;
-* ``tl.multiple_of``, ``tl.max_contiguous`` or ``tl.max_constancy`` that is not true;
+* an active lane of a load or store that is outside the tensor of its pointer (a neighbouring tensor is outside too), or
+  that is not aligned to its element;
+* a byte that one program stores and another program of the same launch loads or stores;
+* a byte that the program that stored it loads or stores again without a barrier: its threads are not ordered;
+* two lanes of one store with different values for one address;
+* an atomic, which no kernel here needs;
+* a hint ``tl.multiple_of``, ``tl.max_contiguous`` or ``tl.max_constancy`` that is not true;
 * a grid that CUDA cannot launch.
 
-``torch.empty`` and its kin give NaN inside, so that what no program writes is seen in the results;
-:meth:`Guard.unwritten` counts it. Traffic is counted by launch and parameter: the bytes of the active lanes, and the
-32-byte sectors that each load or store touches.
+Under the guard ``torch.empty`` and related functions return NaN, so that an element that no program writes shows in the
+results. :meth:`Guard.unwritten` counts such elements. The guard counts traffic by launch and parameter: the bytes of
+the active lanes, and the 32-byte sectors of each load or store.
 
-It replaces private names of one version of Triton; the tests keep planted bugs that it must catch.
+The guard replaces private names of one version of Triton. Tests have planted bugs that it must catch.
 """
 
 from __future__ import annotations
@@ -42,21 +43,21 @@ from triton.runtime import interpreter
 TRITON = "3.8.0"
 SECTOR = 32
 _PACKAGE = Path(triton.__file__).parent
-_TAG = 48  # an address has 47 bits; above them, a pointer carries the number of the parameter that it was made from
+_TAG = 48  # an address has 47 bits; the bits above them hold the number of the parameter of a pointer
 _ADDRESS = np.uint64((1 << _TAG) - 1)
-_BARRIERS = 10  # bits of an epoch that count the barriers of a program; the rest count programs
+_BARRIERS = 10  # the bits of an epoch that count the barriers of a program; the other bits count programs
 _SEVERAL = -1
 _EMPTY = ("empty", "empty_like", "empty_strided")
 _NEW_EMPTY = ("new_empty", "new_empty_strided")
 
 
 class GuardError(AssertionError):
-    """A kernel did what it must not."""
+    """A kernel broke a rule of the guard."""
 
 
 @dataclass
 class Traffic:
-    """What one tensor's loads, or stores, moved."""
+    """The bytes and sectors of the loads, or of the stores, of one tensor."""
 
     bytes: int = 0
     sectors: int = 0
@@ -71,7 +72,7 @@ class Moved(NamedTuple):
 
 
 class _Span:
-    """A stretch of memory that parameters of one launch share, and who touched it; an epoch for each granule."""
+    """A range of memory that parameters of one launch share, and the last epoch of access of each granule."""
 
     def __init__(self, start: int, end: int, granule: int) -> None:
         self.start, self.end, self.granule = start, end, granule
@@ -91,21 +92,21 @@ class _Parameter:
     start: int
     end: int
     span: _Span | None = None
-    inside: np.ndarray | None = None  # which elements of the extent are the view's; None: all
+    inside: np.ndarray | None = None  # the elements of the extent that belong to the view; None: all
 
 
 @dataclass
 class Launch:
-    """One launch: its kernel, grid, tensors and traffic by parameter name."""
+    """One launch: the kernel, the grid, and by parameter name the tensors and the traffic."""
 
     kernel: str
     grid: tuple[int, ...]
     tensors: dict[str, Tensor]
     loads: dict[str, Traffic] = field(default_factory=dict)
     stores: dict[str, Traffic] = field(default_factory=dict)
-    #: The last element of each that was loaded or stored.
+    #: The last element of each tensor that was loaded or stored.
     highest: dict[str, int] = field(default_factory=dict)
-    #: Start, bytes of a granule, and which granules were stored to, of each stretch of memory.
+    #: For each range of memory: the start, the bytes of a granule, and the granules that were stored to.
     written: list[tuple[int, int, np.ndarray]] = field(default_factory=list)
 
 
@@ -133,7 +134,7 @@ def _parameter(name: str, tensor: Tensor) -> _Parameter:
 
 
 def _spans(parameters: list[_Parameter]) -> list[_Span]:
-    """Gives each parameter the span that it lies in; those that overlap share one."""
+    """Gives each parameter its span; parameters that overlap share a span."""
     spans: list[_Span] = []
     groups: list[list[_Parameter]] = []
     for p in sorted((p for p in parameters if p.end > p.start), key=lambda p: p.start):
@@ -153,9 +154,9 @@ class Guard:
     """The context manager.
 
     Args:
-        seed: of the order of programs; None keeps the interpreter's own.
-        last: run only so many programs of each launch, the last ones, and look at bounds and alignment alone. No memory
-            is touched but what they touch, so that a tensor of more than 2**31 elements costs nothing.
+        seed: the seed of the order of programs; None keeps the interpreter's own order.
+        last: the number of programs of each launch that run, the last ones, with checks of bounds and alignment alone.
+            No other memory is accessed, so that a tensor of more than 2**31 elements costs nothing.
     """
 
     def __init__(self, seed: int | None = 0, last: int | None = None) -> None:
@@ -170,10 +171,10 @@ class Guard:
         self._epoch = 0
         self._patched: set[frozenset[int]] = set()
 
-    # ---- what it found
+    # ---- results
 
     def traffic(self, tensor: Tensor) -> Moved:
-        """What all launches moved of ``tensor``'s memory, under whatever names it was passed."""
+        """The traffic of all launches in the memory of ``tensor``, under any parameter name."""
         moved = Moved(Traffic(), Traffic())
         for launch in self.launches:
             for name, t in launch.tensors.items():
@@ -185,7 +186,7 @@ class Guard:
         return moved
 
     def others(self, *tensors: Tensor) -> Moved:
-        """What all launches moved of tensors other than these."""
+        """The traffic of all launches in other tensors."""
         moved = Moved(Traffic(), Traffic())
         for launch in self.launches:
             for name, t in launch.tensors.items():
@@ -197,7 +198,7 @@ class Guard:
         return moved
 
     def unwritten(self, tensor: Tensor) -> int:
-        """How many elements of a dense tensor no launch has stored to."""
+        """The number of elements of a dense tensor that no launch has stored to."""
         start, end = _extent(tensor)
         missing = np.ones(end - start, bool)
         for launch in self.launches:
@@ -283,7 +284,7 @@ class Guard:
 
     def _patching(self, original: Callable[[Any], Any]) -> Callable[[Any], Any]:
         def patch_lang(fn: Any) -> Any:
-            # The interpreter does this again for every call of a device function, which takes longer than the call.
+            # The interpreter patches again at every call of a device function, which takes longer than the call.
             seen = frozenset(id(value) for value in fn.__globals__.values() if value is tl or value is tl.core)
             if seen in self._patched:
                 return interpreter._LangPatchScope()
@@ -296,7 +297,7 @@ class Guard:
         def set_dims(builder: Any, *dims: int) -> None:
             grid = self.launches[-1].grid
             true = grid + (1,) * (3 - len(grid))
-            count, run = int(np.prod(true)), int(np.prod(dims))  # run is less where only the last are
+            count, run = int(np.prod(true)), int(np.prod(dims))  # run is less than count if only the last programs run
             self._order = count - run + (np.arange(run) if self.seed is None else self._random.permutation(run))
             original(builder, *true)
 
@@ -443,7 +444,10 @@ def _untagged(ptrs: Any) -> Any:
 
 
 def _true(handle: Any, key: str, values: list[int]) -> bool:
-    """Whether a compiler's hint holds on every axis; of a pointer, steps are of its element and divisors of bytes."""
+    """Whether a hint to the compiler is true on every axis.
+
+    For pointers, the step between neighbours is the size of the element, and divisors divide bytes.
+    """
     pointer = isinstance(handle.dtype, tl.pointer_type)
     data = handle.data if pointer else handle.data.astype(np.int64)
     unit = _itemsize(handle) if pointer else 1
@@ -456,7 +460,7 @@ def _true(handle: Any, key: str, values: list[int]) -> bool:
         if key == "tt.contiguity" and (step[..., within] != unit).any():
             return False
         if key == "tt.divisibility":
-            first = np.ones(lanes.shape, bool)  # of each run of consecutive values, as the compiler means it
+            first = np.ones(lanes.shape, bool)  # the hint is about the first value of each run of consecutive values
             first[..., 1:] = step != unit
             if (lanes[first] % lanes.dtype.type(n) != 0).any():
                 return False

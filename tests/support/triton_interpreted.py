@@ -1,12 +1,13 @@
-"""Runs the Triton kernels in Triton's interpreter under the guard, in a process of its own, and prints what it saw.
+"""Runs the Triton kernels in Triton's interpreter under the guard, in its own process, and prints figures.
 
     export TRITON_INTERPRET=1
     python -m tests.support.triton_interpreted cases [PART OF AN ID ...]  # guarded cases
     python -m tests.support.triton_interpreted traffic ["56 nchw" ...]  # stages of a ResNet and more
     python -m tests.support.triton_interpreted offsets [nchw | nhwc]  # maps beyond 2**31 elements
 
-The interpreter is chosen when Triton is first imported, so no test process need be started for it. One JSON object a
-line, each with its "id"; a case that fails has "error" instead of figures.
+Triton chooses the interpreter when it is first imported. A process of its own sets the variable, so the process of the
+tests does not need it.
+The output is one JSON object per line, each with an "id". A case that fails has "error" instead of figures.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class Stage(NamedTuple):
     order: str = "sequential"
 
 
-#: The stages of a ResNet at 224, and what else cells of one pixel have: the other order, more of them than a tile has.
+#: The stages of a ResNet at 224, and two more with cells of one pixel: the other order, and more cells than a tile has.
 STAGES = {
     "56": Stage(256, 56),
     "28": Stage(512, 28),
@@ -53,10 +54,10 @@ STAGES = {
     "7 parallel": Stage(512, 7, order="parallel"),
     "12 by pixels": Stage(128, 12, grid=12),
 }
-ORDERS = None, 1  # the interpreter's own order of programs, and a random one
+ORDERS = None, 1  # the interpreter's own order of programs, and a random order
 
-#: Both layouts, every dtype, odd sizes, slices and offsets, tails, orders, graphs; by one launch for all stages of a
-#: sample ("whole") and by one for each stage ("stages"), whatever the table has for so small a sample.
+#: Both memory formats, every dtype, odd sizes, slices and offsets, tails, orders and graphs. The plan is one launch for
+#: all stages of a sample ("whole") or one launch per stage ("stages"); the launch table does not choose it.
 GUARDED: list[tuple[Case, str]] = []
 for _i, _case in enumerate(
     (
@@ -81,7 +82,7 @@ GUARDED += [
 
 
 class Call:
-    """One call on dense inputs, as the operators get it."""
+    """One call on dense inputs, as the operators receive it."""
 
     def __init__(self, case: Case) -> None:
         inputs, dy = cases.make(case)
@@ -109,7 +110,7 @@ class Call:
 
 
 def figures(guard: Guard, maps: dict[str, Tensor]) -> dict[str, Any]:
-    """What each map was read and written, in maps; what else was moved; what tensors there were; sectors' use."""
+    """The kernels; the reads and writes of each map, in maps, and its use of sectors; the elements moved of others."""
     out: dict[str, Any] = {"kernels": [launch.kernel for launch in guard.launches]}
     for name, t in maps.items():
         moved = guard.traffic(t)
@@ -128,7 +129,7 @@ def figures(guard: Guard, maps: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def run(call: Call, seed: int | None, family: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Both passes under the guard: the results, and for each pass its figures."""
+    """Both passes under the guard: the results, and the figures of each pass."""
     from tests.support.triton_guard import Guard
 
     maps = {"x": call.x} | ({} if call.residual is None or call.residual is call.x else {"residual": call.residual})
@@ -149,7 +150,7 @@ def run(call: Call, seed: int | None, family: str) -> tuple[dict[str, Tensor], d
 
 
 def guarded(wanted: list[str]) -> Iterator[dict[str, Any]]:
-    """Each guarded case, in every order of programs."""
+    """The row of each guarded case, which runs in every order of programs."""
     from steam_kernels.backends.triton import launch
 
     small = launch.SMALL
@@ -170,7 +171,10 @@ def guarded(wanted: list[str]) -> Iterator[dict[str, Any]]:
 
 
 def traffic(wanted: list[str]) -> Iterator[dict[str, Any]]:
-    """Each stage, one sample of a batch of sixteen: the table gets a sixteenth of the processors, so the same plan."""
+    """The row of one sample of each stage.
+
+    The launch table gets a sixteenth of the processors, and so gives the plan of a batch of sixteen.
+    """
     from steam_kernels.backends.triton import launch
 
     generic = launch.FAMILIES["generic"]
@@ -195,13 +199,13 @@ def traffic(wanted: list[str]) -> Iterator[dict[str, Any]]:
 
 def _plan(launch: Any, stage: Stage, layout: str, backward: bool, batch: int, family: str) -> list[Any]:
     channels, size, grid, _ = stage
-    p = launch.Problem(batch, channels, size, size, grid, grid, 4, layout == "nhwc", backward, family)
+    p = launch.Pass(batch, channels, size, size, grid, grid, 4, layout == "nhwc", backward, family)
     pooling, gating = launch.pool(p), launch.gate(p)
     return [launch.is_small(p), pooling and pooling.options, gating.options]
 
 
 def offsets(wanted: list[str]) -> Iterator[dict[str, Any]]:
-    """The last programs of each launch on maps of more than 2**31 elements, in memory that nobody has touched."""
+    """The last programs of each launch on maps of more than 2**31 elements, whose memory is not accessed otherwise."""
     from tests.support.triton_guard import Guard
 
     for layout in ("nchw", "nhwc"):
@@ -225,7 +229,7 @@ def offsets(wanted: list[str]) -> Iterator[dict[str, Any]]:
 
 
 def start(*what: str) -> dict[str, dict[str, Any]]:
-    """What this file prints in a process of its own, by id."""
+    """The output of this file in its own process, by id."""
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "tests.support.triton_interpreted", *what]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""Toy kernels with planted faults, for the readers of compiled code; ``wide_copy`` is the right one."""
+"""Toy kernels with planted faults, for the readers of compiled code. ``wide_copy`` has no fault."""
 
 import triton
 import triton.language as tl
@@ -12,14 +12,14 @@ def wide_copy(x, y, n, BLOCK: tl.constexpr):
 
 @triton.jit
 def half_wide(x, y, n, step, BLOCK: tl.constexpr):
-    """Reads whole runs, writes every third element of a run."""
+    """Reads whole runs, and writes each number ``step`` elements after the last."""
     o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     tl.store(y + o * step, tl.load(x + o, mask=o < n), mask=o * step < n)
 
 
 @triton.jit
 def spilling(x, y, BLOCK: tl.constexpr):
-    """A program of one warp that holds three times BLOCK numbers, 384 a thread where BLOCK is 128 a thread."""
+    """A program of one warp that holds three times BLOCK numbers: 384 per thread if BLOCK is 128 per thread."""
     o = tl.arange(0, BLOCK).to(tl.int64)
     a = tl.load(x + o)
     b = tl.load(x + BLOCK + o)
@@ -35,7 +35,7 @@ def spilling(x, y, BLOCK: tl.constexpr):
 
 @triton.jit
 def narrow_copy(x, y, few, n, BLOCK: tl.constexpr):
-    """Two maps by 32-bit offsets, and a small vector, which may."""
+    """Accesses two maps by 32-bit offsets, and a small vector, for which 32 bits are enough."""
     o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     factor = tl.load(few + tl.program_id(0))
     tl.store(y + o, factor * tl.load(x + o, mask=o < n), mask=o < n)
@@ -43,7 +43,7 @@ def narrow_copy(x, y, few, n, BLOCK: tl.constexpr):
 
 @triton.jit
 def narrow_walk(x, y, n, BLOCK: tl.constexpr):
-    """A 32-bit loop index is an offset into x; a place within the tile is one into y, which is right."""
+    """A 32-bit loop index is an offset into x. The offset into y is a place within the tile, which is no fault."""
     o = tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
     for first in range(0, n, BLOCK):

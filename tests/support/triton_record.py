@@ -1,10 +1,10 @@
-"""The record of what the Triton kernels move and compile to, and the page that shows it.
+"""The record of the bytes and of the compiled code of the Triton kernels, and the page that shows it.
 
     python -m tests.support.triton_record --write
 
 counts, compiles, and writes the record and docs/triton_verification.md anew.
 
-The record is the budget: a test that counts or compiles again must find what is recorded.
+The record is the budget: tests count and compile again, and must find the recorded figures.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from tests.support import triton_aot, triton_interpreted
 
 RECORD = Path(__file__).with_name("triton_record.json")
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "triton_verification.md"
-#: What a compiled row is identified by, and what is recorded of it.
+#: The keys that identify a compiled row, and the figures that are recorded.
 KEYS = ("target", "case", "kernel")
 FIGURES = ("warps", "registers", "spills", "shared", "wide", "wide_all", "occupancy")
 
-#: P and R, by the names of the kernels' parameters.
+#: P and R by the names of the parameters of the kernels.
 SUMS = {"sums": "P", "products": "R"}
 
 Row = dict[str, Any]
@@ -35,12 +35,12 @@ def load() -> dict[str, Any]:
 
 
 def compiled(rows: Iterable[Row]) -> dict[str, Row]:
-    """Rows of ``triton_aot`` by what identifies them."""
+    """The recorded figures of rows of ``triton_aot``, by their keys."""
     return {" | ".join(row[k] for k in KEYS): {k: row[k] for k in FIGURES} for row in rows}
 
 
 def moved(rows: dict[str, Row]) -> dict[str, Row]:
-    """Rows of ``triton_interpreted``: the maps read and written, and every tensor of the size of P."""
+    """The recorded figures of rows of ``triton_interpreted``: the launches, and how often maps, P and R are moved."""
     out = {}
     for name, row in rows.items():
         for direction in ("forward", "backward"):
@@ -95,7 +95,7 @@ TABLES = {"traffic": traffic_table, "compiled": compiled_table}
 
 
 def page(text: str, record: dict[str, Any]) -> str:
-    """The page with its tables, each between two comments that name it, made anew from the record."""
+    """The page with new tables from the record. Two comments with its name enclose each table."""
     for name, table in TABLES.items():
         begin, end = f"<!-- {name} -->\n", f"\n<!-- end of {name} -->"
         before, rest = text.split(begin)

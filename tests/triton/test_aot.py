@@ -1,4 +1,4 @@
-"""Every launch compiled for real targets: no spills, wide accesses, 64-bit offsets, resources as recorded."""
+"""Every launch, compiled for real targets: no spills, wide accesses, 64-bit offsets, resources as in the record."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = [
         not triton_aot.tools(), reason="this Triton's wheel has no cuobjdump and nvdisasm that can be run"
     ),
     pytest.mark.slow,
-    pytest.mark.xdist_group("aot"),  # one process compiles, for all of these tests
+    pytest.mark.xdist_group("aot"),  # one process compiles for all of these tests
 ]
 
 
@@ -48,7 +48,7 @@ def test_no_spills(target: str, rows: list[dict[str, Any]]) -> None:
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_accesses_to_maps_are_wide(target: str, rows: list[dict[str, Any]]) -> None:
-    """In the vector class, by bytes; and every global access was traced to its tensor."""
+    """In the vector class, by bytes. Every global access was traced to its tensor."""
     found = of(rows, target)
     assert {name(row): row["untraced"] for row in found if row["untraced"]} == {}
     judged = [row for row in found if row["vector"] and row["wide"] is not None]
@@ -63,14 +63,14 @@ def test_offsets_are_64_bit(target: str, rows: list[dict[str, Any]]) -> None:
 
 
 def test_ptx_is_plain(rows: list[dict[str, Any]]) -> None:
-    """Every instruction of every launch, as compiled for sm_80."""
+    """Every instruction of every launch for sm_80 is in the list."""
     seen = {opcode for row in of(rows, "sm_80") for opcode in row["opcodes"]}
     assert seen >= {"ld.global.v4.b32", "st.global.v4.b32", "fma.rn.f32", "bar.sync", "ex2.approx.f32", "ret"}
     assert sorted(opcode for opcode in seen if not code.PLAIN_PTX.fullmatch(opcode)) == []
 
 
 def test_the_oldest_gpu_has_every_kernel() -> None:
-    """The least compute capability that ``why_not`` takes compiles, bfloat16 included."""
+    """Every kernel compiles for the lowest compute capability that ``why_not`` accepts, also in bfloat16."""
     found = triton_aot.answer(triton_aot.worker("--oldest"))
     assert min(found.values()) > 0
     assert {key.split()[-1] for key in found} == {
@@ -91,7 +91,7 @@ def test_the_page_shows_the_record() -> None:
 
 
 def test_cases_cover() -> None:
-    """Each target has both layouts in both classes, each dtype in both classes, each stage, small and large samples."""
+    """Each target has both memory formats and each dtype in both classes, each stage, and small and large samples."""
     for target in TARGETS:
         found = triton_aot.cases_of(target)
         layouts, dtypes = ("nchw", "nhwc"), (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -102,12 +102,12 @@ def test_cases_cover() -> None:
         assert small == set(layouts) and {c.tail for c in found} == {c.sequential for c in found} == {True, False}
 
 
-# ---- planted: what the readers must see ------------------------------------------------------------------------------
+# ---- planted faults that the readers must see ------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def planted() -> dict[str, dict[str, Any]]:
-    """Toy kernels, each compiled for each target: {"target kernel": row}."""
+    """The rows of the toy kernels for each target: {"target kernel": row}."""
     return triton_aot.answer(triton_aot.worker("--planted"))
 
 
@@ -120,7 +120,7 @@ def test_right_kernel(target: str, planted: dict[str, dict[str, Any]]) -> None:
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_narrow_accesses_are_seen(target: str, planted: dict[str, dict[str, Any]]) -> None:
-    """The same copy with a length that nothing is known of; and where one map of two is narrow, half is."""
+    """A copy with a length of no known divisor has no wide access. If one of two maps is narrow, half are wide."""
     assert planted[f"{target} wide_copy odd"]["wide"] == 0.0
     assert planted[f"{target} half_wide"]["wide"] == 0.5
 
@@ -132,13 +132,13 @@ def test_spills_are_seen(target: str, planted: dict[str, dict[str, Any]]) -> Non
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_32_bit_offsets_are_seen(target: str, planted: dict[str, dict[str, Any]]) -> None:
-    """Also in a loop; an offset into what is no map does not matter, nor does a place within a tile."""
+    """Also in a loop. An offset into another tensor than a map does not count, nor does a place within a tile."""
     assert len(planted[f"{target} narrow_copy"]["narrow"]) == 2
     assert len(planted[f"{target} narrow_walk"]["narrow"]) == 1
 
 
 def test_other_opcodes_are_seen() -> None:
-    """Behind a predicate, a label, a brace and a place in the source; a directive and data are none."""
+    """After a predicate, a label, a brace and a source position. A directive and data are no opcodes."""
     ptx = """
 .visible .entry k(.param .u64 .ptr .global .align 1 k_param_0)
 {
@@ -158,7 +158,7 @@ $L__BB0_1:
 
 
 def test_occupancy() -> None:
-    """By the limits that bind: registers, shared memory, warps, programs."""
+    """Each limit reduces the occupancy: registers, shared memory, warps, programs."""
     assert code.occupancy("sm_80", Resources(32, 0, 0), 4) == 1.0
     assert code.occupancy("sm_80", Resources(40, 0, 0), 4) == 0.75  # 12 programs of 4 x 1280 registers
     assert code.occupancy("sm_90", Resources(128, 0, 0), 8) == 0.25

@@ -184,7 +184,7 @@ def test_planted_bug_is_caught(kernel: Any, options: dict[str, Any], message: st
         with pytest.raises(GuardError, match=message) as caught:
             run(kernel, seed=seed, **options)
         assert str(caught.value).startswith(f"{kernel.__name__}, program (")
-        assert " test_triton_guard.py:" in str(caught.value) or "CUDA's limits" in message
+        assert " test_guard.py:" in str(caught.value) or "CUDA's limits" in message
 
 
 def test_a_neighbouring_tensor_is_out_of_bounds() -> None:

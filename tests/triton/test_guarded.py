@@ -1,4 +1,4 @@
-"""The Triton kernels in the interpreter, under the guard: in bounds, aligned, without races, whole, in any order."""
+"""The Triton kernels in the interpreter under the guard: bounds, alignment, races, unwritten elements, any order."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 from tests.support import triton_interpreted
 from tests.support.triton_interpreted import GUARDED
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("guarded")]  # one process interprets, for all of these tests
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("guarded")]  # one process interprets for all of these tests
 
 
 @pytest.fixture(scope="module")
@@ -28,8 +28,8 @@ LIMITS = {
 
 @pytest.mark.parametrize("case,plan", GUARDED, ids=lambda v: getattr(v, "id", v))
 def test_guarded(case: Any, plan: str, rows: dict[str, dict[str, Any]]) -> None:
-    """No complaint of the guard, finite results, every output written, the same bits in a random order of programs, and
-    no more traffic than the design allows."""
+    """The guard raises no error, results are finite, and every output is written. The bits are the same in a random
+    order of programs, and the traffic is within the limits of the design."""
     row = rows[f"{case.id} {plan}"]
     assert "error" not in row, row["error"]
     assert row["finite"] and row["equal"] and row["unwritten"] == 0
@@ -41,7 +41,7 @@ def test_guarded(case: Any, plan: str, rows: dict[str, dict[str, Any]]) -> None:
         for name, (read, written) in limits.items():
             if name in row[direction]:
                 extra = aliased and (direction, name) == ("forward", "x")
-                # where a cell is a pixel, x stands for P too, which the sequential order alone wants backwards
+                # If each cell is a pixel, x is also P, which the backward pass needs only in the sequential order.
                 extra += pixels and case.order == "sequential" and (direction, name) == ("backward", "x")
                 assert row[direction][name][0] <= read + extra, f"{direction}: {name} is read too often"
                 assert row[direction][name][1] == written, f"{direction}: {name} written"
@@ -57,7 +57,7 @@ def test_every_kernel_was_guarded(rows: dict[str, dict[str, Any]]) -> None:
 
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
 def test_offsets_beyond_32_bits(layout: str) -> None:
-    """The last programs of each launch on maps of 2.3e9 elements stay in bounds, and are where the maps end."""
+    """The last programs of each launch on maps of 2.3e9 elements stay in bounds, and reach the ends of the maps."""
     rows = triton_interpreted.start("offsets", layout)
     assert "error" not in rows[layout], rows[layout]["error"]
     reached = {name for _, highest in rows[layout]["launches"] for name, element in highest.items() if element > 2**31}

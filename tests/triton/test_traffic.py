@@ -1,4 +1,4 @@
-"""Bytes that the Triton kernels move at each stage of a ResNet and by cells of one pixel: what is recorded."""
+"""The bytes that the Triton kernels move, at each stage of a ResNet and for cells of one pixel, are the record's."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 
 from tests.support import triton_interpreted, triton_record
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("traffic")]  # one process interprets, for all of these tests
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("traffic")]  # one process interprets for all of these tests
 
 STAGES = [f"{stage} {layout}" for stage in triton_interpreted.STAGES for layout in ("nchw", "nhwc")]
 #: Reads and writes of each map, in maps, that no stage exceeds.
@@ -18,15 +18,16 @@ LIMITS = {
     "forward": {"x": (2, 0), "y": (0, 1)},
     "backward": {"x": (1, 0), "dy": (2, 0), "dx": (0, 1)},
 }
-#: Tiles of the graph stage have so many cells at most.
+#: The most cells of a tile of the graph stage.
 CELLS = 128
 
 
 def limits_of(stage: triton_interpreted.Stage, direction: str) -> dict[str, tuple[int, int]]:
     """How often each map may be read and written.
 
-    Where a cell is a pixel, x stands for P, which the channel gates' gradient wants after the spatial graph's backward
-    in the sequential order, and x and dy for R; beyond one tile of cells P and R are wanted twice.
+    If each cell is a pixel, the kernels read x for P, and x and dy for R. In the sequential order the gradient of the
+    channel gates needs P after the backward pass of the lattice. With more than one tile of cells, P and R are read
+    twice.
     """
     limits = LIMITS[direction]
     if stage.size == stage.grid:

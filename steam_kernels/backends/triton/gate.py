@@ -1,86 +1,67 @@
 """The gate stage: y = scale x g_c g_s (+ residual, ReLU), and its input gradient.
 
-A map is rows of numbers: NCHW, a row is the pixels of a channel, or of GROUP channels, so that its length is a whole
-number of wide accesses also where H W is not; channels last, GROUP is 1, a tile's rows are channels and its
-columns pixels.
+The stage sees a map as rows of numbers. In NCHW a row is the pixels of GROUP channels: with several channels, the
+length of a row is a whole number of wide accesses also if H W is not. In channels_last GROUP is 1, the rows of a tile
+are channels, and its columns are pixels.
 """
 
 import triton
 import triton.language as tl
 
+from .arguments import DO_NOT_SPECIALIZE, sizes_of
 from .pool import upstream
-from .sizes import DO_NOT_SPECIALIZE
 
 
 @triton.jit
-def gate_tiles(
-    channels, area, GROUP: tl.constexpr, ROWS: tl.constexpr, RUN: tl.constexpr, STEPS: tl.constexpr,
-):  # fmt: skip
-    """Blocks of rows and of columns of a sample; a block of rows has STEPS tiles."""
-    return tl.cdiv(tl.cdiv(channels, GROUP), ROWS * STEPS), tl.cdiv(area * GROUP, RUN)
+def gate_tiles(sizes, TILE: tl.constexpr):
+    """The numbers of blocks of rows and of blocks of columns of a sample; a block of rows has STEPS tiles."""
+    row_blocks = tl.cdiv(tl.cdiv(sizes.channels, TILE.GROUP), TILE.ROWS * TILE.STEPS)
+    return row_blocks, tl.cdiv(sizes.area * TILE.GROUP, TILE.RUN)
 
 
 @triton.jit
-def place(
-    t,
-    channels,
-    area,
-    width,
-    grid_h,
-    grid_w,
-    CHANNELS_LAST: tl.constexpr,
-    GROUP: tl.constexpr,
-    ROWS: tl.constexpr,
-    RUN: tl.constexpr,
-    STEPS: tl.constexpr,
-):
-    """Tile t's first row, its columns e, and each column's channel within the group and cell."""
-    row_blocks, run_blocks = gate_tiles(channels, area, GROUP, ROWS, RUN, STEPS)
-    # the neighbour in memory is the neighbour in time
-    if CHANNELS_LAST:
+def place(t, sizes, LAYOUT: tl.constexpr, TILE: tl.constexpr):
+    """The first row of tile t, its columns e, and for each column its channel within the group and its cell."""
+    row_blocks, run_blocks = gate_tiles(sizes, TILE)
+    # Programs that run at the same time read neighbouring memory.
+    if LAYOUT.CHANNELS_LAST:
         row_block = t % row_blocks
         run_block = t // row_blocks
     else:
         run_block = t % run_blocks
         row_block = t // run_blocks
-    e = run_block * RUN + tl.arange(0, RUN)
+    # [RUN]
+    e = run_block * TILE.RUN + tl.arange(0, TILE.RUN)
     pixel = e
-    member = tl.zeros([RUN], tl.int32)
-    if GROUP > 1:
-        member = e // area
-        pixel = e - member * area
-    row = pixel // width
-    column = pixel - row * width
-    cell = row * grid_h // (area // width) * grid_w + column * grid_w // width
-    return row_block * STEPS * ROWS, e, member, cell
+    member = tl.zeros([TILE.RUN], tl.int32)
+    if TILE.GROUP > 1:
+        member = e // sizes.area
+        pixel = e - member * sizes.area
+    row = pixel // sizes.width
+    column = pixel - row * sizes.width
+    cell = row * sizes.grid_h // (sizes.area // sizes.width) * sizes.grid_w + column * sizes.grid_w // sizes.width
+    return row_block * TILE.STEPS * TILE.ROWS, e, member, cell
 
 
 @triton.jit
-def elements(
-    first,
-    e,
-    member,
-    channels,
-    area,
-    CHANNELS_LAST: tl.constexpr,
-    GROUP: tl.constexpr,
-    ROWS: tl.constexpr,
-):
-    """A (ROWS, RUN) tile's offsets in the sample, which of them exist, and their channels."""
-    row = first + tl.arange(0, ROWS)[:, None]
+def elements(first, e, member, sizes, LAYOUT: tl.constexpr, TILE: tl.constexpr):
+    """For the elements of a tile: the offset in the sample, whether the element exists, and its channel."""
+    # [ROWS, 1] and [1, RUN]
+    row = first + tl.arange(0, TILE.ROWS)[:, None]
     column = e[None, :]
-    if CHANNELS_LAST:
-        offset = column.to(tl.int64) * channels + row
-        inside = (row < channels) & (column < area)
+    # [ROWS, RUN]
+    if LAYOUT.CHANNELS_LAST:
+        offset = column.to(tl.int64) * sizes.channels + row
+        inside = (row < sizes.channels) & (column < sizes.area)
         channel = row
     else:
-        offset = row.to(tl.int64) * (area * GROUP) + column
-        # by offset: a comparison of channels would differ within a wide access
-        if GROUP > 1:
-            inside = (column < area * GROUP) & (offset < channels.to(tl.int64) * area)
-            channel = row * GROUP + member[None, :]
+        offset = row.to(tl.int64) * (sizes.area * TILE.GROUP) + column
+        if TILE.GROUP > 1:
+            # A comparison of channels would differ within a wide access, which would split the access.
+            inside = (column < sizes.area * TILE.GROUP) & (offset < sizes.channels.to(tl.int64) * sizes.area)
+            channel = row * TILE.GROUP + member[None, :]
         else:
-            inside = (row < channels) & (column < area)
+            inside = (row < sizes.channels) & (column < sizes.area)
             channel = row
     return offset, inside, channel
 
@@ -90,43 +71,38 @@ def gate_of(
     n,
     t,
     x,
-    residual,  # None: none
+    residual,  # None: no residual
     y,
     gates,
-    channels,
-    area,
-    width,
-    grid_h,
-    grid_w,
+    sizes,
     SCALE: tl.constexpr,
     RELU: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    GROUP: tl.constexpr,
-    ROWS: tl.constexpr,
-    RUN: tl.constexpr,
-    STEPS: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    TILE: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """y for STEPS tiles of (ROWS, RUN), one below the other: they share their columns' cells."""
-    first, e, member, cell = place(t, channels, area, width, grid_h, grid_w, CHANNELS_LAST, GROUP, ROWS, RUN, STEPS)
-    base = n * (channels.to(tl.int64) * area)
-    g_c = gates + n * (channels + grid_h * grid_w)
-    g_s = tl.load(g_c + channels + cell, mask=e < area * GROUP, other=0.0)[None, :]
-    for step in range(STEPS):
-        offset, inside, channel = elements(first + step * ROWS, e, member, channels, area, CHANNELS_LAST, GROUP, ROWS)
-        g = tl.load(g_c + channel, mask=channel < channels, other=0.0) * SCALE * g_s
+    """y for tile t of sample n: STEPS tiles of (ROWS, RUN), one below the other, which have the same cells."""
+    first, e, member, cell = place(t, sizes, LAYOUT, TILE)
+    base = n * (sizes.channels.to(tl.int64) * sizes.area)
+    g_c = gates + n * (sizes.channels + sizes.grid_h * sizes.grid_w)
+    # [1, RUN]
+    g_s = tl.load(g_c + sizes.channels + cell, mask=e < sizes.area * TILE.GROUP, other=0.0)[None, :]
+    for step in range(TILE.STEPS):
+        # [ROWS, RUN]
+        offset, inside, channel = elements(first + step * TILE.ROWS, e, member, sizes, LAYOUT, TILE)
+        g = tl.load(g_c + channel, mask=channel < sizes.channels, other=0.0) * SCALE * g_s
         out = tl.load(x + base + offset, mask=inside, other=0.0).to(ACC) * g
         if residual is not None:
             out += tl.load(residual + base + offset, mask=inside, other=0.0).to(ACC)
         if RELU:
-            out = tl.where(out <= 0.0, 0.0, out)  # a NaN stays
+            out = tl.where(out <= 0.0, 0.0, out)  # not a maximum, because a NaN must stay a NaN
         tl.store(y + base + offset, out.to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=DO_NOT_SPECIALIZE)
 def gate(
     x,
-    residual,  # None: none
+    residual,  # None: no residual
     y,
     gates,
     channels,
@@ -136,42 +112,16 @@ def gate(
     grid_w,
     SCALE: tl.constexpr,
     RELU: tl.constexpr,
-    CHANNEL_UNIT: tl.constexpr,
-    AREA_UNIT: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    GROUP: tl.constexpr,
-    ROWS: tl.constexpr,
-    RUN: tl.constexpr,
-    STEPS: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    TILE: tl.constexpr,
     ACC: tl.constexpr,
 ):
     """A program is STEPS tiles of a sample."""
-    channels = channels * CHANNEL_UNIT
-    area = area * AREA_UNIT
-    row_blocks, run_blocks = gate_tiles(channels, area, GROUP, ROWS, RUN, STEPS)
+    sizes = sizes_of(channels, area, width, grid_h, grid_w, LAYOUT)
+    row_blocks, run_blocks = gate_tiles(sizes, TILE)
     tiles = row_blocks * run_blocks
     n = (tl.program_id(0) // tiles).to(tl.int64)
-    gate_of(
-        n,
-        tl.program_id(0) % tiles,
-        x,
-        residual,
-        y,
-        gates,
-        channels,
-        area,
-        width,
-        grid_h,
-        grid_w,
-        SCALE,
-        RELU,
-        CHANNELS_LAST,
-        GROUP,
-        ROWS,
-        RUN,
-        STEPS,
-        ACC,
-    )
+    gate_of(n, tl.program_id(0) % tiles, x, residual, y, gates, sizes, SCALE, RELU, LAYOUT, TILE, ACC)
 
 
 @triton.jit
@@ -180,39 +130,37 @@ def gate_backward_of(
     t,
     dy,
     y,  # None: no ReLU
-    dx,  # None: not asked for
-    dresidual,  # None: not asked for
+    dx,  # None: not needed
+    dresidual,  # None: not needed
     gates,
     shifts,
-    channels,
-    area,
-    width,
-    grid_h,
-    grid_w,
+    sizes,
     SCALE: tl.constexpr,
     SEQUENTIAL: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    GROUP: tl.constexpr,
-    ROWS: tl.constexpr,
-    RUN: tl.constexpr,
-    STEPS: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    TILE: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """dx = scale dy g_c g_s + dz / (H W) + du / (C n_cell) (g_c or 1), and dy as the ReLU let it pass."""
-    first, e, member, cell = place(t, channels, area, width, grid_h, grid_w, CHANNELS_LAST, GROUP, ROWS, RUN, STEPS)
-    base = n * (channels.to(tl.int64) * area)
-    at = n * (channels + grid_h * grid_w)
+    """For tile t of sample n: dx = scale dy g_c g_s + dz / (H W) + du / (C n_cell) (g_c or 1), and dresidual.
+
+    dy counts as 0 where the ReLU was off, and dresidual is this masked dy.
+    """
+    first, e, member, cell = place(t, sizes, LAYOUT, TILE)
+    base = n * (sizes.channels.to(tl.int64) * sizes.area)
+    at = n * (sizes.channels + sizes.grid_h * sizes.grid_w)
     if dx is not None:
-        g_s = tl.load(gates + at + channels + cell, mask=e < area * GROUP, other=0.0)[None, :]
-        share = tl.load(shifts + at + channels + cell, mask=e < area * GROUP, other=0.0)[None, :]
-    for step in range(STEPS):
-        offset, inside, channel = elements(first + step * ROWS, e, member, channels, area, CHANNELS_LAST, GROUP, ROWS)
+        # [1, RUN]
+        g_s = tl.load(gates + at + sizes.channels + cell, mask=e < sizes.area * TILE.GROUP, other=0.0)[None, :]
+        share = tl.load(shifts + at + sizes.channels + cell, mask=e < sizes.area * TILE.GROUP, other=0.0)[None, :]
+    for step in range(TILE.STEPS):
+        # [ROWS, RUN]
+        offset, inside, channel = elements(first + step * TILE.ROWS, e, member, sizes, LAYOUT, TILE)
         g = upstream(dy, y, base + offset, inside, ACC)
         if dresidual is not None:
             tl.store(dresidual + base + offset, g.to(dresidual.dtype.element_ty), mask=inside)
         if dx is not None:
-            g_c = tl.load(gates + at + channel, mask=channel < channels, other=0.0)
-            shift = tl.load(shifts + at + channel, mask=channel < channels, other=0.0)
+            g_c = tl.load(gates + at + channel, mask=channel < sizes.channels, other=0.0)
+            shift = tl.load(shifts + at + channel, mask=channel < sizes.channels, other=0.0)
             if SEQUENTIAL:
                 shift += share * g_c
             else:
@@ -225,8 +173,8 @@ def gate_backward_of(
 def gate_backward(
     dy,
     y,  # None: no ReLU
-    dx,  # None: not asked for
-    dresidual,  # None: not asked for
+    dx,  # None: not needed
+    dresidual,  # None: not needed
     gates,
     shifts,
     channels,
@@ -236,41 +184,14 @@ def gate_backward(
     grid_w,
     SCALE: tl.constexpr,
     SEQUENTIAL: tl.constexpr,
-    CHANNEL_UNIT: tl.constexpr,
-    AREA_UNIT: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    GROUP: tl.constexpr,
-    ROWS: tl.constexpr,
-    RUN: tl.constexpr,
-    STEPS: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    TILE: tl.constexpr,
     ACC: tl.constexpr,
 ):
     """A program is STEPS tiles of a sample."""
-    channels = channels * CHANNEL_UNIT
-    area = area * AREA_UNIT
-    row_blocks, run_blocks = gate_tiles(channels, area, GROUP, ROWS, RUN, STEPS)
+    sizes = sizes_of(channels, area, width, grid_h, grid_w, LAYOUT)
+    row_blocks, run_blocks = gate_tiles(sizes, TILE)
     tiles = row_blocks * run_blocks
     n = (tl.program_id(0) // tiles).to(tl.int64)
-    gate_backward_of(
-        n,
-        tl.program_id(0) % tiles,
-        dy,
-        y,
-        dx,
-        dresidual,
-        gates,
-        shifts,
-        channels,
-        area,
-        width,
-        grid_h,
-        grid_w,
-        SCALE,
-        SEQUENTIAL,
-        CHANNELS_LAST,
-        GROUP,
-        ROWS,
-        RUN,
-        STEPS,
-        ACC,
-    )
+    t = tl.program_id(0) % tiles
+    gate_backward_of(n, t, dy, y, dx, dresidual, gates, shifts, sizes, SCALE, SEQUENTIAL, LAYOUT, TILE, ACC)

@@ -1,30 +1,32 @@
-"""The launch table: block shapes, warps and stages as pure functions of (shape, dtype, layout, architecture family).
+"""The launch table: block shapes, warps and registers as pure functions of a pass.
 
-Nothing is tuned at run time: a new shape costs a look-up here and, where a constant differs, one compilation. Sizes are
-arguments; constants are what shapes a tile (powers of two), the unit's options, and how far sizes are divisible (up to
-a 16-byte access), since that decides how wide the accesses are.
+Nothing is tuned at run time: a new shape costs a look-up here and, if a constant differs, one compilation. Sizes are
+arguments. Constants are the blocks that shape a tile (powers of two), the options of the unit, and the powers of two
+that divide the sizes (up to a 16-byte access), because they decide the width of accesses.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
+
+from .arguments import GateTile, GraphTile, Layout, PoolTile, WeightsTile, constants
 
 
 @dataclass(frozen=True)
 class Family:
-    """An architecture family, as far as the table cares."""
+    """The properties of an architecture family that the table uses."""
 
-    #: Multiprocessors (compute units) that want to be busy.
+    #: Multiprocessors (compute units) that must have work.
     processors: int
     #: Threads of a warp.
     warp: int = 32
-    #: Registers that a thread may have, where the compiler is to be told.
+    #: The limit of registers per thread that the compiler is told; None: the compiler's own limit.
     registers: int | None = 255
 
 
-#: By the name of the compilation target; "generic" is what an unknown device gets.
+#: By the name of the compilation target; an unknown device is "generic".
 FAMILIES = {
     "generic": Family(processors=80, registers=None),
     "sm70": Family(processors=80),
@@ -36,8 +38,8 @@ FAMILIES = {
 
 
 @dataclass(frozen=True)
-class Problem:
-    """What the table is asked about: one call's shape, element size in bytes, layout and family."""
+class Pass:
+    """The forward or backward pass of one call: the shape, element size in bytes, memory format and family."""
 
     samples: int
     channels: int
@@ -60,7 +62,7 @@ class Problem:
 
     @property
     def pixel_cells(self) -> bool:
-        """Whether every cell is one pixel, so that the map is its own sums."""
+        """Whether every cell is one pixel. The map is then its own sums."""
         return self.cells == self.area
 
     @property
@@ -73,24 +75,50 @@ class Problem:
         return FAMILIES[self.family].processors
 
 
+#: The groups of constants that each kernel takes. A constant has the name of its member. In kernels of several stages,
+#: the name of a stage's group comes first: POOL_ROWS.
+GROUPS: dict[str, dict[str, Any]] = {
+    "pool_runs": {"LAYOUT": Layout, "TILE": PoolTile},
+    "pool_tiles": {"LAYOUT": Layout, "TILE": PoolTile},
+    "graph": {"LAYOUT": Layout, "TILE": GraphTile},
+    "graph_backward": {"LAYOUT": Layout, "TILE": GraphTile},
+    "gate": {"LAYOUT": Layout, "TILE": GateTile},
+    "gate_backward": {"LAYOUT": Layout, "TILE": GateTile},
+    "whole": {"LAYOUT": Layout, "POOL": PoolTile, "GRAPH": GraphTile, "GATE": GateTile},
+    "whole_backward": {"LAYOUT": Layout, "POOL": PoolTile, "GRAPH": GraphTile, "GATE": GateTile},
+    "weights_backward": {"TILE": WeightsTile},
+}
+
+
 @dataclass(frozen=True)
 class Launch:
-    """How one kernel is launched: ``programs`` in a one-dimensional grid, its constants, warps and stages."""
+    """The launch of one kernel: ``programs`` in a one-dimensional grid, the constants, warps and stages."""
 
     kernel: str
     programs: int
     constants: dict[str, Any] = field(hash=False)
     num_warps: int = 4
-    #: No kernel has a loop that feeds a matrix product, which is what stages are for.
+    #: Stages pipeline the loads of a matrix product, and no kernel has one.
     num_stages: int = 1
-    #: Registers a thread, where occupancy does not matter: ptxas would otherwise spill to fit more programs.
+    #: The limit of registers per thread for kernels whose occupancy does not matter. Without a limit ptxas spills, to
+    #: make room for more programs.
     maxnreg: int | None = None
 
     @property
     def options(self) -> dict[str, Any]:
-        """Keyword arguments of the launch."""
+        """Everything that distinguishes compilations: the constants, warps, stages and the limit of registers."""
         limit = {} if self.maxnreg is None else {"maxnreg": self.maxnreg}
         return {**self.constants, "num_warps": self.num_warps, "num_stages": self.num_stages, **limit}
+
+    @cached_property
+    def keywords(self) -> dict[str, Any]:
+        """The keyword arguments of the launch: the options, with the constants in the groups that the kernel takes."""
+        options, out = self.options, {}
+        for group, kind in GROUPS[self.kernel].items():
+            prefix = "" if group in ("LAYOUT", "TILE") else f"{group}_"
+            members = {name: options.pop(prefix + name) for name in kind._fields if prefix + name in options}
+            out[group] = constants(kind, members)
+        return out | options
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -102,13 +130,16 @@ def power(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-def unit(n: int, most: int) -> int:
+def divisor(n: int, most: int) -> int:
     """The largest power of two up to ``most`` that divides n."""
     return min(n & -n, most)
 
 
 def fitting(size: int, most: int, least: int) -> int:
-    """The largest block from ``most`` down to ``least`` that covers ``size`` with a tenth to spare, or tightest."""
+    """The largest block of ``least`` to ``most`` that wastes at most a tenth of its elements on ``size``.
+
+    If there is none, the block that wastes the least.
+    """
     if size <= least:
         return power(size)
     blocks = [b for b in (most >> k for k in range(most.bit_length())) if least <= b <= power(size)]
@@ -118,18 +149,18 @@ def fitting(size: int, most: int, least: int) -> int:
 
 
 def steps(programs: int, processors: int, most: int) -> int:
-    """How many tiles a program walks to share what it works out once: as many as leave 16 programs a processor."""
+    """The tiles of one program, which share index arithmetic: as many as leave 16 programs per processor."""
     return max(1, min(most, programs // (16 * processors)))
 
 
-def pool_tile(p: Problem) -> int:
-    """Elements of a pooling tile: 32 a thread; half of it backwards (two sums, three maps) and for float64."""
+def pool_tile(p: Pass) -> int:
+    """Elements of a pooling tile: 32 per thread; half of them backward (two sums, three maps) and for float64."""
     return 4096 >> (p.backward + (p.itemsize == 8))
 
 
 @lru_cache(maxsize=4096)
-def pool(p: Problem) -> Launch | None:
-    """Runs of whole small maps where a cell's row is no whole number of wide accesses, else tiles of cells."""
+def pool(p: Pass) -> Launch | None:
+    """Runs of whole small maps if a row of a cell is not a whole number of wide accesses, else tiles of cells."""
     if p.pixel_cells:
         return None
     cell_width, cell_height = ceil_div(p.width, p.grid_w), ceil_div(p.height, p.grid_h)
@@ -141,21 +172,21 @@ def pool(p: Problem) -> Launch | None:
     return pool_tiles(p, cell_width, cell_height, uniform)
 
 
-def pool_runs(p: Problem, cells: int, pixels: int) -> Launch | None:
-    """As many whole maps as fill a tile; None where not even one does."""
+def pool_runs(p: Pass, cells: int, pixels: int) -> Launch | None:
+    """As many whole maps as a tile has room for; None if a tile has no room for one."""
     tile = pool_tile(p)
     channels = power(p.channels)
-    # sorted into cells a tile may be up to twice as large, by ragged cells and powers of two
+    # Cells of different sizes and powers of two make the tile up to twice as large once it is sorted into cells.
     while channels > 1 and (channels * p.area > tile or channels * cells * pixels > 2 * tile):
         channels //= 2
     if channels * p.area > tile or channels * cells * pixels > 2 * tile:
         return None
     blocks = ceil_div(p.channels, channels)
-    # eight runs pay for the divisions that place a pixel in its cell
+    # The divisions that find the cells of pixels are done once for up to eight runs.
     walk = steps(p.samples * blocks, p.processors, 8)
     constants = {
-        "CHANNEL_UNIT": unit(p.channels, p.vector),
-        "AREA_UNIT": unit(p.area, p.vector),
+        "CHANNELS_MULTIPLE": divisor(p.channels, p.vector),
+        "AREA_MULTIPLE": divisor(p.area, p.vector),
         "CHANNELS": channels,
         "CELLS": cells,
         "PIXELS": pixels,
@@ -165,23 +196,23 @@ def pool_runs(p: Problem, cells: int, pixels: int) -> Launch | None:
     return Launch("pool_runs", p.samples * ceil_div(blocks, walk), constants)
 
 
-def pool_tiles(p: Problem, cell_width: int, cell_height: int, uniform: bool) -> Launch:
-    """What is contiguous fills a tile first: channels where they are last, else the columns of neighbouring cells."""
+def pool_tiles(p: Pass, cell_width: int, cell_height: int, uniform: bool) -> Launch:
+    """A tile is filled along contiguous memory first: channels in channels_last, else columns of neighbouring cells."""
     tile = pool_tile(p)
     if p.channels_last:
-        channels = fitting(p.channels, 512, 64)  # 512 half-precision channels are one wide access of 64 threads
+        channels = fitting(p.channels, 512, 64)  # 512 half-precision channels are one wide access per thread, of 64
         columns = min(power(cell_width), tile // channels)
         rows = min(power(cell_height), tile // (channels * columns))
         cells = min(power(p.grid_w), tile // (channels * columns * rows))
     else:
         columns = min(power(cell_width), 256)
-        cells = min(power(p.grid_w), max(1, 64 // columns))  # 64 columns: whole sectors of memory
+        cells = min(power(p.grid_w), max(1, 64 // columns))  # 64 columns are whole sectors of memory
         rows = min(power(cell_height), tile // (columns * cells), 16)
         channels = min(power(p.channels), tile // (columns * cells * rows))
     constants = {
-        "CHANNEL_UNIT": unit(p.channels, p.vector),
-        "AREA_UNIT": unit(p.area, p.vector),
-        "WIDTH_UNIT": unit(cell_width, p.vector) if uniform else 1,
+        "CHANNELS_MULTIPLE": divisor(p.channels, p.vector),
+        "AREA_MULTIPLE": divisor(p.area, p.vector),
+        "WIDTH_MULTIPLE": divisor(cell_width, p.vector) if uniform else 1,
         "UNIFORM": uniform,
         "CHANNELS_LAST": p.channels_last,
         "CHANNELS": channels,
@@ -193,26 +224,26 @@ def pool_tiles(p: Problem, cell_width: int, cell_height: int, uniform: bool) -> 
     return Launch("pool_tiles", programs, constants, maxnreg=FAMILIES[p.family].registers)
 
 
-def graph_tile(p: Problem) -> int:
-    """Elements of a graph tile: 32 a thread, fewer where both directions' numbers or float64 would spill."""
+def graph_tile(p: Pass) -> int:
+    """Elements of a graph tile: 32 per thread, and fewer if the backward pass or float64 would spill."""
     wide = p.itemsize == 8
     return 8192 >> (p.backward + wide + (wide and not p.channels_last and not p.backward))
 
 
 @lru_cache(maxsize=4096)
-def graph(p: Problem, heads: int, head_width: int, reach: int) -> Launch:
-    """One program a sample: its tiles are large, since only a program's own loads hide each other's latency."""
+def graph(p: Pass, heads: int, head_width: int, reach: int) -> Launch:
+    """One program per sample. Its tiles are large, because no other program's loads hide the latency of its own."""
     tile = graph_tile(p)
     cells = min(power(p.cells), 128)
     channels = min(power(p.channels), tile // cells)
     runs = not p.channels_last and p.cells <= cells
     constants = {
-        "CHANNEL_UNIT": unit(p.channels, p.vector),
+        "CHANNELS_MULTIPLE": divisor(p.channels, p.vector),
         "CHANNELS_LAST": p.channels_last,
         "CHANNELS": channels,
         "CELLS": cells,
         "RUN": power(channels * p.cells) if runs else 0,
-        # one node and head a thread, of 256
+        # One node and head per thread, of 256.
         "NODES": min(power(max(p.channels, p.cells)), max(1, 256 // power(heads))),
         "HEADS": power(heads),
         "WIDTH": power(head_width),
@@ -227,25 +258,25 @@ def graph(p: Problem, heads: int, head_width: int, reach: int) -> Launch:
 
 
 @lru_cache(maxsize=4096)
-def gate(p: Problem) -> Launch:
-    """Rows of whole wide accesses: a channel's pixels, those of a group of channels, or a pixel's channels."""
-    # 32 elements a thread, four to eight wide loads in flight; half of it where that would spill
-    narrow = not p.channels_last or unit(p.channels, p.vector) < p.vector
+def gate(p: Pass) -> Launch:
+    """Rows of whole wide accesses: the pixels of a channel or of a group of channels, or the channels of a pixel."""
+    # 32 elements per thread are four to eight wide loads in flight. Half of them if that would spill.
+    narrow = not p.channels_last or divisor(p.channels, p.vector) < p.vector
     tile = 4096 >> (p.itemsize == 8 or (p.backward and narrow))
     if p.channels_last:
         group = 1
         rows = fitting(p.channels, 512, 64)
         run = min(power(p.area), max(1, tile // rows))
     else:
-        group = min(p.vector // unit(p.area, p.vector), power(p.channels))
+        group = min(p.vector // divisor(p.area, p.vector), power(p.channels))
         run = fitting(group * p.area, 1024, 128)
         rows = min(power(ceil_div(p.channels, group)), max(1, tile // run))
     row_blocks, run_blocks = ceil_div(ceil_div(p.channels, group), rows), ceil_div(group * p.area, run)
-    # eight tiles pay for the divisions that find a column's cell
+    # The divisions that find the cells of columns are done once for up to eight tiles.
     walk = min(row_blocks, steps(p.samples * row_blocks * run_blocks, p.processors, 8))
     constants = {
-        "CHANNEL_UNIT": unit(p.channels, p.vector),
-        "AREA_UNIT": unit(p.area, p.vector),
+        "CHANNELS_MULTIPLE": divisor(p.channels, p.vector),
+        "AREA_MULTIPLE": divisor(p.area, p.vector),
         "CHANNELS_LAST": p.channels_last,
         "GROUP": group,
         "ROWS": rows,
@@ -256,33 +287,31 @@ def gate(p: Problem) -> Launch:
     return Launch(name, p.samples * ceil_div(row_blocks, walk) * run_blocks, constants)
 
 
-#: Elements of a sample, at most, that one program sees through all stages: 64 for each of 256 threads.
+#: The most elements of a sample that one program processes through all stages: 64 for each of 256 threads.
 SMALL = 16384
 
 
-def is_small(p: Problem) -> bool:
-    """Whether a sample is one program's."""
+def is_small(p: Pass) -> bool:
+    """Whether one program processes all stages of a sample."""
     return p.channels * p.area * max(1, p.itemsize // 4) <= SMALL
 
 
 @lru_cache(maxsize=4096)
-def whole(p: Problem, heads: int, head_width: int, reach: int) -> Launch:
-    """The stages' own tiles, by as many threads as the graph stage wants."""
+def whole(p: Pass, heads: int, head_width: int, reach: int) -> Launch:
+    """The tiles of each stage, with the threads of the graph stage."""
     pooling, graphs, gating = pool(p), graph(p, heads, head_width, reach), gate(p)
     of_pool = {} if pooling is None else pooling.constants
     constants: dict[str, Any] = {
-        "CHANNEL_UNIT": unit(p.channels, p.vector),
-        "AREA_UNIT": unit(p.area, p.vector),
-        "WIDTH_UNIT": of_pool.get("WIDTH_UNIT", 1),
+        "CHANNELS_MULTIPLE": divisor(p.channels, p.vector),
+        "AREA_MULTIPLE": divisor(p.area, p.vector),
+        "WIDTH_MULTIPLE": of_pool.get("WIDTH_MULTIPLE", 1),
         "CHANNELS_LAST": p.channels_last,
         "POOL_RUNS": pooling is not None and pooling.kernel == "pool_runs",
         "POOL_UNIFORM": of_pool.get("UNIFORM", False),
-        "HEADS": power(heads),
-        "WIDTH": power(head_width),
     }
     for name in ("CHANNELS", "ROWS", "CELLS", "COLUMNS", "PIXELS", "RUN"):
         constants["POOL_" + name] = of_pool.get(name, 0)
-    for name in ("CHANNELS", "CELLS", "ONCE" if p.backward else "WALK", "RUN", "NODES"):
+    for name in ("CHANNELS", "CELLS", "ONCE" if p.backward else "WALK", "RUN", "NODES", "HEADS", "WIDTH"):
         constants["GRAPH_" + name] = graphs.constants[name]
     for name in ("GROUP", "ROWS", "RUN"):
         constants["GATE_" + name] = gating.constants[name]
@@ -293,6 +322,6 @@ def whole(p: Problem, heads: int, head_width: int, reach: int) -> Launch:
 
 
 def weights(heads: int, head_width: int) -> Launch:
-    """One program of one warp: a few numbers a sample, 64 samples at a time."""
+    """One program of one warp: a few numbers per sample, 64 samples at a time."""
     constants = {"HEADS": power(heads), "WIDTH": power(head_width), "SAMPLES": 64}
     return Launch("weights_backward", 1, constants, num_warps=1)

@@ -1,13 +1,19 @@
-"""The Triton backend: pool, graph and gate on a GPU, or on anything that runs Triton's kernels.
+"""The Triton backend: pool, graph and gate on a GPU, or in Triton's interpreter.
 
-``forward``, ``backward`` and ``forward_`` are the operators of ``steam_kernels.ops`` with their conventions. They know
-no device: they allocate beside x and launch. Importing this module imports Triton.
+``forward``, ``backward`` and ``forward_`` are the operators of ``steam_kernels.ops`` with their conventions. They
+allocate memory on the device of x and launch kernels, and do not look at the kind of device. Importing this module
+imports Triton.
 
-What all three take: x (N, C, H, W) of float32, float64, float16 or bfloat16, dense in NCHW or channels_last; every
-other map of x's shape, dtype and strides; both weights (4, embed_dim) of float32 or x's dtype, in any strides, of an
-embed_dim that ``num_heads`` divides; ``grid`` the cells of each axis, at most H and W; all on one device. N may be 0,
-and the stride of an axis of length 1 means nothing. Maps that break this raise a ValueError or TypeError before
-anything is launched; shapes of weights and the options are ``steam_kernels.steam``'s to check.
+All three take the following arguments. All tensors are on one device.
+
+- x (N, C, H, W) of float32, float64, float16 or bfloat16, dense in NCHW or channels_last. N may be 0. The stride of an
+  axis of length 1 has no meaning.
+- Every other map has x's shape, dtype and strides.
+- Both weights (4, embed_dim) of float32 or x's dtype, in any strides. ``num_heads`` divides embed_dim.
+- ``grid`` is the number of cells of each axis, at most H and W.
+
+Other maps raise a ValueError or TypeError before any launch. ``steam_kernels.steam`` checks the shapes of the weights
+and the options, and these operators do not.
 """
 
 from __future__ import annotations
@@ -16,78 +22,101 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from ...config import Arguments, accumulation_dtype
 from . import launch
+from .arguments import INTERPRETED, Options, constants
 from .gate import gate, gate_backward
-from .graph import graph, graph_backward, weights_backward
+from .graph import graph
+from .graph_backward import graph_backward
 from .pool import pool_runs, pool_tiles
+from .weights import weights_backward
 from .whole import whole, whole_backward
 
 __all__ = ["INTERPRETED", "backward", "forward", "forward_"]
 
-#: Whether the kernels run in Triton's interpreter (TRITON_INTERPRET=1 when this was imported), on any tensor.
-INTERPRETED = not isinstance(gate, triton.JITFunction)
-
 
 class _Call(NamedTuple):
-    """What all kernels of a call share."""
+    """The properties of a call that all its kernels need."""
 
-    problem: launch.Problem
+    of: launch.Pass
     heads: int
     head_width: int
+    #: The first neighbour of a channel on the ring, as a distance, and the number of neighbours.
     ring: tuple[int, int]
-    #: Constants of the graph kernels.
-    options: dict[str, bool]
+    options: Options
     acc: tl.dtype
 
     @property
-    def table(self) -> tuple[launch.Problem, int, int, int]:
-        """What the launch table wants to know for the graph stage."""
-        return self.problem, self.heads, self.head_width, self.ring[1]
+    def graph_key(self) -> tuple[launch.Pass, int, int, int]:
+        """The arguments of the launch table for the graph stage."""
+        return self.of, self.heads, self.head_width, self.ring[1]
 
-    def graphs(self, how: launch.Launch, channel_weight: Tensor, spatial_weight: Tensor) -> tuple[Any, ...]:
-        """The arguments that the graph kernels, and those of a whole sample, end with."""
+    def sizes(self, how: launch.Launch) -> tuple[int, int, int, int, int]:
+        """Channels, area and width, divided by the divisors in the constants of a launch, and the grid."""
+        p, constants = self.of, how.constants
         return (
-            channel_weight,
-            spatial_weight,
-            *channel_weight.stride(),
-            *spatial_weight.stride(),
-            *self.units(how),
-            self.heads,
-            self.head_width,
-            *self.ring,
-        )
-
-    def units(self, how: launch.Launch) -> tuple[int, int, int, int, int]:
-        """Channels, area and width, in the units that a launch's constants tell, and the grid."""
-        p, told = self.problem, how.constants
-        return (
-            p.channels // told["CHANNEL_UNIT"],
-            p.area // told.get("AREA_UNIT", 1),
-            p.width // told.get("WIDTH_UNIT", 1),
+            p.channels // constants["CHANNELS_MULTIPLE"],
+            p.area // constants.get("AREA_MULTIPLE", 1),
+            p.width // constants.get("WIDTH_MULTIPLE", 1),
             p.grid_h,
             p.grid_w,
         )
 
+    def graph_arguments(self, how: launch.Launch, weights: _Weights) -> tuple[Any, ...]:
+        """The last runtime arguments of the kernels of the graph stage, and of a whole sample."""
+        sizes, strides = self.sizes(how), (*weights.channel.stride(), *weights.spatial.stride())
+        return (*weights, *strides, *sizes, self.heads, self.head_width, *self.ring)
+
+    @property
+    def graph_constants(self) -> dict[str, Any]:
+        """The constants of the same kernels that do not depend on the launch."""
+        return {"OPTIONS": constants(Options, self.options._asdict()), "ACC": self.acc}
+
+
+class _Weights(NamedTuple):
+    channel: Tensor
+    spatial: Tensor
+
+
+class _Maps(NamedTuple):
+    """The maps that the backward pass reads; y is None without a ReLU."""
+
+    dy: Tensor
+    x: Tensor
+    y: Tensor | None
+
+
+class _Rows(NamedTuple):
+    """The vectors of each sample that the backward pass reads and writes.
+
+    ``saved`` is from the forward pass: (N, 2 (C + gh gw)). ``gates``, ``flows`` and ``shifts`` are (N, C + gh gw), and
+    ``partials`` is (N, 4 heads).
+    """
+
+    saved: Tensor
+    gates: Tensor
+    flows: Tensor
+    shifts: Tensor
+    partials: Tensor
+
 
 def _is_channels_last(x: Tensor) -> bool:
-    """The layout of x; raises where it has neither of the two that the kernels know."""
+    """Whether x is in channels_last and not in NCHW; raises if it is in neither."""
     if x.is_contiguous():
         return False
     if x.is_contiguous(memory_format=torch.channels_last):
         return True
     raise ValueError(
-        "x must be dense in NCHW or channels_last, which steam_kernels.steam() makes of any other, got shape "
+        "x must be dense in NCHW or channels_last (steam_kernels.steam() copies any other x), got shape "
         f"{tuple(x.shape)} and strides {x.stride()}"
     )
 
 
 def _check_like(name: str, t: Tensor, x: Tensor) -> None:
-    """Raises unless t can be read by x's offsets."""
+    """Raises unless x's offsets are t's offsets."""
     if t.dtype is not x.dtype:
         raise TypeError(f"{name} must be of x's dtype {x.dtype}, got {t.dtype}")
     if t.shape == x.shape:
@@ -99,7 +128,7 @@ def _check_like(name: str, t: Tensor, x: Tensor) -> None:
     )
 
 
-def _check_saved(saved: Tensor, p: launch.Problem, x: Tensor) -> None:
+def _check_saved(saved: Tensor, p: launch.Pass, x: Tensor) -> None:
     shape = p.samples, 2 * (p.channels + p.cells)
     if saved.shape != shape or not saved.is_contiguous() or saved.dtype is not accumulation_dtype(x.dtype):
         raise ValueError(
@@ -119,65 +148,47 @@ def _call(
     num_heads, channel_radius, spatial_neighbors, self_loops, sequential, _, _ = arguments
     samples, channels, height, width = x.shape
     channels_last = _is_channels_last(x)
-    problem = launch.Problem(
-        samples,
-        channels,
-        height,
-        width,
-        grid[0],
-        grid[1],
-        x.element_size(),
-        channels_last,
-        backward,
-        family,
-    )
-    # A ring that reaches around has each node once.
+    p = launch.Pass(samples, channels, height, width, *grid, x.element_size(), channels_last, backward, family)
+    # In a small ring two distances may lead to the same node, and each node counts once.
     lowest = max(-channel_radius, -((channels - 1) // 2))
     highest = min(channel_radius, channels // 2)
     ring_loops = self_loops or highest == lowest
-    options = {
-        "RING_LOOPS": ring_loops,
-        "LATTICE_LOOPS": self_loops or problem.cells == 1,
-        "DIAGONAL": spatial_neighbors == 8,
-        "SEQUENTIAL": sequential,
-    }
+    options = Options(
+        RING_LOOPS=ring_loops,
+        LATTICE_LOOPS=self_loops or p.cells == 1,
+        DIAGONAL=spatial_neighbors == 8,
+        SEQUENTIAL=sequential,
+    )
     ring = lowest, highest - lowest + ring_loops
     acc = tl.float64 if x.dtype is torch.float64 else tl.float32
-    return _Call(problem, num_heads, weight.shape[1] // num_heads, ring, options, acc)
+    return _Call(p, num_heads, weight.shape[1] // num_heads, ring, options, acc)
 
 
 def _rows(x: Tensor, numbers: int) -> Tensor:
-    """Scratch, ``numbers`` a sample."""
+    """Working memory of ``numbers`` numbers per sample."""
     return torch.empty((x.shape[0], numbers), dtype=accumulation_dtype(x.dtype), device=x.device)
 
 
 def _pool(
     call: _Call, x: Tensor, dy: Tensor | None, y: Tensor | None, sums: Tensor | None, products: Tensor | None
 ) -> None:
-    how = launch.pool(call.problem)
+    how = launch.pool(call.of)
     assert how is not None
     kernel = pool_runs if how.kernel == "pool_runs" else pool_tiles
-    kernel[(how.programs,)](x, dy, y, sums, products, *call.units(how), ACC=call.acc, **how.options)
+    kernel[(how.programs,)](x, dy, y, sums, products, *call.sizes(how), ACC=call.acc, **how.keywords)
 
 
 def _forward(
-    x: Tensor,
-    channel_weight: Tensor,
-    spatial_weight: Tensor,
-    residual: Tensor | None,
-    y: Tensor,
-    call: _Call,
-    scale: float,
-    relu: bool,
+    x: Tensor, weights: _Weights, residual: Tensor | None, y: Tensor, call: _Call, scale: float, relu: bool
 ) -> Tensor:
-    """Writes y and returns what backward wants."""
-    p = call.problem
+    """Writes y, and returns the tokens and pre-activations."""
+    p = call.of
     saved = _rows(x, 2 * (p.channels + p.cells))
     if p.samples == 0:
         return saved
     gates = _rows(x, p.channels + p.cells)
     if launch.is_small(p):
-        how = launch.whole(*call.table)
+        how = launch.whole(*call.graph_key)
         whole[(how.programs,)](
             x,
             residual,
@@ -185,40 +196,24 @@ def _forward(
             None if p.pixel_cells else _rows(x, p.channels * p.cells),
             saved,
             gates,
-            *call.graphs(how, channel_weight, spatial_weight),
+            *call.graph_arguments(how, weights),
             SCALE=scale,
             RELU=relu,
-            ACC=call.acc,
-            **call.options,
-            **how.options,
+            **call.graph_constants,
+            **how.keywords,
         )
         return saved
     sums = x
     if not p.pixel_cells:
         sums = _rows(x, p.channels * p.cells)
         _pool(call, x, None, None, sums, None)
-    how = launch.graph(*call.table)
-    graph[(how.programs,)](
-        sums,
-        saved,
-        gates,
-        *call.graphs(how, channel_weight, spatial_weight),
-        ACC=call.acc,
-        **call.options,
-        **how.options,
-    )
+    how = launch.graph(*call.graph_key)
+    arguments = call.graph_arguments(how, weights)
+    graph[(how.programs,)](sums, saved, gates, *arguments, **call.graph_constants, **how.keywords)
     how = launch.gate(p)
     gate[(how.programs,)](
-        x,
-        residual,
-        y,
-        gates,
-        *call.units(how),
-        SCALE=scale,
-        RELU=relu,
-        ACC=call.acc,
-        **how.options,
-    )
+        x, residual, y, gates, *call.sizes(how), SCALE=scale, RELU=relu, ACC=call.acc, **how.keywords
+    )  # fmt: skip
     return saved
 
 
@@ -232,17 +227,17 @@ def forward(
     *options: Any,
     family: str = "generic",
 ) -> tuple[Tensor, Tensor]:
-    """``steam_kernels::forward``: y, in x's layout, and what backward wants of it.
+    """``steam_kernels::forward``: y with x's strides, and the tokens and pre-activations for ``backward``.
 
-    That is (N, 2 (C + gh gw)) in the accumulation dtype where ``save`` is set, else nothing, (0,). ``residual`` is None
-    or a map, ``sequential`` the order, ``relu`` the activation; ``family`` is a key of ``launch.FAMILIES``.
+    The second result is (N, 2 (C + gh gw)) in the accumulation dtype if ``save``, else (0,). ``residual`` is None or a
+    map, ``options`` are :class:`~steam_kernels.config.Arguments`, and ``family`` is a key of ``launch.FAMILIES``.
     """
     arguments = Arguments(*options)
     call = _call(x, channel_weight, grid, arguments, False, family)
     if residual is not None:
         _check_like("residual", residual, x)
     y = torch.empty_like(x)
-    saved = _forward(x, channel_weight, spatial_weight, residual, y, call, arguments.scale, arguments.relu)
+    saved = _forward(x, _Weights(channel_weight, spatial_weight), residual, y, call, arguments.scale, arguments.relu)
     return y, saved if save else saved.new_empty(0)
 
 
@@ -255,15 +250,15 @@ def forward_(
     *options: Any,
     family: str = "generic",
 ) -> None:
-    """``steam_kernels::forward_``: ``forward`` into x itself, whose memory ``residual`` must not share.
+    """``steam_kernels::forward_``: ``forward`` into x itself. ``residual`` must not share memory with x.
 
-    The gate's programs read the very elements that they write.
+    In the gate stage each program reads only the elements of x that it writes.
     """
     arguments = Arguments(*options)
     call = _call(x, channel_weight, grid, arguments, False, family)
     if residual is not None:
         _check_like("residual", residual, x)
-    _forward(x, channel_weight, spatial_weight, residual, x, call, arguments.scale, arguments.relu)
+    _forward(x, _Weights(channel_weight, spatial_weight), residual, x, call, arguments.scale, arguments.relu)
 
 
 def backward(
@@ -278,132 +273,122 @@ def backward(
     *options: Any,
     family: str = "generic",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``steam_kernels::backward``: the gradients of x, both weights and the residual, (0,) where not asked for.
+    """``steam_kernels::backward``: the gradients of x, both weights and the residual; (0,) for each that is not needed.
 
-    ``dy`` is the gradient of y, ``y`` what forward returned where there was a ReLU, else None, ``saved`` its second
-    result. Without a ReLU the residual's gradient is dy itself, and must not be asked for. The options are forward's.
-    Gradients have the dtypes of what they are gradients of; those of maps have x's layout, weights' are contiguous.
+    ``dy`` is the gradient of y. ``y`` is the first result of forward if there was a ReLU, else None. ``saved`` is the
+    second result of forward, and the options are forward's. Without a ReLU the residual's gradient is dy itself, and
+    ``needs[3]`` must be False. A gradient has the dtype of its tensor. Gradients of maps have x's strides, and
+    gradients of weights are contiguous.
     """
-    need_x, need_channel_weight, need_spatial_weight, need_residual = needs
     arguments = Arguments(*options)
-    call = _call(x, channel_weight, grid, arguments, True, family)
-    p = call.problem
-    _check_like("dy", dy, x)
     arguments.check_backward(y, needs)
+    need_x, need_channel_weight, need_spatial_weight, need_residual = needs
+    call = _call(x, channel_weight, grid, arguments, True, family)
+    p = call.of
+    _check_like("dy", dy, x)
     if y is not None:
         _check_like("y", y, x)
     _check_saved(saved, p, x)
     dx, dresidual = (torch.empty_like(x) if need else x.new_empty(0) for need in (need_x, need_residual))
-    dchannel, dspatial = (
-        weight.new_empty(weight.shape if need else 0)
-        for weight, need in ((channel_weight, need_channel_weight), (spatial_weight, need_spatial_weight))
-    )
-    gates, shifts = _rows(x, p.channels + p.cells), _rows(x, p.channels + p.cells)
-    partials = _rows(x, 4 * call.heads)
-    ring = need_x or need_channel_weight  # whether anybody asks for what lies behind the channel gate
+    weights = _Weights(channel_weight, spatial_weight)
+    of_weights = need_channel_weight, need_spatial_weight
+    dweights = _Weights(*(w.new_empty(w.shape if need else 0) for w, need in zip(weights, of_weights, strict=True)))
+    gates, flows, shifts = (_rows(x, p.channels + p.cells) for _ in range(3))
+    rows = _Rows(saved, gates, flows, shifts, _rows(x, 4 * call.heads))
+    ring = need_x or need_channel_weight  # whether a gradient behind the channel gate is needed
     graphs = ring or need_spatial_weight
-    asked = (dx if need_x else None), (dresidual if need_residual else None)
+    needed = (dx if need_x else None), (dresidual if need_residual else None)
+    maps = _Maps(dy, x, y)
     if p.samples and graphs and launch.is_small(p):
-        flows, sums, products = _behind(call, x, ring)
-        how = launch.whole(*call.table)
-        whole_backward[(how.programs,)](
-            dy,
-            x,
-            y,
-            *asked,
-            sums,
-            products,
-            saved,
-            gates,
-            flows,
-            shifts,
-            partials,
-            *call.graphs(how, channel_weight, spatial_weight),
-            SCALE=arguments.scale,
-            RING=ring,
-            ACC=call.acc,
-            **call.options,
-            **how.options,
-        )
+        _whole_backward(call, maps, needed, weights, rows, arguments.scale, ring)
     elif p.samples:
         if graphs:
-            _graph_backward(
-                call, dy, x, y, channel_weight, spatial_weight, saved, gates, shifts, partials, arguments.scale, ring
-            )
+            _graph_backward(call, maps, weights, rows, arguments.scale, ring)
         if need_x or need_residual:
             how = launch.gate(p)
             gate_backward[(how.programs,)](
                 dy,
                 y,
-                *asked,
-                gates,
-                shifts,
-                *call.units(how),
+                *needed,
+                rows.gates,
+                rows.shifts,
+                *call.sizes(how),
                 SCALE=arguments.scale,
                 SEQUENTIAL=arguments.sequential,
                 ACC=call.acc,
-                **how.options,
+                **how.keywords,
             )
     if need_channel_weight or need_spatial_weight:
-        weights_backward[(1,)](
-            partials,
-            channel_weight,
-            spatial_weight,
-            dchannel if need_channel_weight else None,
-            dspatial if need_spatial_weight else None,
-            *channel_weight.stride(),
-            *spatial_weight.stride(),
-            *(dchannel if need_channel_weight else channel_weight).stride(),
-            *(dspatial if need_spatial_weight else spatial_weight).stride(),
-            p.samples,
-            call.heads,
-            call.head_width,
-            ACC=call.acc,
-            **launch.weights(call.heads, call.head_width).options,
-        )
-    return dx, dchannel, dspatial, dresidual
+        _weights_backward(call, weights, dweights, of_weights, rows.partials)
+    return dx, *dweights, dresidual
 
 
-def _behind(call: _Call, x: Tensor, ring: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Scratch of the graph stage backwards: flows, and sums and products where they are not x and x dy themselves."""
-    p = call.problem
-    cells = None if p.pixel_cells else p.channels * p.cells
-    sums = _rows(x, cells) if cells and ring and call.options["SEQUENTIAL"] else None
-    return _rows(x, p.channels + p.cells), sums, _rows(x, cells) if cells else None
+def _sums_and_products(call: _Call, x: Tensor, ring: bool) -> tuple[Tensor | None, Tensor | None]:
+    """Memory for the sums of x and of x dy; None for the sums if they are not needed, for both if a cell is a pixel."""
+    p = call.of
+    if p.pixel_cells:
+        return None, None
+    sums = _rows(x, p.channels * p.cells) if ring and call.options.SEQUENTIAL else None
+    return sums, _rows(x, p.channels * p.cells)
 
 
-def _graph_backward(
+def _whole_backward(
     call: _Call,
-    dy: Tensor,
-    x: Tensor,
-    y: Tensor | None,
-    channel_weight: Tensor,
-    spatial_weight: Tensor,
-    saved: Tensor,
-    gates: Tensor,
-    shifts: Tensor,
-    partials: Tensor,
+    maps: _Maps,
+    needed: tuple[Tensor | None, Tensor | None],
+    weights: _Weights,
+    rows: _Rows,
     scale: float,
     ring: bool,
 ) -> None:
-    flows, sums, products = _behind(call, x, ring)
+    how = launch.whole(*call.graph_key)
+    whole_backward[(how.programs,)](
+        *maps,
+        *needed,
+        *_sums_and_products(call, maps.x, ring),
+        *rows,
+        *call.graph_arguments(how, weights),
+        SCALE=scale,
+        RING=ring,
+        **call.graph_constants,
+        **how.keywords,
+    )
+
+
+def _graph_backward(call: _Call, maps: _Maps, weights: _Weights, rows: _Rows, scale: float, ring: bool) -> None:
+    dy, x, y = maps
+    sums, products = _sums_and_products(call, x, ring)
     if products is not None:
         _pool(call, x, dy, y, sums, products)
-    how = launch.graph(*call.table)
+    how = launch.graph(*call.graph_key)
     graph_backward[(how.programs,)](
         x if products is None else products if sums is None else sums,
         products,
         dy if products is None else None,
         y if products is None else None,
-        saved,
-        gates,
-        flows,
-        shifts,
-        partials,
-        *call.graphs(how, channel_weight, spatial_weight),
+        *rows,
+        *call.graph_arguments(how, weights),
         SCALE=scale,
         RING=ring,
+        **call.graph_constants,
+        **how.keywords,
+    )
+
+
+def _weights_backward(
+    call: _Call, weights: _Weights, gradients: _Weights, needs: tuple[bool, bool], partials: Tensor
+) -> None:
+    given = [gradient if need else None for gradient, need in zip(gradients, needs, strict=True)]
+    # A kernel takes strides also of a gradient that is not needed; those of the weight cause no other compilation.
+    strided = [w if gradient is None else gradient for gradient, w in zip(given, weights, strict=True)]
+    weights_backward[(1,)](
+        partials,
+        *weights,
+        *given,
+        *(stride for t in (*weights, *strided) for stride in t.stride()),
+        call.of.samples,
+        call.heads,
+        call.head_width,
         ACC=call.acc,
-        **call.options,
-        **how.options,
+        **launch.weights(call.heads, call.head_width).keywords,
     )

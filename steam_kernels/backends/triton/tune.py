@@ -1,7 +1,8 @@
 """``python -m steam_kernels.backends.triton.tune``: times other entries of the launch table on this machine's GPU.
 
-Prints, for each stage of a ResNet, dtype, layout and direction, the table's launch of the pool, graph and gate kernels,
-the best one found and the gain, to be carried into ``launch.py`` by hand. Nothing at run time reads it. Needs a GPU.
+For each stage of a ResNet, dtype, memory format and direction, this program prints the launches of the pool, graph and
+gate kernels in the table, the fastest launches that it found, and the gain. A person copies the results into
+``launch.py``: nothing reads them at run time. The program needs a GPU.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from .operators import INTERPRETED, backward, forward
 STAGES = ((256, 56, 56), (512, 28, 28), (1024, 14, 14), (2048, 7, 7), (96, 14, 14))
 DTYPES = (torch.float32, torch.bfloat16)
 GRID = 7
-#: What may be moved, by kernel: constants that shape tiles, within the limits that the kernels need.
+#: The constants of each kernel that the search changes: blocks that the kernel accepts in other sizes.
 BLOCKS = {
     "pool_runs": ("STEPS",),
     "pool_tiles": ("CHANNELS", "ROWS", "CELLS", "COLUMNS"),
@@ -30,15 +31,15 @@ BLOCKS = {
     "gate": ("ROWS", "RUN", "STEPS"),
     "gate_backward": ("ROWS", "RUN", "STEPS"),
 }
-#: Elements of a tile that a candidate may have at most.
+#: The most elements of a candidate's tile.
 LARGEST_TILE = 8192
 
 
 @dataclass(frozen=True)
 class Result:
-    """One kernel at one problem: the table's launch and the best one found, with their times in microseconds."""
+    """One kernel in one pass: the table's launch and the fastest launch found, with their times in microseconds."""
 
-    problem: launch.Problem
+    of: launch.Pass
     table: launch.Launch
     table_us: float
     best: launch.Launch
@@ -49,8 +50,8 @@ class Result:
         return self.table_us / self.best_us - 1
 
 
-def candidates(how: launch.Launch, p: launch.Problem) -> Iterator[launch.Launch]:
-    """The table's launch, and those with blocks and warps half and twice as large, each with its own programs."""
+def candidates(how: launch.Launch, p: launch.Pass) -> Iterator[launch.Launch]:
+    """The table's launch, and launches with blocks and warps of half and twice the size."""
     names = BLOCKS[how.kernel]
     choices = [
         sorted({max(1, how.constants[name] // 2), how.constants[name], 2 * how.constants[name]}) for name in names
@@ -72,28 +73,31 @@ def candidates(how: launch.Launch, p: launch.Problem) -> Iterator[launch.Launch]
             yield replace(how, constants=constants, num_warps=warps, programs=programs(how, constants, p))
 
 
-def programs(how: launch.Launch, told: dict[str, Any], p: launch.Problem) -> int:
-    """The programs of a kernel with these constants."""
+def programs(how: launch.Launch, constants: dict[str, Any], p: launch.Pass) -> int:
+    """The number of programs of a kernel with these constants."""
     if how.kernel == "pool_runs":
-        return p.samples * launch.ceil_div(p.channels, told["CHANNELS"] * told["STEPS"])
+        return p.samples * launch.ceil_div(p.channels, constants["CHANNELS"] * constants["STEPS"])
     if how.kernel == "pool_tiles":
-        cells = launch.ceil_div(p.grid_w, told["CELLS"])
-        return p.samples * p.grid_h * cells * launch.ceil_div(p.channels, told["CHANNELS"])
+        cells = launch.ceil_div(p.grid_w, constants["CELLS"])
+        return p.samples * p.grid_h * cells * launch.ceil_div(p.channels, constants["CHANNELS"])
     if how.kernel.startswith("gate"):
-        rows = launch.ceil_div(launch.ceil_div(p.channels, told["GROUP"]), told["ROWS"] * told["STEPS"])
-        return p.samples * rows * launch.ceil_div(p.area * told["GROUP"], told["RUN"])
+        rows = launch.ceil_div(launch.ceil_div(p.channels, constants["GROUP"]), constants["ROWS"] * constants["STEPS"])
+        return p.samples * rows * launch.ceil_div(p.area * constants["GROUP"], constants["RUN"])
     return p.samples
 
 
-def problems(samples: int, family: str) -> Iterator[tuple[launch.Problem, torch.dtype]]:
-    """What is tuned."""
+def passes(samples: int, family: str) -> Iterator[tuple[launch.Pass, torch.dtype]]:
+    """The passes that are tuned, with their dtypes."""
     for (c, h, w), dtype, last, back in itertools.product(STAGES, DTYPES, (False, True), (False, True)):
         grid = min(GRID, h), min(GRID, w)
-        yield launch.Problem(samples, c, h, w, *grid, dtype.itemsize, last, back, family), dtype
+        yield launch.Pass(samples, c, h, w, *grid, dtype.itemsize, last, back, family), dtype
 
 
-def search(p: launch.Problem, time: Callable[[launch.Launch], float]) -> list[Result]:
-    """The best launch of each stage, all others being the table's; ``time`` gives the microseconds of a launch."""
+def search(p: launch.Pass, time: Callable[[launch.Launch], float]) -> list[Result]:
+    """The fastest launch of each stage, with the table's launches of the other stages.
+
+    ``time`` gives the microseconds of a launch.
+    """
     found = []
     for how in (launch.pool(p), launch.graph(p, 4, 2, 3), launch.gate(p)):
         if how is None:
@@ -107,9 +111,9 @@ def search(p: launch.Problem, time: Callable[[launch.Launch], float]) -> list[Re
 
 def table(results: Iterable[Result]) -> str:
     """The results as Markdown, the largest gain first."""
-    lines = ["| problem | kernel | table | us | best | us | gain |", "|---|---|---|---|---|---|---|"]
+    lines = ["| pass | kernel | table | us | best | us | gain |", "|---|---|---|---|---|---|---|"]
     for r in sorted(results, key=lambda r: -r.gain):
-        p = r.problem
+        p = r.of
         layout = "channels_last" if p.channels_last else "NCHW"
         name = f"{p.samples}x{p.channels}x{p.height}x{p.width}, {p.itemsize} bytes, {layout}"
         own, best = (describe(how) for how in (r.table, r.best))
@@ -124,8 +128,8 @@ def describe(how: launch.Launch) -> str:
     return f"{blocks}, {how.num_warps} warps"
 
 
-def time_on_gpu(p: launch.Problem, dtype: torch.dtype, how: launch.Launch, repeats: int = 20) -> float:
-    """Microseconds of a call in which ``how`` is its kernel's launch; infinite where it does not compile."""
+def time_on_gpu(p: launch.Pass, dtype: torch.dtype, how: launch.Launch, repeats: int = 20) -> float:
+    """Microseconds of a call that launches its kernel by ``how``; infinite if the kernel does not compile."""
     stage = how.kernel.removesuffix("_backward").split("_")[0]
     original, small = getattr(launch, stage), launch.SMALL
     format = torch.channels_last if p.channels_last else torch.contiguous_format
@@ -153,7 +157,7 @@ def time_on_gpu(p: launch.Problem, dtype: torch.dtype, how: launch.Launch, repea
             end.record()
             end.synchronize()
             times.append(begin.elapsed_time(end) * 1e3)
-    except Exception as error:  # too many registers or too much shared memory: another candidate's turn
+    except Exception as error:  # too many registers or too much shared memory exclude this candidate alone
         print(f"  {describe(how)}: {type(error).__name__}")
         return float("inf")
     finally:
@@ -170,7 +174,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("tuning needs a GPU, and " + ("TRITON_INTERPRET is set" if INTERPRETED else "PyTorch sees none"))
         return 1
     results: list[Result] = []
-    for p, dtype in problems(given.samples, family(torch.cuda.current_device())):
+    for p, dtype in passes(given.samples, family(torch.cuda.current_device())):
         results += search(p, lambda how, p=p, dtype=dtype: time_on_gpu(p, dtype, how))  # type: ignore[misc]
     print(table(results))
     return 0

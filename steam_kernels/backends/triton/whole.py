@@ -1,59 +1,49 @@
-"""All three stages of a small sample by one program: one launch instead of three. Stages meet at barriers."""
+"""All three stages of a small sample in one program and one launch, with barriers between the stages."""
 
 import triton
 import triton.language as tl
 
+from .arguments import DO_NOT_SPECIALIZE, Sizes, Weight, sizes_of
 from .gate import gate_backward_of, gate_of, gate_tiles
-from .graph import graph_backward_of, graph_of
+from .graph import graph_of
+from .graph_backward import graph_backward_of
 from .pool import pool_runs_of, pool_tiles_of
-from .sizes import DO_NOT_SPECIALIZE
+
+
+@triton.jit
+def with_whole_width(sizes, LAYOUT: tl.constexpr):
+    """The sizes with the width itself, in place of the width divided by WIDTH_MULTIPLE."""
+    return Sizes(sizes.channels, sizes.area, sizes.width * LAYOUT.WIDTH_MULTIPLE, sizes.grid_h, sizes.grid_w)
 
 
 @triton.jit
 def pool_sample(
     n,
     x,
-    dy,
-    y,
-    sums,
+    dy,  # None: no products
+    y,  # None: no ReLU
+    sums,  # None: only products
     products,
-    channels,
-    area,
-    width,  # in units of WIDTH_UNIT
-    grid_h,
-    grid_w,
-    RUNS: tl.constexpr,
-    WIDTH_UNIT: tl.constexpr,
-    UNIFORM: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    ROWS: tl.constexpr,
-    CELLS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    PIXELS: tl.constexpr,
-    RUN: tl.constexpr,
+    sizes,  # the width divided by WIDTH_MULTIPLE
+    LAYOUT: tl.constexpr,
+    TILE: tl.constexpr,
     ACC: tl.constexpr,
 ):
     """The pool stage of sample n, by runs or by tiles."""
-    if RUNS:
-        pool_runs_of(
-            n, 0, tl.cdiv(channels, CHANNELS), x, dy, y, sums, products, channels, area, width * WIDTH_UNIT,
-            grid_h, grid_w, CHANNELS, CELLS, PIXELS, RUN, ACC,
-        )  # fmt: skip
+    if TILE.RUNS:
+        blocks = tl.cdiv(sizes.channels, TILE.CHANNELS)
+        pool_runs_of(n, 0, blocks, x, dy, y, sums, products, with_whole_width(sizes, LAYOUT), TILE, ACC)
     else:
-        for t in range(tl.cdiv(channels, CHANNELS) * tl.cdiv(grid_w, CELLS) * grid_h):
-            pool_tiles_of(
-                n, t, x, dy, y, sums, products, channels, area, width, grid_h, grid_w,
-                WIDTH_UNIT, UNIFORM, CHANNELS_LAST, CHANNELS, ROWS, CELLS, COLUMNS, ACC,
-            )  # fmt: skip
+        for t in range(tl.cdiv(sizes.channels, TILE.CHANNELS) * tl.cdiv(sizes.grid_w, TILE.CELLS) * sizes.grid_h):
+            pool_tiles_of(n, t, x, dy, y, sums, products, sizes, LAYOUT, TILE, ACC)
 
 
 @triton.jit(do_not_specialize=DO_NOT_SPECIALIZE)
 def whole(
     x,
-    residual,
+    residual,  # None: no residual
     y,
-    sums,  # None: a cell is a pixel
+    sums,  # None: each cell is a pixel
     saved,
     gates,
     channel_weight,
@@ -73,61 +63,31 @@ def whole(
     ring_count,
     SCALE: tl.constexpr,
     RELU: tl.constexpr,
-    RING_LOOPS: tl.constexpr,
-    LATTICE_LOOPS: tl.constexpr,
-    DIAGONAL: tl.constexpr,
-    SEQUENTIAL: tl.constexpr,
-    CHANNEL_UNIT: tl.constexpr,
-    AREA_UNIT: tl.constexpr,
-    WIDTH_UNIT: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    POOL_RUNS: tl.constexpr,
-    POOL_UNIFORM: tl.constexpr,
-    POOL_CHANNELS: tl.constexpr,
-    POOL_ROWS: tl.constexpr,
-    POOL_CELLS: tl.constexpr,
-    POOL_COLUMNS: tl.constexpr,
-    POOL_PIXELS: tl.constexpr,
-    POOL_RUN: tl.constexpr,
-    GRAPH_CHANNELS: tl.constexpr,
-    GRAPH_CELLS: tl.constexpr,
-    GRAPH_WALK: tl.constexpr,
-    GRAPH_RUN: tl.constexpr,
-    GRAPH_NODES: tl.constexpr,
-    HEADS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    GATE_GROUP: tl.constexpr,
-    GATE_ROWS: tl.constexpr,
-    GATE_RUN: tl.constexpr,
-    GATE_STEPS: tl.constexpr,
+    OPTIONS: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    POOL: tl.constexpr,
+    GRAPH: tl.constexpr,
+    GATE: tl.constexpr,
     ACC: tl.constexpr,
 ):
     """The forward pass of a sample."""
     n = tl.program_id(0).to(tl.int64)
-    channels = channels * CHANNEL_UNIT
-    area = area * AREA_UNIT
+    sizes = sizes_of(channels, area, width, grid_h, grid_w, LAYOUT)
+    channel = Weight(channel_weight, channel_row, channel_column, heads, head_width)
+    spatial = Weight(spatial_weight, spatial_row, spatial_column, heads, head_width)
     pooled = x
     if sums is not None:
-        pool_sample(
-            n, x, None, None, sums, None, channels, area, width, grid_h, grid_w, POOL_RUNS, WIDTH_UNIT, POOL_UNIFORM,
-            CHANNELS_LAST, POOL_CHANNELS, POOL_ROWS, POOL_CELLS, POOL_COLUMNS, POOL_PIXELS, POOL_RUN, ACC,
-        )  # fmt: skip
+        pool_sample(n, x, None, None, sums, None, sizes, LAYOUT, POOL, ACC)
         tl.debug_barrier()
         pooled = sums
-    width = width * WIDTH_UNIT
+    sizes = with_whole_width(sizes, LAYOUT)
     graph_of(
-        n, pooled, saved, gates, channel_weight, spatial_weight, channel_row, channel_column, spatial_row,
-        spatial_column, channels, area, width, grid_h, grid_w, heads, head_width, ring_first, ring_count,
-        RING_LOOPS, LATTICE_LOOPS, DIAGONAL, SEQUENTIAL, CHANNELS_LAST, GRAPH_CHANNELS, GRAPH_CELLS, GRAPH_WALK,
-        GRAPH_RUN, GRAPH_NODES, HEADS, WIDTH, ACC,
+        n, pooled, saved, gates, channel, spatial, sizes, ring_first, ring_count, OPTIONS, LAYOUT, GRAPH, ACC
     )  # fmt: skip
     tl.debug_barrier()
-    row_blocks, run_blocks = gate_tiles(channels, area, GATE_GROUP, GATE_ROWS, GATE_RUN, GATE_STEPS)
+    row_blocks, run_blocks = gate_tiles(sizes, GATE)
     for t in range(row_blocks * run_blocks):
-        gate_of(
-            n, t, x, residual, y, gates, channels, area, width, grid_h, grid_w, SCALE, RELU, CHANNELS_LAST,
-            GATE_GROUP, GATE_ROWS, GATE_RUN, GATE_STEPS, ACC,
-        )  # fmt: skip
+        gate_of(n, t, x, residual, y, gates, sizes, SCALE, RELU, LAYOUT, GATE, ACC)
 
 
 @triton.jit(do_not_specialize=DO_NOT_SPECIALIZE)
@@ -135,10 +95,10 @@ def whole_backward(
     dy,
     x,
     y,  # None: no ReLU
-    dx,  # None: not asked for
-    dresidual,  # None: not asked for
-    sums,  # None: a cell is a pixel, or nobody asks
-    products,  # None: a cell is a pixel
+    dx,  # None: not needed
+    dresidual,  # None: not needed
+    sums,  # None: each cell is a pixel, or not needed
+    products,  # None: each cell is a pixel
     saved,
     gates,
     flows,
@@ -161,59 +121,32 @@ def whole_backward(
     ring_count,
     SCALE: tl.constexpr,
     RING: tl.constexpr,
-    RING_LOOPS: tl.constexpr,
-    LATTICE_LOOPS: tl.constexpr,
-    DIAGONAL: tl.constexpr,
-    SEQUENTIAL: tl.constexpr,
-    CHANNEL_UNIT: tl.constexpr,
-    AREA_UNIT: tl.constexpr,
-    WIDTH_UNIT: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    POOL_RUNS: tl.constexpr,
-    POOL_UNIFORM: tl.constexpr,
-    POOL_CHANNELS: tl.constexpr,
-    POOL_ROWS: tl.constexpr,
-    POOL_CELLS: tl.constexpr,
-    POOL_COLUMNS: tl.constexpr,
-    POOL_PIXELS: tl.constexpr,
-    POOL_RUN: tl.constexpr,
-    GRAPH_CHANNELS: tl.constexpr,
-    GRAPH_CELLS: tl.constexpr,
-    GRAPH_ONCE: tl.constexpr,
-    GRAPH_RUN: tl.constexpr,
-    GRAPH_NODES: tl.constexpr,
-    HEADS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    GATE_GROUP: tl.constexpr,
-    GATE_ROWS: tl.constexpr,
-    GATE_RUN: tl.constexpr,
-    GATE_STEPS: tl.constexpr,
+    OPTIONS: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    POOL: tl.constexpr,
+    GRAPH: tl.constexpr,
+    GATE: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """The backward pass of a sample, up to its terms of the weights' gradients."""
+    """The backward pass of a sample, up to its partials of the gradients of the weights."""
     n = tl.program_id(0).to(tl.int64)
-    channels = channels * CHANNEL_UNIT
-    area = area * AREA_UNIT
+    sizes = sizes_of(channels, area, width, grid_h, grid_w, LAYOUT)
+    channel = Weight(channel_weight, channel_row, channel_column, heads, head_width)
+    spatial = Weight(spatial_weight, spatial_row, spatial_column, heads, head_width)
     pooled = x
     if products is not None:
-        pool_sample(
-            n, x, dy, y, sums, products, channels, area, width, grid_h, grid_w, POOL_RUNS, WIDTH_UNIT, POOL_UNIFORM,
-            CHANNELS_LAST, POOL_CHANNELS, POOL_ROWS, POOL_CELLS, POOL_COLUMNS, POOL_PIXELS, POOL_RUN, ACC,
-        )  # fmt: skip
+        pool_sample(n, x, dy, y, sums, products, sizes, LAYOUT, POOL, ACC)
         tl.debug_barrier()
         pooled = products if sums is None else sums
-    width = width * WIDTH_UNIT
+    sizes = with_whole_width(sizes, LAYOUT)
     graph_backward_of(
-        n, pooled, products, dy, y, saved, gates, flows, shifts, partials, channel_weight, spatial_weight,
-        channel_row, channel_column, spatial_row, spatial_column, channels, area, width, grid_h, grid_w, heads,
-        head_width, ring_first, ring_count, SCALE, RING, RING_LOOPS, LATTICE_LOOPS, DIAGONAL, SEQUENTIAL,
-        CHANNELS_LAST, GRAPH_CHANNELS, GRAPH_CELLS, GRAPH_ONCE, GRAPH_RUN, GRAPH_NODES, HEADS, WIDTH, ACC,
+        n, pooled, products, dy, y, saved, gates, flows, shifts, partials, channel, spatial, sizes,
+        ring_first, ring_count, SCALE, RING, OPTIONS, LAYOUT, GRAPH, ACC,
     )  # fmt: skip
     if dx is not None or dresidual is not None:
         tl.debug_barrier()
-        row_blocks, run_blocks = gate_tiles(channels, area, GATE_GROUP, GATE_ROWS, GATE_RUN, GATE_STEPS)
+        row_blocks, run_blocks = gate_tiles(sizes, GATE)
         for t in range(row_blocks * run_blocks):
             gate_backward_of(
-                n, t, dy, y, dx, dresidual, gates, shifts, channels, area, width, grid_h, grid_w, SCALE, SEQUENTIAL,
-                CHANNELS_LAST, GATE_GROUP, GATE_ROWS, GATE_RUN, GATE_STEPS, ACC,
+                n, t, dy, y, dx, dresidual, gates, shifts, sizes, SCALE, OPTIONS.SEQUENTIAL, LAYOUT, GATE, ACC
             )  # fmt: skip

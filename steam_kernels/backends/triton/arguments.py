@@ -1,0 +1,141 @@
+"""The arguments that kernels share, in groups.
+
+Device functions take groups. A kernel takes its constants in groups, and its runtime arguments one by one: Triton does
+not apply ``do_not_specialize`` to the members of a tuple, and would compile a kernel again for a new size.
+"""
+
+from typing import Any, NamedTuple, TypeVar
+
+import triton
+import triton.language as tl
+
+#: Sizes that change from call to call. The constants of a launch give the divisors on which the width of accesses
+#: depends (``Layout``), so Triton does not specialise kernels by sizes.
+DO_NOT_SPECIALIZE = (
+    "samples",
+    "channels",
+    "area",
+    "width",
+    "grid_h",
+    "grid_w",
+    "heads",
+    "head_width",
+    "ring_first",
+    "ring_count",
+)
+
+
+# ---- constants -------------------------------------------------------------------------------------------------------
+
+
+class Layout(NamedTuple):
+    """The memory format of the maps, and the divisors by which the size arguments of a kernel are divided."""
+
+    CHANNELS_LAST: bool = False
+    CHANNELS_MULTIPLE: int = 1
+    AREA_MULTIPLE: int = 1
+    WIDTH_MULTIPLE: int = 1
+
+
+class Options(NamedTuple):
+    """The options of the unit: self loops of the ring and of the lattice, 8 neighbours, the order."""
+
+    RING_LOOPS: bool
+    LATTICE_LOOPS: bool
+    DIAGONAL: bool
+    SEQUENTIAL: bool
+
+
+class PoolTile(NamedTuple):
+    """Blocks of the pool stage. RUNS: ``pool_runs`` serves the map, else ``pool_tiles``. A block of 0 is not used."""
+
+    RUNS: bool = False
+    #: Whether all cells have the same width.
+    UNIFORM: bool = False
+    CHANNELS: int = 0
+    ROWS: int = 0
+    CELLS: int = 0
+    COLUMNS: int = 0
+    PIXELS: int = 0
+    RUN: int = 0
+    STEPS: int = 0
+
+
+class GraphTile(NamedTuple):
+    """Blocks of the graph stage: tiles of (CHANNELS, CELLS) sums, NODES nodes, and one weight's (HEADS, WIDTH)."""
+
+    CHANNELS: int
+    CELLS: int
+    #: The length of a run of memory that holds a tile, or 0: the tile is read in place.
+    RUN: int
+    NODES: int
+    HEADS: int
+    WIDTH: int
+    #: Forward: the stage walks over the ring, and reads the sums once.
+    WALK: bool = False
+    #: Backward: one tile has all cells, so the stage reads the products once.
+    ONCE: bool = False
+
+
+class GateTile(NamedTuple):
+    """Blocks of the gate stage: STEPS tiles of (ROWS, RUN) numbers; a row has GROUP channels."""
+
+    GROUP: int
+    ROWS: int
+    RUN: int
+    STEPS: int
+
+
+class WeightsTile(NamedTuple):
+    """Blocks of ``weights_backward``: one weight's (HEADS, WIDTH), and SAMPLES samples at a time."""
+
+    HEADS: int
+    WIDTH: int
+    SAMPLES: int
+
+
+# ---- runtime arguments -----------------------------------------------------------------------------------------------
+
+
+class Sizes(NamedTuple):
+    """The sizes of a sample: C, H W, W, gh and gw."""
+
+    channels: Any
+    area: Any
+    width: Any
+    grid_h: Any
+    grid_w: Any
+
+
+class Weight(NamedTuple):
+    """A weight (4, heads head_width) of one branch: the pointer, and the strides of its rows and columns."""
+
+    data: Any
+    row: Any
+    column: Any
+    heads: Any
+    head_width: Any
+
+
+@triton.jit
+def sizes_of(channels, area, width, grid_h, grid_w, LAYOUT: tl.constexpr):
+    """The sizes of a sample from the arguments of a kernel; ``width`` stays divided by its divisor."""
+    return Sizes(channels * LAYOUT.CHANNELS_MULTIPLE, area * LAYOUT.AREA_MULTIPLE, width, grid_h, grid_w)
+
+
+# ---- groups on the host ----------------------------------------------------------------------------------------------
+
+#: Whether Triton's interpreter runs the kernels: whether TRITON_INTERPRET was 1 when this module was imported.
+INTERPRETED = not isinstance(sizes_of, triton.JITFunction)
+
+Group = TypeVar("Group", bound=tuple[Any, ...])
+
+
+def constants(kind: type[Group], members: dict[str, Any]) -> Group:
+    """A group of constants, as kernels take them.
+
+    The compiler of Triton 3.4 needs each member to be a ``tl.constexpr``. The interpreter cannot compute with tensors
+    and ``tl.constexpr``, and needs plain values.
+    """
+    group = kind(**members)
+    return group if INTERPRETED else kind(*map(tl.constexpr, group))

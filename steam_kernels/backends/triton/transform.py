@@ -1,0 +1,155 @@
+"""The graph transform of one branch, and its gradient, by the nodes of one program.
+
+Heads are collapsed: with a = <w_q, w_k> / sqrt(d_h) and b = <w_v, w_o>, head k of node i has
+alpha_ij = softmax_j(a t_i t_j), m_i = sum_j alpha_ij t_j, and o_i = sum_k b m_i.
+"""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+
+class Graph(NamedTuple):
+    """The nodes of a branch, and where their neighbours are.
+
+    The nodes are rows of ``columns`` nodes. Each node has ``neighbors`` places for neighbours, itself among them if
+    LOOPS; places of the lattice may be empty. RING: one row that wraps, and the neighbours of node i are i + ``first``
+    and the following nodes. DIAGONAL: the lattice has 8 neighbours, else 4.
+    """
+
+    nodes: Any
+    columns: Any
+    first: Any
+    neighbors: Any
+    RING: Any
+    LOOPS: Any
+    DIAGONAL: Any
+
+
+@triton.jit
+def sigmoid(o):
+    """sigma(o), and its derivative sigma(o) sigma(-o), which is precise where sigma saturates."""
+    e = tl.exp(-tl.abs(o))
+    below = 1.0 / (1.0 + e)
+    return tl.where(o >= 0.0, 1.0, e) * below, e * below * below
+
+
+@triton.jit
+def collapse(weight, TILE: tl.constexpr, ACC: tl.constexpr):
+    """a and b of every head, (1, HEADS) each, 0 beyond the heads."""
+    # [HEADS, 1] and [1, WIDTH]
+    head = tl.arange(0, TILE.HEADS)[:, None]
+    k = tl.arange(0, TILE.WIDTH)[None, :]
+    # [HEADS, WIDTH]
+    inside = (head < weight.heads) & (k < weight.head_width)
+    at = weight.data + (head * weight.head_width + k) * weight.column
+    query = tl.load(at, mask=inside, other=0.0).to(ACC)
+    key = tl.load(at + weight.row, mask=inside, other=0.0).to(ACC)
+    value = tl.load(at + 2 * weight.row, mask=inside, other=0.0).to(ACC)
+    output = tl.load(at + 3 * weight.row, mask=inside, other=0.0).to(ACC)
+    # [HEADS]
+    a = tl.sum(query * key, 1) / tl.sqrt((weight.head_width + tl.zeros([TILE.HEADS], tl.int32)).to(ACC))
+    return a[None, :], tl.sum(value * output, 1)[None, :]
+
+
+@triton.jit
+def neighbor(node, k, graph):
+    """The k-th neighbour of each node, and whether it exists; the node's own index if it does not."""
+    if graph.RING:
+        step = graph.first + k
+        if not graph.LOOPS:
+            step = tl.where(step >= 0, step + 1, step)
+        j = node + step
+        j = tl.where(j < 0, j + graph.nodes, j)
+        j = tl.where(j >= graph.nodes, j - graph.nodes, j)
+        exists = j >= 0
+    else:
+        if graph.DIAGONAL:
+            down = k // 3 - 1
+            right = k - k // 3 * 3 - 1
+        else:
+            down = k // 4 - (4 - k) // 4
+            right = k - 2 - 2 * down
+        row = node // graph.columns + down
+        column = node % graph.columns + right
+        exists = (row >= 0) & (row < graph.nodes // graph.columns) & (column >= 0) & (column < graph.columns)
+        if not graph.LOOPS:
+            exists = exists & ((down != 0) | (right != 0))
+        j = tl.where(exists, row * graph.columns + column, node)
+    return j, exists
+
+
+@triton.jit
+def attend(tokens, node, a, graph):
+    """The softmax of each head at each node, (NODES, HEADS) each: the slope a t, the extreme, 1 / total, m - extreme.
+
+    The extreme is the token with the largest score, and the total is the sum of the weights. A score is a difference
+    before it is a product, so its exponential is at most 1.
+    """
+    # [NODES, HEADS]
+    slope = a * tl.load(tokens + node)[:, None]
+    # [NODES]
+    low = tl.full(node.shape, float("inf"), slope.dtype)
+    high = tl.full(node.shape, float("-inf"), slope.dtype)
+    for k in range(graph.neighbors):
+        j, exists = neighbor(node, k, graph)
+        t = tl.load(tokens + j)
+        low = tl.where(exists & (t < low), t, low)
+        high = tl.where(exists & (t > high), t, high)
+    # [NODES, HEADS]
+    extreme = tl.where(slope > 0.0, high[:, None], low[:, None])
+    total = tl.zeros(slope.shape, slope.dtype)
+    moment = tl.zeros(slope.shape, slope.dtype)
+    for k in range(graph.neighbors):
+        j, exists = neighbor(node, k, graph)
+        difference = tl.where(exists[:, None], tl.load(tokens + j)[:, None] - extreme, 0.0)
+        weight = tl.where(exists[:, None], tl.exp(slope * difference), 0.0)
+        total += weight
+        moment += weight * difference
+    inverse = 1.0 / total
+    return slope, extreme, inverse, moment * inverse
+
+
+@triton.jit
+def transform(tokens, node, a, b, heads, graph):
+    """The pre-activations o of the nodes, (NODES,)."""
+    # [NODES, HEADS]
+    _, extreme, _, mean = attend(tokens, node, a, graph)
+    # [1, HEADS]
+    head = tl.arange(0, a.shape[1])[None, :]
+    return tl.sum(tl.where(head < heads, b * (extreme + mean), 0.0), 1)
+
+
+@triton.jit
+def transform_backward(tokens, flows, node, a, b, heads, graph):
+    """The gradients of the tokens, (NODES,), and each node's terms of the gradients of a and b, (NODES, HEADS) each.
+
+    ``flows`` are the gradients of the pre-activations. The graph is symmetric, so a node gathers the gradients that its
+    neighbours give back. It computes their softmax again from their own neighbours, without memory and without atomics.
+    """
+    # [1, HEADS]
+    head = tl.arange(0, a.shape[1])[None, :]
+    # [NODES, HEADS]
+    slope, extreme, inverse, mean = attend(tokens, node, a, graph)
+    variance = tl.zeros(slope.shape, slope.dtype)
+    for k in range(graph.neighbors):
+        j, exists = neighbor(node, k, graph)
+        difference = tl.where(exists[:, None], tl.load(tokens + j)[:, None] - extreme, 0.0)
+        weight = tl.where(exists[:, None], tl.exp(slope * difference), 0.0)
+        variance += weight * inverse * (difference - mean) * (difference - mean)
+    # [NODES, 1]
+    t = tl.load(tokens + node)[:, None]
+    own = tl.load(flows + node)[:, None]
+    # [NODES, HEADS]
+    through = b * own * variance
+    out = tl.where(head < heads, through * a, 0.0)
+    for k in range(graph.neighbors):
+        j, exists = neighbor(node, k, graph)
+        slope, extreme_j, inverse_j, mean_j = attend(tokens, j, a, graph)
+        difference = t - extreme_j
+        weight = tl.exp(slope * difference) * inverse_j
+        # The weight comes before the slope: it is 0 where the product of slope and distance may overflow.
+        back = b * tl.load(flows + j)[:, None] * (weight + slope * (weight * (difference - mean_j)))
+        out += tl.where(exists[:, None] & (head < heads), back, 0.0)
+    return tl.sum(out, 1), through * t, own * (extreme + mean)
