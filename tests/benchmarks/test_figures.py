@@ -1,8 +1,11 @@
-"""The figures of the pages are those of the committed results."""
+"""The figures of the README and of the pages agree with the committed results."""
 
 from __future__ import annotations
 
+import json
 import re
+import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,13 +51,15 @@ def tables_of(text: str) -> list[list[list[str]]]:
     return [table for table in tables if table]
 
 
-def agree(cell: str, printed: list[str], what: str) -> None:
+def agree(cell: str, printed: Sequence[object], what: str) -> None:
     """Checks that each number of a cell is a printed number, rounded to the digits that are written."""
     written = re.findall(r"[-+]?\d+(?:\.\d+)?", cell.replace("−", "-"))
     assert len(written) == len(printed), f"{what}: {cell!r} for {printed}"
     for text, number in zip(written, printed, strict=True):
         half = 0.5 * 10.0 ** -len(text.partition(".")[2])
-        assert abs(float(text) - float(number)) <= half + 1e-9, f"{what}: {text} is written, the results have {number}"
+        assert abs(float(text) - float(str(number))) <= half + 1e-9, (
+            f"{what}: {text} is written, the results have {number}"
+        )
 
 
 README_NAMES = {
@@ -116,3 +121,100 @@ def test_a_wrong_figure_of_the_readme_is_seen() -> None:
     for cell in ("26.8 (3.9 to 75)", "26.7 (3.9 to 76)", "26.7 (3.9)"):
         with pytest.raises(AssertionError, match="wrong"):
             agree(cell, ["26.7", "3.91", "75.0"], "wrong")
+
+
+# ---- docs/performance.md ---------------------------------------------------------------------------------------------
+
+
+def performance_table(*head: str) -> list[list[str]]:
+    """The rows of the one table of docs/performance.md whose head begins with these cells."""
+    text = (ROOT / "docs" / "performance.md").read_text()
+    (table,) = [t for t in tables_of(text) if t[0][: len(head)] == list(head)]
+    assert len(table) > 1
+    return table[1:]
+
+
+def results(name: str, **values: Any) -> list[dict[str, Any]]:
+    """The rows of a committed file that have these values."""
+    rows = json.loads((ROOT / "benchmarks" / "results" / name).read_text())["rows"]
+    return [r for r in rows if all(r.get(k) == v for k, v in values.items())]
+
+
+def span(values: list[float]) -> list[str]:
+    return [f"{min(values):.6f}", f"{max(values):.6f}"]
+
+
+def test_the_performance_page_names_its_files() -> None:
+    for name, *cells in performance_table("file"):
+        content = json.loads((ROOT / "benchmarks" / "results" / name).read_text())
+        found = content["machine"]
+        assert cells == [found["processor"], found["cpu_variant"], found["commit"], found["date"][:10]]
+        assert found["threads"] == 2 and found["torch"].startswith("2.14.1") and not content["quick"]
+
+
+def test_the_options_of_the_performance_page() -> None:
+    rows = results("avx2/options.json", section="options")
+    table = performance_table("options")
+    assert len(table) == 5 and len(rows) == 8
+    for name, *cells in table:
+        for cell, direction in zip(cells, ("forward", "backward"), strict=True):
+            agree(cell, span([r[f"{direction} {name}"] for r in rows]), f"{name}, {direction}")
+
+
+def test_the_variants_of_the_performance_page() -> None:
+    rows = results("avx2/options.json", section="variants", variant="generic")
+    excepted = [r for r in rows if r["problem"] != "32x2048x7x7-float32-channels_last"]
+    for (name, *cells), of in zip(performance_table("shapes"), (rows, excepted), strict=True):
+        for cell, direction in zip(cells, ("forward", "backward"), strict=True):
+            agree(cell, span([r[f"{direction}_over_best"] for r in of]), f"{name}, {direction}")
+
+
+def test_the_inplace_calls_of_the_performance_page() -> None:
+    table = performance_table("malloc")
+    assert [row[0] for row in table] == ["stock", "benchmarks'"]
+    for name, cell in table:
+        rows = results("avx2/inplace.json", malloc=name)
+        agree(cell, span([r["outofplace"] / r["inplace"] for r in rows]), name)
+
+
+def test_the_shares_of_the_performance_page() -> None:
+    rows = results("avx512/cache_batch8.json")
+    text = (ROOT / "docs" / "performance.md").read_text()
+    (head,) = [t[0] for t in tables_of(text) if t[0][0] == "share in MiB"]
+    table = performance_table("share in MiB")
+    assert [int(row[0]) for row in table] == sorted({r["cache"] >> 20 for r in rows})
+    for share, *cells in table:
+        own = [r for r in rows if r["cache"] >> 20 == int(share)]
+        for cell, column in zip(cells, head[1:], strict=True):
+            if column.startswith("network, "):
+                (row,) = [r for r in own if r.get("task") == column.removeprefix("network, ")]
+                agree(cell, [row["time_over_plain"]], f"{share}, {column}")
+            else:
+                (row,) = [r for r in own if r.get("problem") == column]
+                agree(cell, [row["forward_over_floor"], row["backward_over_floor"]], f"{share}, {column}")
+    assert {r["cache"] >> 20 for r in rows if r["default"]} == {16}
+
+
+def test_the_random_shapes_of_the_performance_page() -> None:
+    rows = results("avx2/sweep.json", checked=True)
+    large = [r for r in rows if r["bytes"] > 1 << 20]
+    medians = [statistics.median(r[f"{d}_over_floor"] for r in large) for d in ("forward", "backward")]
+    above = [r for r in large if r["worst"] > 4]
+    small = [r[d] * 1e6 for r in rows if r["bytes"] <= 1 << 20 for d in ("forward", "backward")]
+    text = re.sub(r"\s+", " ", (ROOT / "docs" / "performance.md").read_text())
+    (found,) = re.findall(r"measured and judged (\d+ shapes\. \d+ of them .*) take more than 4 times", text)
+    agree(found.replace("1 MB", "a MB"), [len(rows), len(large), *medians, len(above)], "random shapes")
+    (found,) = re.findall(r"Shapes of at most 1 MB take (.* µs per pass, with a median of .*) µs\.", text)
+    agree(found, [*span(small), statistics.median(small)], "small shapes")
+    table = performance_table("shape", "walk")
+    assert [row[:2] for row in table] == [[r["problem"], r["walk"]] for r in above]
+    for row, r in zip(table, above, strict=True):
+        for cell, d in zip(row[2:], ("forward", "backward"), strict=True):
+            agree(cell, [r[f"{d}_over_floor"]], f"{r['problem']}, {d}")
+
+
+def test_the_host_overhead_of_the_performance_page() -> None:
+    for name, *cells in performance_table("layer"):
+        (row,) = results("avx2/host.json", section="layers", layer=name)
+        for cell, column in zip(cells, ("no grad", "forward + backward"), strict=True):
+            agree(cell, [row[column]], f"{name}, {column}")

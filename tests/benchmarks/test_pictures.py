@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks import contenders, end_to_end, pictures, runs
 from benchmarks.machine import ROOT
-from benchmarks.shapes import SHAPES, Shape
+from benchmarks.shapes import NAMED_OPTIONS, SHAPES, Shape
 
 
 def drawn(monkeypatch: pytest.MonkeyPatch, draw: Any, part: str) -> Any:
@@ -86,3 +86,16 @@ def test_page_has_mobile_and_detection_names() -> None:
         for p in (shape, replace(shape, layout="channels_last"), replace(shape, n=1))
     ]
     assert [r["problem"] for r in runs.UnitRows(rows).shown()] == [shape.label]
+
+
+def test_means_and_pictures_have_the_default_options_alone() -> None:
+    shapes = (Shape(8, *SHAPES["m14"]), Shape(8, *SHAPES["m14"], options=NAMED_OPTIONS["tail"]))
+    rows = [
+        {"problem": s.label, "contender": contender, "direction": "forward", "shape": s.name, "seconds": seconds}
+        | {"batch": s.n, "dtype": s.dtype, "layout": s.layout, "default_options": not s.options.tail}
+        for s in shapes
+        for contender, seconds in (("fused", 1.0), ("se", 3.0 if s.options.tail else 2.0))
+    ]
+    unit = runs.UnitRows(rows)
+    assert list(unit.labels) == [s.label for s in shapes]
+    assert [r["problem"] for r in unit.shown()] == [shapes[0].label] and unit.speedups("se", "forward") == [2.0]
