@@ -103,7 +103,7 @@ def plain() -> Contender:
 
 
 def two_steps(contender: Contender) -> Contender:
-    """The unit without a tail, then the addition of the residual and the ReLU. Both are in place, as in networks."""
+    """The contender's unit without a tail, then the addition of the residual and the ReLU, both in place."""
 
     def call(
         x: Tensor,

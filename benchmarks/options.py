@@ -6,9 +6,7 @@
 * *variants*: each variant of the CPU kernels that this processor runs, in a process of its own, over its own floor.
 * *tail*: ``relu(gate(x) + residual)`` in one pass, beside the same result in two steps. The two steps are a unit
   without a tail, and then the addition and the ReLU, both in place. The unit is the fused one or the honest baseline.
-  All are measured forward, and forward + backward by autograd, over the tail's floor. That floor is ``torch.add(x,
-  residual, out=y)`` forward; backward it is ``torch.add(x, dy, out=dx)`` and ``torch.mul(y, 0.5, out=dresidual)``,
-  which is three reads and two writes.
+  All are measured forward, and forward + backward by autograd, over the floor of the tail (``passes.floor_blocks``).
 * *inplace*: in-place calls beside calls that return a new map, with the stock malloc and with the benchmarks' setting.
 """
 

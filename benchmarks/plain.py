@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,8 +35,8 @@ def _heads(weight: Tensor, heads: int) -> tuple[Tensor, Tensor]:
 
 
 def _attend(t: Tensor, near: list[Tensor], masks: list[Tensor | None], a: Tensor, b: Tensor) -> Tensor:
-    """o_i = sum_k b_k m_i. ``t`` is (N, nodes), ``near`` has the value of each neighbour, (N, nodes), and ``masks`` is
-    true, (nodes,), where the neighbour exists."""
+    """o_i = sum_k b_k m_i. ``t`` is (N, nodes), and ``near`` has the values of each neighbour, (N, nodes). A mask,
+    (nodes,), is true where the neighbour exists; None means that it exists at every node."""
     at = a[:, None] * t[:, None]  # (N, heads, nodes)
     steps = [(s - t)[:, None] for s in near]  # the softmax is invariant to a common shift
     scores = [at * d if m is None else (at * d).masked_fill(~m, -math.inf) for d, m in zip(steps, masks, strict=True)]
@@ -125,11 +126,10 @@ def _spread(x: Tensor, gate: Tensor) -> Tensor:
     return (x.unflatten(2, (gh, h // gh)) * gate.unsqueeze(3)).flatten(2, 3)
 
 
-def steam(
+def _gated(
     x: Tensor,
     channel_weight: Tensor,
     spatial_weight: Tensor,
-    residual: Tensor | None = None,
     *,
     num_heads: int = 4,
     grid_size: tuple[int, int] = (7, 7),
@@ -137,10 +137,8 @@ def steam(
     spatial_neighbors: int = 4,
     self_loops: bool = True,
     order: str = "sequential",
-    activation: str | None = None,
 ) -> Tensor:
-    """The unit, with the arguments of ``steam_kernels.steam`` that the benchmarks use. ``x`` (N, C, H, W) -> the same
-    shape."""
+    """The unit without a tail: ``x`` (N, C, H, W) -> the same shape, in float32 (or float64)."""
     c, h, w = x.shape[1:]
     gh, gw = min(grid_size[0], h), min(grid_size[1], w)
     sums, count = _pool(x, gh, gw)
@@ -149,7 +147,21 @@ def steam(
     weighted = sums * gc[:, :, None, None] if order == "sequential" else sums
     u = weighted.sum(1) / (c * count)
     gs = torch.sigmoid(_lattice(u, spatial_neighbors, self_loops, *_heads(spatial_weight.to(z.dtype), num_heads)))
-    y = _spread(x, gc[:, :, None, None] * gs[:, None])
+    return _spread(x, gc[:, :, None, None] * gs[:, None])
+
+
+def steam(
+    x: Tensor,
+    channel_weight: Tensor,
+    spatial_weight: Tensor,
+    residual: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    **options: Any,
+) -> Tensor:
+    """The unit, with those arguments of ``steam_kernels.steam`` that the benchmarks use. ``options`` are the keyword
+    arguments of :func:`_gated`. ``x`` (N, C, H, W) -> the same shape."""
+    y = _gated(x, channel_weight, spatial_weight, **options)
     if residual is not None:
         y = y + residual
     return (F.relu(y) if activation == "relu" else y).to(x.dtype)

@@ -27,9 +27,8 @@ from benchmarks.timing import Effort, interleaved
 LARGE = 1 << 20
 #: The largest time over the floor of a large map.
 LIMIT = 4.0
-#: The number of samples that are judged. Samples are independent, and a float64 reference of 64 samples would take
-# longer
-#: than all the timing.
+#: The number of samples that are judged. Samples are independent, and a float64 reference of all samples would take
+#: longer than the timing.
 JUDGED = 2
 
 
