@@ -1,9 +1,9 @@
-"""The unit and the gates that people use today, at shapes of ResNet-50, MobileNetV2 and a detector: forward (no grad),
-backward and forward + backward (autograd).
+"""The unit and other gates at shapes of ResNet-50, MobileNetV2 and a detector: forward without gradients, backward, and
+forward + backward by autograd.
 
-All contenders and floors of a problem are measured together, in interleaved rounds, when its first test asks;
-pytest-benchmark gets each one's own rounds. A contender whose output or gradients are out of bounds has a failing
-test, and no time.
+The first test of a shape measures all its contenders and floors together, in interleaved rounds. pytest-benchmark gets
+the recorded rounds of each contender. If a contender's output or gradients are out of bounds, its tests fail, and it
+has no time.
 """
 
 from __future__ import annotations
@@ -13,12 +13,16 @@ from typing import Any
 
 import pytest
 
-from benchmarks import core
+from benchmarks import contenders, cuda, judging, passes
+from benchmarks.gates import GATES
+from benchmarks.shapes import DEFAULT, DIRECTIONS, Shape
+from benchmarks.tables import say
+from benchmarks.timing import Effort, Measured, interleaved
 
 
 class Clock:
-    """The clock that pytest-benchmark reads: it advances by the recorded time of the round that is being reported, and
-    only by it."""
+    """The clock that pytest-benchmark reads. It advances by the recorded time of the round that is being reported, and
+    by nothing else."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -27,7 +31,7 @@ class Clock:
         return self.now
 
     def replay(self, rounds: list[float]) -> Any:
-        """A function to be benchmarked, which takes the recorded time of the next round."""
+        """A function for pytest-benchmark; each call takes the recorded time of the next round."""
         left = iter(rounds)
 
         def take() -> None:
@@ -41,14 +45,14 @@ CLOCK = Clock()
 
 @dataclass
 class Row:
-    """A problem's measurement, or for each contender the reason why it has none."""
+    """The measurement of a shape. A contender without times has a reason in ``wrong``."""
 
-    problem: core.Problem
-    measured: core.Measured = field(default_factory=core.Measured)
+    shape: Shape
+    measured: Measured = field(default_factory=Measured)
     wrong: dict[str, str] = field(default_factory=dict)
-    #: By contender, as :func:`benchmarks.core.memory_of`.
+    #: The result of :func:`benchmarks.passes.memory_of`, by contender.
     memory: dict[str, dict[str, int]] = field(default_factory=dict)
-    #: The backend that ran, of those contenders that have one.
+    #: The backend that ran, for those contenders that have one.
     backends: dict[str, str] = field(default_factory=dict)
 
     def median(self, contender: str, direction: str) -> float | None:
@@ -56,43 +60,44 @@ class Row:
         return self.measured.median(block, direction) if block in self.measured.samples else None
 
     def share_of_copy(self, direction: str, seconds: float) -> float | None:
-        """The ideal traffic's rate over the GPU's own copy bandwidth, measured in this run."""
-        if self.problem.device != "cuda":
+        """The rate of the ideal traffic over the GPU's own copy bandwidth, measured in this run."""
+        if self.shape.device != "cuda":
             return None
-        return self.problem.ideal_bytes(direction) / seconds * 1e-9 / core.cuda.copy_gbytes()
+        return self.shape.ideal_bytes(direction) / seconds * 1e-9 / cuda.copy_gbytes()
 
     def lines(self) -> list[dict[str, Any]]:
         """Rows of the closing table."""
         out = []
-        for contender in core.CONTENDERS:
-            for direction, parts in core.DIRECTIONS.items():
+        for contender in contenders.CONTENDERS:
+            for direction, parts in DIRECTIONS.items():
                 seconds = self.median(contender, direction)
                 if seconds is None:
                     continue
                 floor = sum(self.measured.median(f"floor-{d}", d) for d in parts)
                 others = {name: self.median(name, direction) for name in ("eager", "compiled", "plain-compiled")}
                 memory = self.memory.get(contender, {})
-                steam = contender.removesuffix("-compiled") not in core.GATES
+                steam = contender.removesuffix("-compiled") not in GATES
                 out.append(
                     {
-                        "problem": self.problem.label,
+                        "problem": self.shape.label,
                         "contender": contender,
                         "direction": direction,
                         "backend": self.backends.get(contender),
-                        "shape": self.problem.name,
-                        "batch": self.problem.n,
-                        "dtype": self.problem.dtype,
-                        "layout": self.problem.layout,
-                        "map_bytes": self.problem.map_bytes,
+                        "shape": self.shape.name,
+                        "batch": self.shape.n,
+                        "dtype": self.shape.dtype,
+                        "layout": self.shape.layout,
+                        "default_options": self.shape.options == DEFAULT,
+                        "map_bytes": self.shape.map_bytes,
                         "parameters": memory.get("parameters"),
                         "extra_bytes": memory.get(direction),
                         "kept_bytes": memory.get("kept_bytes"),
                         "seconds": seconds,
                         "spread": self.measured.spread(_block(contender, direction), direction),
                         "floor_seconds": floor,
-                        # The operations of a gate are not counted, those of STEAM are, whoever computes it.
-                        "gflops": self.problem.flops(direction) / seconds * 1e-9 if steam else None,
-                        "gbytes": self.problem.ideal_bytes(direction) / seconds * 1e-9,
+                        # All forms of STEAM have the same count of operations. The other gates have none.
+                        "gflops": self.shape.flops(direction) / seconds * 1e-9 if steam else None,
+                        "gbytes": self.shape.ideal_bytes(direction) / seconds * 1e-9,
                         "over_floor": seconds / floor,
                         "of_copy": self.share_of_copy(direction, seconds),
                     }
@@ -105,78 +110,81 @@ def _block(contender: str, direction: str) -> str:
     return f"{contender} {'forward' if direction == 'forward' else 'training'}"
 
 
-def measure(problem: core.Problem, names: list[str], effort: core.Effort, backend: str | None = None) -> Row:
-    """Judge and measure the contenders of one problem; ``backend`` is the one that "fused" runs on. What spoils all of
-    them, a compilation in the measurement among it, is each one's reason: nothing is measured a second time."""
-    row = Row(problem)
+def measure(shape: Shape, names: list[str], effort: Effort, backend: str | None = None) -> Row:
+    """Judges and measures the contenders of one shape. ``backend`` is the backend of the contender "fused".
+
+    An error that spoils the whole measurement, for example a compilation during it, becomes the reason of each
+    contender. The measurement is not repeated.
+    """
+    row = Row(shape)
     try:
         _measure(row, names, effort, backend)
     except Exception as error:
-        row.measured = core.Measured()
+        row.measured = Measured()
         row.wrong = dict.fromkeys(names, f"{type(error).__name__}: {error}") | row.wrong
     return row
 
 
-def _measure(row: Row, names: list[str], effort: core.Effort, backend: str | None) -> None:
-    problem = row.problem
-    tensors = problem.tensors()
-    judge = core.judge(problem, tensors)
-    peers = core.peers(judge)
+def _measure(row: Row, names: list[str], effort: Effort, backend: str | None) -> None:
+    shape = row.shape
+    tensors = shape.tensors()
+    judge = judging.judge(shape, tensors)
+    peers = judging.peers(judge)
     gates: dict[str, Any] = {}
-    blocks = core.floor_blocks(problem, tensors)
-    core.forget_compiled()
+    blocks = passes.floor_blocks(shape, tensors)
+    contenders.forget_compiled()
     for name in names:
-        unit = core.fused(backend) if name == "fused" else core.CONTENDERS[name](problem)
+        contender = contenders.Fused(backend) if name == "fused" else contenders.CONTENDERS[name](shape)
         gate = name.removesuffix("-compiled")
         try:
-            if gate in core.GATES:
+            if gate in GATES:
                 if gate not in gates:
-                    gates[gate] = core.judge_gate(gate, problem, tensors)
+                    gates[gate] = judging.judge_gate(gate, shape, tensors)
                 found = gates[gate]
             else:
-                found = judge if name in core.OURS else peers
-            found.check(core.outputs(unit, problem, tensors), label=name)
+                found = judge if name in contenders.OURS else peers
+            found.check(judging.outputs(contender, shape, tensors), label=name)
             pair = {
-                f"{name} forward": core.forward_block(unit, problem, tensors),
-                f"{name} training": core.training_block(unit, problem, tensors),
+                f"{name} forward": passes.forward_block(contender, shape, tensors),
+                f"{name} training": passes.training_block(contender, shape, tensors),
             }
             for block in pair.values():
                 block(1)
-            if isinstance(unit, core.Compiled):
-                unit.warmed()
-            if isinstance(unit, core.Fused):
-                row.backends[name] = unit.ran
-            row.memory[name] = core.memory_of(unit, problem, tensors)
-        except Exception as error:  # the contender's own tests fail with it; the others go on
+            if isinstance(contender, contenders.Compiled):
+                contender.warmed()
+            if isinstance(contender, contenders.Fused):
+                row.backends[name] = contender.ran
+            row.memory[name] = passes.memory_of(contender, shape, tensors)
+        except Exception as error:  # only this contender's tests fail
             row.wrong[name] = f"{type(error).__name__}: {error}"
             continue
         blocks |= pair
     del judge, peers, gates
-    steady = core.Steady()
-    row.measured = core.interleaved(blocks, effort)
+    steady = contenders.Steady()
+    row.measured = interleaved(blocks, effort)
     steady.check()
 
 
 @pytest.mark.benchmark(timer=CLOCK)
 def test_unit(
     benchmark: Any,
-    problem: core.Problem,
+    shape: Shape,
     contender: str,
     direction: str,
-    rows: dict[core.Problem, Row],
+    rows: dict[Shape, Row],
     request: pytest.FixtureRequest,
 ) -> None:
-    if problem not in rows:
+    if shape not in rows:
         from benchmarks.conftest import contenders_at
 
         config = request.config
-        effort = core.Effort.quick() if config.getoption("--quick") else core.Effort(seconds=0.25)
+        effort = Effort.quick() if config.getoption("--quick") else Effort(seconds=0.25)
         with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
-            core.say(f"\n  measuring {problem.label}")
-        rows[problem] = measure(problem, contenders_at(config, problem), effort, config.getoption("--backend") or None)
-    row = rows[problem]
+            say(f"\n  measuring {shape.label}")
+        rows[shape] = measure(shape, contenders_at(config, shape), effort, config.getoption("--backend") or None)
+    row = rows[shape]
     assert contender not in row.wrong, row.wrong[contender]
     samples = row.measured.rounds(_block(contender, direction), direction)
-    benchmark.group = f"{problem.label} {direction}"
-    benchmark.extra_info.update(floor=sum(row.measured.median(f"floor-{d}", d) for d in core.DIRECTIONS[direction]))
+    benchmark.group = f"{shape.label} {direction}"
+    benchmark.extra_info.update(floor=sum(row.measured.median(f"floor-{d}", d) for d in DIRECTIONS[direction]))
     benchmark.pedantic(CLOCK.replay(samples), rounds=len(samples), iterations=1)

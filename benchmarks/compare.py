@@ -1,36 +1,37 @@
-"""Two runs of the benchmarks compared by their ratios: ends with 1 where the newer is worse, with 2 where they cannot
-be compared.
+"""Compares two runs of the benchmarks by their ratios.
 
     python -m benchmarks.compare OLD NEW [--row 1.35] [--mean 1.10] [--memory 1.10]
 
-OLD and NEW are folders as ``make bench`` writes them. No time is compared: each figure is a ratio within its own run,
-so that another machine, or another day, moves both sides of it. They are:
+OLD and NEW are folders as ``make bench`` writes them. No times are compared. Each figure is a ratio within its own run,
+because another machine, or another day, changes both sides of a ratio. The ratios are:
 
-* the fused unit's time over the floor, by shape and direction, a group for each dtype;
-* its time over the floor along the axes of scaling, a group for each number of threads;
-* the network with fused units over the plain network, by network, task and mode;
-* microseconds of ``FusedSTEAM`` over those of PyTorch's own ``x * 0.5``;
-* the fused unit's extra memory over x, in training.
+* the fused unit's time over the floor, by shape and direction, with a group for each dtype;
+* the same along the axes of scaling, with a group for each number of threads;
+* the time of the network with fused units over the plain network, by network, task and mode;
+* the time of a call of ``FusedSTEAM`` over PyTorch's own ``x * 0.5``;
+* the fused unit's extra memory in training over the bytes of x.
 
-Worse is: one ratio more than ``--row`` times the old, the geometric mean of a group more than ``--mean`` times, a
-memory more than ``--memory`` times the old plus a hundredth of x, or a figure of OLD that NEW has not, whether the row
-was wrong, was left out, or ran on another backend than in OLD. Runs that share nothing cannot be compared, nor a quick
-one with a full one.
+NEW is worse if a ratio is more than ``--row`` times the old one, if the geometric mean of a group is more than
+``--mean`` times the old one, if a memory is more than ``--memory`` times the old one plus a hundredth of x, if NEW
+lacks a figure of OLD, or if a row ran on another backend. Runs that share no figure cannot be compared, and a quick run
+cannot be compared with a full one.
+
+The program ends with 1 if NEW is worse, and with 2 if the runs cannot be compared.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
-from benchmarks.report import Run, geometric_mean, read
+from benchmarks.commandline import parser_of
+from benchmarks.runs import Run, geometric_mean, read
 
 Ratios = dict[str, dict[str, float]]  # group -> name -> ratio
 
 
 def ratios(run: Run) -> Ratios:
-    """Every ratio of a run, in groups; smaller is better."""
+    """Every ratio of a run, in groups. Smaller is better."""
     out: Ratios = {}
 
     def add(group: str, name: str, value: float) -> None:
@@ -56,7 +57,7 @@ def ratios(run: Run) -> Ratios:
 
 
 def backends(run: Run) -> dict[str, str]:
-    """What the fused unit and the networks with it ran on, by row, where it was recorded."""
+    """The recorded backends of the fused unit and of the networks with it, by row."""
     out = {}
     for part, ours in (("unit", "fused"), ("end_to_end", "steam")):
         for row in run.get(part, {}).get("rows", []):
@@ -67,14 +68,14 @@ def backends(run: Run) -> dict[str, str]:
 
 
 def memories(run: Run) -> dict[str, float]:
-    """Extra memory of the fused unit in training, over x, by problem."""
+    """Extra memory of the fused unit in training over the bytes of x, by shape."""
     rows = run.get("unit", {}).get("rows", [])
     own = (r for r in rows if r["contender"] == "fused" and r["direction"] == "both" and r["extra_bytes"] is not None)
     return {r["problem"]: r["extra_bytes"] / r["map_bytes"] for r in own}
 
 
 def compare(old: Run, new: Run, row: float, mean: float, memory: float) -> tuple[list[str], list[str]]:
-    """Lines to print, and those of them that say what is worse; no lines where the runs share nothing."""
+    """The lines to print, and a line for each figure that is worse. There are no lines if the runs share no figure."""
     lines, worse = [], []
     before, after = ratios(old), ratios(new)
     for group in before:
@@ -111,12 +112,12 @@ def compare(old: Run, new: Run, row: float, mean: float, memory: float) -> tuple
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.compare", description=(__doc__ or "").splitlines()[0])
+    parser = parser_of("compare", __doc__)
     parser.add_argument("old", type=Path)
     parser.add_argument("new", type=Path)
-    parser.add_argument("--row", type=float, default=1.35, help="the most that one ratio may grow by (1.35)")
-    parser.add_argument("--mean", type=float, default=1.10, help="the most that a group's mean may grow by (1.10)")
-    parser.add_argument("--memory", type=float, default=1.10, help="the most that a memory may grow by (1.10)")
+    parser.add_argument("--row", type=float, default=1.35, help="the largest allowed growth of one ratio (1.35)")
+    parser.add_argument("--mean", type=float, default=1.10, help="the largest allowed growth of a group's mean (1.10)")
+    parser.add_argument("--memory", type=float, default=1.10, help="the largest allowed growth of a memory (1.10)")
     args = parser.parse_args()
     runs = []
     for folder in (args.old, args.new):
@@ -130,7 +131,7 @@ def main() -> None:
         print(f"a quick run is not compared with a full one: {', '.join(mixed)}", file=sys.stderr)
         sys.exit(2)
     if any(quick):
-        print("a quick run: that it runs, not what it takes")
+        print("a quick run: its times mean nothing")
     lines, worse = compare(runs[0], runs[1], args.row, args.mean, args.memory)
     if not lines:
         print(f"{args.old} and {args.new} share no figure", file=sys.stderr)

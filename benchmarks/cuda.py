@@ -1,7 +1,8 @@
-"""CUDA's side of the benchmarks: event timing with a cold L2 cache, the measured copy bandwidth, facts of the device.
+"""The benchmarks on a GPU: timing by events with a cold L2 cache, the measured copy bandwidth, facts of the device.
 
-Each timed call is enqueued behind a kernel that overwrites the L2 cache, so that no map is still there, and the host
-has that kernel's time to be ahead: what the events enclose is the GPU's work, unless a call keeps the host busy longer.
+Each timed call is enqueued behind a kernel that overwrites the L2 cache, so that no map is in the cache. While that
+kernel runs, the host enqueues the call. The events then enclose the GPU's work alone, unless a call keeps the host busy
+for longer than that kernel runs.
 """
 
 from __future__ import annotations
@@ -9,13 +10,12 @@ from __future__ import annotations
 import functools
 import statistics
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from benchmarks.core import Block, Sample
+from benchmarks.timing import Block, Sample
 
 #: Bytes of the buffer whose copy is the measured bandwidth.
 COPY_BYTES = 1 << 30
@@ -40,7 +40,7 @@ def _mean(spans: list[tuple[torch.cuda.Event, torch.cuda.Event]]) -> float:
 
 
 def timed(direction: str, call: Callable[[], object]) -> Block:
-    """As ``core.timed``: a block of calls, each timed by itself."""
+    """A block of calls, as ``timing.timed`` makes it, but each call is timed by itself."""
 
     def block(calls: int) -> Sample:
         spans = []
@@ -56,7 +56,7 @@ def timed(direction: str, call: Callable[[], object]) -> Block:
 
 
 def timed_pair(forward: Callable[[], Tensor], backward: Callable[[Tensor], object]) -> Block:
-    """As ``core.training_block``: the backward finds in the cache what the forward left there."""
+    """The GPU's part of ``passes.training_block``. Backward finds in the cache the data that forward left there."""
 
     def block(calls: int) -> Sample:
         both, second = [], []
@@ -78,7 +78,7 @@ def timed_pair(forward: Callable[[], Tensor], backward: Callable[[Tensor], objec
 
 @functools.lru_cache(maxsize=1)
 def copy_gbytes() -> float:
-    """GB/s of this device's own copy of a large buffer, read and write counted: what a share of bandwidth is of."""
+    """GB/s of this device's own copy of a large buffer, read and write counted. Shares of bandwidth refer to it."""
     free, _ = torch.cuda.mem_get_info()
     source = torch.zeros(min(COPY_BYTES, free // 4), dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
@@ -88,7 +88,7 @@ def copy_gbytes() -> float:
 
 
 def facts() -> dict[str, Any]:
-    """The device and what drives it, to stand beside ``core.machine()``."""
+    """The device and its driver, as an addition to ``machine.facts()``."""
     device = torch.cuda.get_device_properties()
     try:
         import triton

@@ -1,45 +1,47 @@
-"""The price of attention: what a whole network takes with attention beside the same network without it.
+"""The price of attention: time and memory of a whole network over the same network without attention.
 
     python -m benchmarks.end_to_end [--network resnet50,mobilenet_v2] [--contender plain,steam,...]
                                     [--mode eager,compiled] [--batch 8] [--size 224] [--quick | --full] [--json PATH]
 
-Contenders: the plain network; ``steam``, STEAM units at the sites of ``insert_steam()`` (5 in ResNet-50), fused;
-``steam-reference``, the same units in plain PyTorch; ``se`` and ``eca``, timm's layers in every block, before
-the addition (16 in ResNet-50). All have the same convolutions, random ones, in float32 and NCHW.
+The contenders are ``plain``, the network without attention; ``steam``, with fused STEAM units at the sites of
+``insert_steam()`` (5 in ResNet-50); ``steam-reference``, with the same units in plain PyTorch; ``se`` and ``eca``, with
+timm's layers in every block, before the addition (16 in ResNet-50). All have the same random convolutions, in float32
+and NCHW.
 
-A price is extra time over the plain network in per cent: the median, over interleaved rounds, of the ratio of times in
-the same round. *Training* is a step: forward, cross-entropy, backward, SGD; *inference* a forward without gradients.
-Extra memory is the same of the most that is allocated at once in a step.
+A price is the extra time over the plain network in per cent: the median, over interleaved rounds, of the ratio of times
+in the same round. *Training* is a step: forward, cross-entropy, backward, SGD. *Inference* is a forward pass without
+gradients. The price in memory compares the peaks of allocated memory in a step.
 
-No time without a check: output and gradients, as norms of the difference from the network's own float64 copy, may be
-off by four times what that copy's change by where every input and parameter is moved by 4 eps of float32 with random
-signs (the most of three draws), in training and in inference mode, on four images of at most 112x112. (Gradients may
-jump where a sum crosses a ReLU's kink, which rounding does to them as well.) A compiled network may be off by twice
-that from the eager one. The compiled networks are measured in inference only, and ``steam-reference`` is not, unless
-``--full`` is given: compiling takes longer than all else here.
+A network is judged before it is timed. Outputs and gradients are compared with the network's own float64 copy by norms,
+in training and in inference mode, on four images of at most 112x112. The bound is four times the change of the float64
+results if every input and parameter moves by 4 eps of float32 with random signs (the largest of three draws). Gradients
+may jump at a ReLU's kink, both by that perturbation and by rounding. The bound between a compiled and the eager network
+is twice as wide. Compilation takes longer than all other work here, so compiled networks are measured in inference
+only, without ``steam-reference``; ``--full`` measures all.
 """
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
-from benchmarks import core
+from benchmarks import malloc
 
 if __name__ == "__main__":
-    core.restart_with_malloc()
+    malloc.restart()
 
 import torch
 import torch._dynamo
 from torch import Tensor, nn
 
-from benchmarks import memory
-from benchmarks.core import say
+from benchmarks import memory, runs
+from benchmarks.commandline import add_run_options, choices, parser_of
+from benchmarks.contenders import Steady, backends_that_ran, check_kernels, forget_compiled
 from benchmarks.gates import insert_gate
+from benchmarks.tables import micro, say, table
+from benchmarks.timing import timed
 from steam_kernels import FusedSTEAM, insert_steam
 
 NETWORKS = ("resnet50", "mobilenet_v2", "resnet18")
@@ -47,7 +49,7 @@ DEFAULT = ("resnet50", "mobilenet_v2")
 CONTENDERS = ("plain", "steam", "steam-reference", "se", "eca")
 MODES = ("eager", "compiled")
 TASKS = ("training", "inference")
-#: Rounds of a table at least, however slow they are: quartiles of fewer say nothing.
+#: The least number of rounds, however slow they are, because quartiles of fewer rounds mean nothing.
 ROUNDS = 9
 
 
@@ -60,7 +62,7 @@ def make(network: str, contender: str, seed: int = 0) -> nn.Module:
         model = getattr(torchvision.models, network)(weights=None)
         for layer in model.modules():
             if isinstance(layer, nn.Dropout):
-                layer.p = 0.0  # a mask drawn in each pass would set the networks apart
+                layer.p = 0.0  # the random mask of each pass would make the networks differ
         if contender.startswith("steam"):
             insert_steam(model, backend="reference" if contender == "steam-reference" else None)
         elif contender != "plain":
@@ -76,7 +78,7 @@ def attention_layers(model: nn.Module) -> int:
 
 
 def results(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
-    """Logits in training and in inference mode, and in training the gradients of the images and of all parameters."""
+    """Logits in training and in inference mode, and the gradients of the images and of all parameters in training."""
     images = images.detach().requires_grad_()
     model.train()
     logits = model(images)
@@ -90,32 +92,32 @@ def results(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
 
 
 def distance(value: Tensor, truth: Tensor) -> float:
-    """Norm of the difference over the norm."""
+    """The norm of the difference over the norm of the truth."""
     return ((value.double() - truth.double()).norm() / truth.double().norm()).item()
 
 
 def exact(network: str, contender: str) -> nn.Module:
-    """The float64 copy, by the reference whichever backend is judged."""
+    """The float64 copy. Its units run on the reference, whichever backend is judged."""
     return make(network, "steam-reference" if contender == "steam" else contender).double()
 
 
 def moved(value: Tensor, generator: torch.Generator) -> Tensor:
-    """``value``, each number moved by 4 eps of float32, up or down."""
+    """``value`` with each number moved up or down by 4 eps of float32."""
     sign = torch.randint(0, 2, value.shape, generator=generator).to(value.dtype) * 2 - 1
     return value * (1 + 4 * torch.finfo(torch.float32).eps * sign)
 
 
 class Judge:
-    """Judges the contenders of one network, each by its own float64 copy."""
+    """Judges the contenders of one network, each against its own float64 copy."""
 
     def __init__(self, network: str, images: Tensor) -> None:
         self.network, self.images = network, images
         self.bounds: dict[str, dict[str, float]] = {}
-        #: The backend that the units ran on, of those contenders that have units.
+        #: The backend of the units, for those contenders that have units.
         self.backends: dict[str, str] = {}
 
     def check(self, contender: str) -> None:
-        """``AssertionError`` where the network is out of the bounds, which are kept for its compiled form."""
+        """Raises AssertionError if the network is out of bounds. Keeps the bounds for the compiled form."""
         truth = results(exact(self.network, contender), self.images.double())
         generator = torch.Generator().manual_seed(0)
         changes = []
@@ -126,16 +128,17 @@ class Judge:
                     parameter.copy_(moved(parameter, generator))
             changes.append(results(other, moved(self.images.double(), generator)))
         bounds = {k: 4 * max(distance(c[k], v) for c in changes) for k, v in truth.items()}
-        with core.backends_that_ran() as ran:
+        with backends_that_ran() as ran:
             found = results(make(self.network, contender), self.images)
         if contender.startswith("steam"):
-            self.backends[contender] = core.check_kernels(ran, "reference" if contender != "steam" else None)
+            self.backends[contender] = check_kernels(ran, "reference" if contender != "steam" else None)
         for name, bound in bounds.items():
             self._within(contender, name, distance(found[name], truth[name]), bound)
         self.bounds[contender] = bounds
 
     def check_compiled(self, contender: str, task: str, compiled: Any, images: Tensor) -> None:
-        """Both may be off by the bound, so that they may differ by two."""
+        """Compares with the eager network. Each of the two may be off by the bound, so they may differ by two
+        bounds."""
         eager = make(self.network, contender)
         if task == "inference":
             pair = [inference(m, images)() for m in (compiled, eager)]
@@ -193,7 +196,7 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Rows of one network, task and mode."""
     network = judge.network
-    core.forget_compiled()
+    forget_compiled()
     calls: dict[str, Callable[[], object]] = {}
     models = {}
     for contender in contenders:
@@ -205,9 +208,9 @@ def measure(
         calls[contender] = CALLS[task](runner, images)
         for _ in range(2):
             calls[contender]()
-    steady = core.Steady()
+    steady = Steady()
     peaks = {name: memory.traced(call)[1].peak for name, call in calls.items()}
-    blocks = {name: core.timed(task, call, warm=False) for name, call in calls.items()}
+    blocks = {name: timed(task, call, warm=False) for name, call in calls.items()}
     times: dict[str, list[float]] = {name: [] for name in blocks}
     once = {name: block(1)[task] for name, block in blocks.items()}
     for _ in range(max(ROUNDS, min(60, int(seconds / sum(once.values()))))):
@@ -245,7 +248,7 @@ def line(row: dict[str, Any]) -> tuple[object, ...]:
     low, high = row["time_over_plain_quartiles"]
     return (
         f"{row['network']} {row['task']} {row['mode']}  {row['contender']}",
-        core.micro(row["seconds"]),
+        micro(row["seconds"]),
         f"{100 * (row['time_over_plain'] - 1):+.1f}%",
         f"{100 * (low - 1):+.1f} to {100 * (high - 1):+.1f}",
         f"{row['peak_bytes'] / 2**20:.0f} MiB",
@@ -258,38 +261,28 @@ def line(row: dict[str, Any]) -> tuple[object, ...]:
 HEAD = ("network", "time", "price", "quartiles", "peak", "price", "layers", "parameters")
 
 
-def _list(parser: argparse.ArgumentParser, option: str, text: str, allowed: tuple[str, ...]) -> list[str]:
-    given = [v for v in text.split(",") if v]
-    for value in given:
-        if value not in allowed:
-            parser.error(f"{option} {value!r}: allowed are {', '.join(allowed)}")
-    return given
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.end_to_end", description=(__doc__ or "").splitlines()[0]
-    )
+    parser = parser_of("end_to_end", __doc__)
     parser.add_argument("--network", default="", help=f"comma list: {', '.join(NETWORKS)} ({','.join(DEFAULT)})")
-    parser.add_argument("--contender", default="", help=f"comma list: {', '.join(CONTENDERS)}; plain is always there")
+    parser.add_argument(
+        "--contender", default="", help=f"comma list: {', '.join(CONTENDERS)}; plain is always measured"
+    )
     parser.add_argument("--mode", default="", help=f"comma list: {', '.join(MODES)}")
     parser.add_argument("--batch", type=int, default=0, help="images (8)")
-    parser.add_argument("--size", type=int, default=0, help="their side in pixels (224)")
+    parser.add_argument("--size", type=int, default=0, help="side of the images in pixels (224)")
     parser.add_argument(
-        "--seconds", type=float, default=25, help=f"to measure each table for, in at least {ROUNDS} rounds (25)"
+        "--seconds", type=float, default=25, help=f"seconds for each table, in at least {ROUNDS} rounds (25)"
     )
-    parser.add_argument("--quick", action="store_true", help="ResNet-18, eager, small: that it runs, not what it takes")
     parser.add_argument("--full", action="store_true", help="compiled training steps too")
-    parser.add_argument("--json", type=Path, help="write the rows there")
+    add_run_options(parser, "ResNet-18 in eager mode with small images")
     args = parser.parse_args()
-    networks = _list(parser, "--network", args.network, NETWORKS) or (["resnet18"] if args.quick else list(DEFAULT))
-    modes = _list(parser, "--mode", args.mode, MODES) or (["eager"] if args.quick else list(MODES))
-    contenders = _list(parser, "--contender", args.contender, CONTENDERS) or list(CONTENDERS)
+    networks = choices(parser, "--network", args.network, NETWORKS) or (["resnet18"] if args.quick else list(DEFAULT))
+    modes = choices(parser, "--mode", args.mode, MODES) or (["eager"] if args.quick else list(MODES))
+    contenders = choices(parser, "--contender", args.contender, CONTENDERS) or list(CONTENDERS)
     contenders = ["plain", *(c for c in contenders if c != "plain")]
     batch, size = args.batch or (2 if args.quick else 8), args.size or (64 if args.quick else 224)
     seconds = 0.0 if args.quick else args.seconds
-    facts = core.machine()
-    say(core.describe(facts))
+    facts = runs.begin()
     images = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0))
     rows: list[dict[str, Any]] = []
     wrong: list[str] = []
@@ -300,7 +293,7 @@ def main() -> None:
             try:
                 judge.check(contender)
                 right.append(contender)
-            except (AssertionError, RuntimeError) as error:  # out of bounds, or no kernel ran
+            except (AssertionError, RuntimeError) as error:  # the network is out of bounds, or no kernel ran
                 wrong.append(str(error))
                 say(f"  WRONG {error}")
         if "plain" not in right:
@@ -315,12 +308,12 @@ def main() -> None:
                     chosen = [c for c in right if c != "steam-reference"]
                 try:
                     rows += measure(judge, task, mode, chosen, images, seconds)
-                except Exception as error:  # what was measured stays, and the rest is measured
+                except Exception as error:  # the other tables are measured and kept
                     wrong.append(f"{type(error).__name__}: {error}")
                     say(f"  FAILED {wrong[-1]}")
         if args.json and rows:
-            core.write_json(args.json, "end_to_end", rows, facts, args.quick)
-    say("\n" + core.table("== the price of attention: over the plain network ==", HEAD, map(line, rows)))
+            runs.write(args.json, "end_to_end", rows, facts, args.quick)
+    say("\n" + table("== the price of attention: increase over the plain network ==", HEAD, map(line, rows)))
     if wrong:
         sys.exit(f"{len(wrong)} networks failed or are out of bounds")
 

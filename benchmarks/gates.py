@@ -1,5 +1,5 @@
-"""The gates that people use today: timm's SE, ECA and CBAM, and the Gaussian context transformer; and where they go in
-a residual network."""
+"""Other gates: timm's SE, ECA and CBAM, and the Gaussian context transformer; and their places in a residual
+network."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from steam_kernels.models import families
 
 
 class GaussianGCT(nn.Module):
-    """``(N, C, H, W)`` to the same shape: x times exp(-(c^2 / 2) v^2), v the channel means of x, normalised over the
-    channels to mean 0 and variance 1, and c = 2; no parameters [second-hand: Gaussian Context Transformer, CVPR 2021].
-    """
+    """``(N, C, H, W)`` to the same shape: x times exp(-(c^2 / 2) v^2). v is the channel means of x, normalised over the
+    channels to mean 0 and variance 1, and c = 2. It has no parameters [second-hand: Gaussian Context Transformer, CVPR
+    2021]."""
 
     def __init__(self, channels: int, c: float = 2.0, eps: float = 1e-5) -> None:
         super().__init__()
@@ -46,13 +46,20 @@ def _cbam(channels: int) -> nn.Module:
     return CbamModule(channels)
 
 
-#: By name: channels -> the layer, as its authors (timm's defaults) have it.
+#: By name: a function from the number of channels to the layer, with timm's defaults.
 GATES: dict[str, Callable[[int], nn.Module]] = {"se": _se, "eca": _eca, "cbam": _cbam, "gct": GaussianGCT}
 
 
 def insert_gate(model: nn.Module, gate: str) -> int:
-    """Puts a gate into every block that ``insert_steam`` knows, at the end of its branch: a Sequential of ``norm`` and
-    ``attention`` takes the last norm's place. How many were put in."""
+    """Inserts a gate into every block that ``insert_steam`` knows, at the end of its branch: a Sequential of ``norm``
+    and ``attention`` replaces the last norm.
+
+    Returns:
+        The number of gates.
+
+    Raises:
+        TypeError: the model has no such block.
+    """
     blocks = families.find_blocks(model)
     if not blocks:
         raise TypeError(f"model must have blocks that insert_steam knows, got {type(model).__name__}")

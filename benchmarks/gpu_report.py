@@ -1,14 +1,14 @@
-"""The GPU suite and the benchmarks on this machine's GPU, in one Markdown file.
+"""The results of the GPU suite and of the benchmarks on this machine's GPU, in one Markdown file.
 
     python -m benchmarks.gpu_report [--quick] [--output PATH]
 
-Runs ``pytest tests -m gpu`` and ``pytest benchmarks --benchmark-only --device cuda``, and writes what they found, the
-device and the versions under ``benchmarks/results/``. A failed test is in the report, and the program then ends with 1.
+The program runs ``pytest tests -m gpu`` and ``pytest benchmarks --benchmark-only --device cuda``, and writes their
+results, the device and the versions under ``benchmarks/results/``. If a test failed, the report names it, and the
+program ends with 1.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import subprocess
@@ -20,9 +20,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks import core
+import torch
 
-#: What the report says of the machine, in this order.
+from benchmarks import cuda, machine
+from benchmarks.commandline import parser_of
+from benchmarks.tables import markdown_table, micro, number, say
+
+#: The facts of the machine that the report has, in this order.
 FACTS = (
     "gpu", "gpu_architecture", "gpu_multiprocessors", "gpu_memory_gbytes", "gpu_l2_mbytes", "driver", "cuda", "triton",
     "torch", "python", "steam_kernels", "commit", "processor", "date",
@@ -36,16 +40,16 @@ TITLES = {
 
 @dataclass
 class Tests:
-    """What became of the GPU suite."""
+    """The results of the GPU suite."""
 
     passed: int = 0
-    #: Names of tests, with the first line of the reason.
+    #: By name of the test: the first line of the reason.
     failed: dict[str, str] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
 
 
 def read_tests(xml: str) -> Tests:
-    """From pytest's JUnit XML."""
+    """The results in pytest's JUnit XML."""
     tests = Tests()
     for case in ElementTree.fromstring(xml).iter("testcase"):
         name = f"{case.get('classname')}::{case.get('name')}"
@@ -66,9 +70,9 @@ def _first_line(text: str | None) -> str:
 
 
 def report(facts: Mapping[str, Any], tests: Tests, rows: Sequence[Mapping[str, Any]], quick: bool = False) -> str:
-    """The Markdown file: device and versions, the suite's result, a table for each direction."""
+    """The Markdown file: device and versions, the suite's results, and a table for each direction."""
     out = [f"# steam_kernels on {facts['gpu']}", ""]
-    out += core.markdown_table(("what", "value"), [(k.replace("_", " "), facts[k]) for k in FACTS if k in facts])
+    out += markdown_table(("what", "value"), [(k.replace("_", " "), facts[k]) for k in FACTS if k in facts])
     out += [f"This GPU copies a large buffer at {facts['copy_gbytes']:g} GB/s, read and write counted."]
     for name, why in facts["backends"].items():
         out.append(f"Backend {name}: {why or 'usable'}.")
@@ -79,50 +83,51 @@ def report(facts: Mapping[str, Any], tests: Tests, rows: Sequence[Mapping[str, A
             out += ["", f"{title}:", ""] + [f"- `{name}`: {why}" for name, why in found.items()]
     out += ["", "## Benchmarks", ""]
     if quick:
-        out += ["A quick run: it shows that the benchmarks run, not what things take.", ""]
+        out += ["A quick run: it shows that the benchmarks run. Its times mean nothing.", ""]
     if not rows:
         out += ["None was measured.", ""]
     else:
         out += [
-            "Medians of interleaved rounds, timed by events with a cold L2 cache. GB/s: least traffic over time; of "
-            "copy: over the copy bandwidth above. Over floor: `torch.mul(x, 0.5, out=y)` forward, "
-            "`torch.add(x, dy, out=dx)` backward. Output and gradients of each were judged in the same run.",
+            "The times are medians of interleaved rounds, timed by events with a cold L2 cache. GB/s is the least "
+            "traffic over the time, and *of copy* is GB/s over the copy bandwidth above. The floor is "
+            "`torch.mul(x, 0.5, out=y)` forward and `torch.add(x, dy, out=dx)` backward. The output and the gradients "
+            "of each contender were judged in the same run.",
             "",
         ]
-    head = ("unit", "contender", "time", "GB/s", "of copy", "over floor", "x eager", "x compiled", "x plain-compiled")
+    head = ("shape", "contender", "time", "GB/s", "of copy", "over floor", "x eager", "x compiled", "x plain-compiled")
     keys = ("gbytes", "of_copy", "over_floor", "speedup_eager", "speedup_compiled", "speedup_plain_compiled")
     for direction, title in TITLES.items():
         body = [
-            (r["problem"], r["contender"], core.micro(r["seconds"]), *(core.number(r[k]) for k in keys))
+            (r["problem"], r["contender"], micro(r["seconds"]), *(number(r[k]) for k in keys))
             for r in rows
             if r["direction"] == direction
         ]
         if body:
-            out += [f"### {title}", "", *core.markdown_table(head, body)]
+            out += [f"### {title}", "", *markdown_table(head, body)]
     return "\n".join(out).rstrip() + "\n"
 
 
 def output_path(facts: Mapping[str, Any]) -> Path:
-    """Where a report goes: the device's name and the day."""
+    """The path of a report: it has the device's name and the day."""
     device = re.sub(r"[^a-z0-9]+", "_", str(facts["gpu"]).lower()).strip("_")
-    return core.ROOT / "benchmarks" / "results" / f"gpu_{device}_{str(facts['date'])[:10]}.md"
+    return machine.ROOT / "benchmarks" / "results" / f"gpu_{device}_{str(facts['date'])[:10]}.md"
 
 
 def _pytest(*arguments: str) -> None:
     command = [sys.executable, "-m", "pytest", *arguments]
-    core.say("$ " + " ".join(command[1:]))
-    subprocess.run(command, cwd=core.ROOT)
+    say("$ " + " ".join(command[1:]))
+    subprocess.run(command, cwd=machine.ROOT)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.gpu_report", description=(__doc__ or "").splitlines()[0]
+    parser = parser_of("gpu_report", __doc__)
+    parser.add_argument(
+        "--quick", action="store_true", help="few shapes and rounds; the times of a quick run mean nothing"
     )
-    parser.add_argument("--quick", action="store_true", help="few shapes and rounds: that it runs, not what it takes")
     parser.add_argument("--output", type=Path, help="the file (benchmarks/results/gpu_<device>_<date>.md)")
     args = parser.parse_args()
-    if not core.torch.cuda.is_available():
-        sys.exit(f"there is nothing to report: PyTorch {core.torch.__version__} sees no GPU")
+    if not torch.cuda.is_available():
+        sys.exit(f"there is nothing to report: PyTorch {torch.__version__} sees no GPU")
     with tempfile.TemporaryDirectory() as folder:
         xml, rows = Path(folder, "tests.xml"), Path(folder, "unit.json")
         _pytest("tests", "-m", "gpu", "-q", f"--junitxml={xml}")
@@ -130,11 +135,11 @@ def main() -> None:
         _pytest("benchmarks", "--benchmark-only", "-q", "--device", "cuda", "--json", str(rows), *quick)
         tests = read_tests(xml.read_text())
         measured = json.loads(rows.read_text()) if rows.exists() else {"rows": []}
-        facts = measured.get("machine") or core.machine() | core.cuda.facts()
+        facts = measured.get("machine") or machine.facts() | cuda.facts()
     path = args.output or output_path(facts)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(report(facts, tests, measured["rows"], args.quick))
-    core.say(f"wrote {path}")
+    say(f"wrote {path}")
     if tests.failed or not measured["rows"]:
         sys.exit(1)
 

@@ -1,40 +1,43 @@
-"""The host's overhead: microseconds a call of each layer, and who wins at small maps.
+"""The host's overhead: microseconds per call of each layer, and the modules at small maps.
 
     python -m benchmarks.host [--quick] [--json PATH]
 
-* *layers*, at (1, 64, 7, 7): operators, autograd function, ``steam()``, module. The kernels' own time is the
-  operator's less the same call at batch 0, which has the dispatch and the allocation only. What PyTorch itself takes
-  stands above: ``x * 0.5``, and a custom autograd function of the unit's inputs that computes nothing.
-* *small*: ``FusedSTEAM`` beside ``reference.STEAM`` from (1, 1, 1, 1) up, to see whether there is a size under which
-  plain PyTorch is quicker.
+* *layers*, at (1, 64, 7, 7): operators, autograd function, ``steam()``, module. The kernels' own time is the operator's
+  time less the time of the same call at batch 0, which only dispatches and allocates. The first rows are PyTorch's own
+  overhead: ``x * 0.5``, and a custom autograd function of the unit's inputs that computes nothing.
+* *small*: ``FusedSTEAM`` and ``reference.STEAM`` from (1, 1, 1, 1) up. The rows show whether plain PyTorch is faster
+  below some size.
 """
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-from benchmarks import core
+from benchmarks import malloc
 
 if __name__ == "__main__":
-    core.restart_with_malloc()
+    malloc.restart()
 
-from benchmarks.core import Problem, say, torch
+import torch
+
+from benchmarks import judging, runs
+from benchmarks.commandline import add_run_options, parser_of
+from benchmarks.contenders import Fused
+from benchmarks.shapes import Shape
+from benchmarks.tables import say, table
+from benchmarks.timing import Block, Effort, Sample, interleaved
 from steam_kernels import FusedSTEAM, ops, reference, steam
-from steam_kernels.config import make_unit
+from steam_kernels.config import Options
 
 COLUMNS = ("no grad", "forward with grad", "forward + backward")
-#: Microseconds over the kernels that were aimed at.
-HOST_BARS = {"no grad": 25.0, "forward + backward": 60.0}
 SMALL = ((1, 1, 1, 1), (1, 8, 2, 2), (1, 16, 7, 7), (1, 64, 7, 7), (1, 64, 14, 14), (1, 256, 14, 14), (1, 256, 28, 28))
 Rows = list[dict[str, Any]]
 
 
 class Nothing(torch.autograd.Function):
-    """What an autograd function of x and two weights costs before anything is computed."""
+    """An autograd function of x and two weights that computes nothing."""
 
     @staticmethod
     def forward(ctx: Any, x: Any, channel_weight: Any, spatial_weight: Any) -> Any:
@@ -47,8 +50,8 @@ class Nothing(torch.autograd.Function):
         return dy, channel_weight, spatial_weight
 
 
-def block(column: str, call: Callable[[], object]) -> core.Block:
-    def run(calls: int) -> core.Sample:
+def block(column: str, call: Callable[[], object]) -> Block:
+    def run(calls: int) -> Sample:
         with torch.set_grad_enabled(column != "no grad"):
             call()
             start = time.perf_counter()
@@ -59,29 +62,28 @@ def block(column: str, call: Callable[[], object]) -> core.Block:
     return run
 
 
-def layers(effort: core.Effort) -> Rows:
-    """Each layer's microseconds a call at (1, 64, 7, 7), from the operators up to the module."""
-    problem = Problem(1, 64, 7, 7)
-    tensors = problem.tensors()
-    core.judge(problem, tensors).check(core.outputs(core.fused(), problem, tensors), problem.label)
+def layers(effort: Effort) -> Rows:
+    """Microseconds per call of each layer at (1, 64, 7, 7), from the operators up to the module."""
+    shape = Shape(1, 64, 7, 7)
+    tensors = shape.tensors()
+    judging.judge(shape, tensors).check(judging.outputs(Fused(), shape, tensors), shape.label)
     x, dy, cw, sw = (tensors[k] for k in ("x", "dy", "channel_weight", "spatial_weight"))
-    unit = make_unit(4, None, None, 1, 4, True, "sequential", 1.0, None, False, None)
     module = FusedSTEAM(64)
     with torch.no_grad():
         module.channel_weight.copy_(cw)
         module.spatial_weight.copy_(sw)
     forward, backward = torch.ops.steam_kernels.forward.default, torch.ops.steam_kernels.backward.default
-    options_ = problem.op_arguments
+    arguments = shape.op_arguments
     needs = (True, True, True, False)
 
     def operator(batch: Any, upstream: Any) -> dict[str, Callable[[], object]]:
         def pair() -> object:
-            saved = forward(batch, cw, sw, None, *options_, False, True)[1]
-            return backward(upstream, batch, None, cw, sw, saved, *options_, *needs)
+            saved = forward(batch, cw, sw, None, True, *arguments)[1]
+            return backward(upstream, batch, None, cw, sw, saved, needs, *arguments)
 
         return {
-            "no grad": lambda: forward(batch, cw, sw, None, *options_, False, False),
-            "forward with grad": lambda: forward(batch, cw, sw, None, *options_, False, True),
+            "no grad": lambda: forward(batch, cw, sw, None, False, *arguments),
+            "forward with grad": lambda: forward(batch, cw, sw, None, True, *arguments),
             "forward + backward": pair,
         }
 
@@ -99,12 +101,12 @@ def layers(effort: core.Effort) -> Rows:
         "an autograd function of nothing": layer(Nothing.apply, [x, cw, sw]),
         "operator, batch 0": operator(x[:0], dy[:0]),
         "operator": operator(x, dy),
-        "autograd (ops.call)": layer(ops.call, [x, cw, sw], None, unit, problem.grid, "cpu"),
+        "autograd (ops.call)": layer(ops.call, [x, cw, sw], None, Options(), shape.grid, "cpu"),
         "steam()": layer(steam, [x, cw, sw]),
         "FusedSTEAM": layer(module, [x]),
     }
     blocks = {f"{name}|{c}": block(c, calls[c]) for name, calls in stack.items() for c in COLUMNS}
-    m = core.interleaved(blocks, effort)
+    m = interleaved(blocks, effort)
     us = {name: {c: m.median(f"{name}|{c}", "forward") * 1e6 for c in COLUMNS} for name in stack}
     kernels = {c: us["operator"][c] - us["operator, batch 0"][c] for c in COLUMNS}
     us["kernels alone: operator less batch 0"] = kernels
@@ -112,27 +114,24 @@ def layers(effort: core.Effort) -> Rows:
     rows: Rows = [{"section": "layers", "layer": name} | columns for name, columns in us.items()]
     say(
         "\n"
-        + core.table(
-            "== host overhead at (1, 64, 7, 7), float32, microseconds a call ==",
+        + table(
+            "== host overhead at (1, 64, 7, 7), float32, microseconds per call ==",
             ("layer", *COLUMNS),
             [[r["layer"], *(r[c] for c in COLUMNS)] for r in rows],
         )
     )
-    say(
-        f"bars over the kernels: {HOST_BARS['no grad']:g} without gradients, "
-        f"{HOST_BARS['forward + backward']:g} forward + backward\n"
-    )
+    say()
     return rows
 
 
-def small(effort: core.Effort, shapes: tuple[tuple[int, int, int, int], ...] = SMALL) -> Rows:
-    """Microseconds of both modules at small maps."""
+def small(effort: Effort, sizes: tuple[tuple[int, int, int, int], ...] = SMALL) -> Rows:
+    """Microseconds per call of both modules at small maps."""
     rows: Rows = []
-    for shape in shapes:
-        problem = Problem(*shape)
-        tensors = problem.tensors()
-        core.judge(problem, tensors).check(core.outputs(core.fused(), problem, tensors), problem.label)
-        modules = {"fused": FusedSTEAM(shape[1]), "eager": reference.STEAM(shape[1])}
+    for size in sizes:
+        shape = Shape(*size)
+        tensors = shape.tensors()
+        judging.judge(shape, tensors).check(judging.outputs(Fused(), shape, tensors), shape.label)
+        modules = {"fused": FusedSTEAM(shape.c), "eager": reference.STEAM(shape.c)}
         modules["eager"].load_state_dict(modules["fused"].state_dict())
         x, leaf, dy = tensors["x"], tensors["x"].detach().requires_grad_(), tensors["dy"]
         blocks = {}
@@ -144,32 +143,30 @@ def small(effort: core.Effort, shapes: tuple[tuple[int, int, int, int], ...] = S
 
             blocks[f"{name}|no grad"] = block("no grad", lambda module=module, x=x: module(x))  # type: ignore[misc]
             blocks[f"{name}|forward + backward"] = block("forward + backward", pair)
-        m = core.interleaved(blocks, effort)
-        row: dict[str, Any] = {"section": "small", "problem": problem.label, "elements": problem.numel}
+        m = interleaved(blocks, effort)
+        row: dict[str, Any] = {"section": "small", "problem": shape.label, "elements": shape.numel}
         for column in ("no grad", "forward + backward"):
             for name in modules:
                 row[f"{name} {column}"] = m.median(f"{name}|{column}", "forward") * 1e6
             row[f"speedup {column}"] = row[f"eager {column}"] / row[f"fused {column}"]
         rows.append(row)
     keys = [f"{k} {c}" for c in ("no grad", "forward + backward") for k in ("fused", "eager", "speedup")]
-    title = "== small maps, float32, microseconds a call of the modules =="
-    say("\n" + core.table(title, ("shape", *keys), [[r["problem"], *(r[k] for k in keys)] for r in rows]))
+    title = "== small maps, float32, microseconds per call of the modules =="
+    say("\n" + table(title, ("shape", *keys), [[r["problem"], *(r[k] for k in keys)] for r in rows]))
     slower = [r["problem"] for r in rows if min(r["speedup no grad"], r["speedup forward + backward"]) < 1]
-    say(f"plain PyTorch is quicker at: {', '.join(slower) or 'none of these'}\n")
+    say(f"plain PyTorch is faster at: {', '.join(slower) or 'none of these'}\n")
     return rows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.host", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="few rounds and shapes: that it runs, not what it takes")
-    parser.add_argument("--json", type=Path, help="write the rows there")
+    parser = parser_of("host", __doc__)
+    add_run_options(parser, "few rounds and shapes")
     args = parser.parse_args()
-    facts = core.machine()
-    say(core.describe(facts))
-    effort = core.Effort.quick() if args.quick else core.Effort(seconds=0.3)
+    facts = runs.begin()
+    effort = Effort.quick() if args.quick else Effort(seconds=0.3)
     rows = layers(effort) + small(effort, SMALL[:3] if args.quick else SMALL)
     if args.json:
-        core.write_json(args.json, "host", rows, facts, args.quick)
+        runs.write(args.json, "host", rows, facts, args.quick)
 
 
 if __name__ == "__main__":

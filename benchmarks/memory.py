@@ -1,7 +1,7 @@
-"""How much memory a call takes, by torch.profiler's record of what PyTorch's allocator hands out and takes back.
+"""The memory of a call, from torch.profiler's record of PyTorch's allocations and frees.
 
-What a library keeps in memory of its own is not in the record: oneDNN's and the CPU kernels' scratch, which stays with
-the thread between calls. On a GPU the record is the caching allocator's.
+The record lacks the memory that a library manages itself: the working memory of oneDNN and of the CPU kernels, which a
+thread keeps between calls. On a GPU the record is the caching allocator's.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ T = TypeVar("T")
 
 
 class Memory(NamedTuple):
-    """Bytes: ``kept`` is what is still allocated when the call has returned, ``peak`` the most that was at once."""
+    """Bytes: ``kept`` is still allocated after the call has returned, ``peak`` is the largest sum at one time."""
 
     kept: int
     peak: int
 
 
 def traced(call: Callable[[], T]) -> tuple[T, Memory]:
-    """The result of ``call()`` and the memory that it took; what was allocated before it is not counted."""
+    """The result of ``call()`` and its memory, without the memory that was allocated before it."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         result = call()
         kept, peak = torch.cuda.memory_allocated() - before, torch.cuda.max_memory_allocated() - before
-        if peak:  # else the call was the CPU's
+        if peak:  # without a peak the call ran on the CPU
             return result, Memory(kept, peak)
         del result
     enabled = gc.isenabled()
-    gc.disable()  # or it could free what was allocated before, and the sum would be too low
+    gc.disable()  # a collection could free earlier memory, and the sum would be too low
     try:
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
             result = call()

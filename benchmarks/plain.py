@@ -1,25 +1,25 @@
-"""The honest baseline: the fastest form of the unit that we could write in plain PyTorch, eager or for
+"""The honest baseline: the fastest form of the unit in plain PyTorch that we could write, eager or for
 ``torch.compile``.
 
-It computes what ``steam_kernels.reference`` computes, rearranged for speed:
+It computes the same function as ``steam_kernels.reference``, rearranged for speed:
 
-* the heads are collapsed: 4d parameters act through a_k = <q_k, k_k>/sqrt(d_h) and b_k = <v_k, o_k>, no d-wide vector
-  is formed;
-* neighbours are shifted slices of a padded array, not gathers; the softmax over them is written out, elementwise over
-  nodes, so that it vectorises over channels and fuses;
-* pooling is the map itself where cells are single pixels; in NCHW, column sums first (contiguous, vectorised), then
-  sums within rows; in channels_last ``adaptive_avg_pool2d`` (of the two, compiled at 56x56 in float32: 4.6 times faster
-  forward, and 15 % slower forward + backward; bfloat16 and the other shapes were not compared);
-* both gates are combined on the grid of cells, (N, C, gh, gw), and applied as a broadcast view of x. Autograd then
-  needs one pass over x and dy for all gate gradients instead of one per gate;
-* where the grid does not divide the map, rows are split and summed, columns reduced by a matrix of zeros and ones, and
-  the gate is spread by ``index_select``.
+* The heads are collapsed. The 4d parameters act through a_k = <q_k, k_k>/sqrt(d_h) and b_k = <v_k, o_k>, so that no
+  d-wide vector is formed.
+* Neighbours are shifted slices of a padded array, not gathers. The softmax over them is written out, elementwise over
+  nodes, so that it vectorises over channels and fuses.
+* If cells are single pixels, the pooled map is the map itself. In NCHW, column sums come first (contiguous,
+  vectorised), then sums within rows. In channels_last, pooling is ``adaptive_avg_pool2d``.
+* Both gates are combined on the grid of cells, (N, C, gh, gw), and multiply a view of x by broadcasting. Autograd then
+  needs one pass over x and dy for all gate gradients instead of one per gate.
+* If the grid does not divide the map, rows are split and summed, a matrix of zeros and ones reduces the columns, and
+  ``index_select`` spreads the gate.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,16 +29,16 @@ __all__ = ["steam"]
 
 
 def _heads(weight: Tensor, heads: int) -> tuple[Tensor, Tensor]:
-    """(a, b), each (heads,): the numbers through which the four rows act."""
+    """(a, b), each (heads,): the four rows act only through these numbers."""
     q, k, v, o = weight.unflatten(1, (heads, -1)).unbind(0)
     return (q * k).sum(1) / math.sqrt(q.shape[1]), (v * o).sum(1)
 
 
 def _attend(t: Tensor, near: list[Tensor], masks: list[Tensor | None], a: Tensor, b: Tensor) -> Tensor:
-    """o_i = sum_k b_k m_i. ``t`` (N, nodes), ``near`` each neighbour's value (N, nodes), ``masks`` (nodes,) where it
-    exists."""
+    """o_i = sum_k b_k m_i. ``t`` is (N, nodes), and ``near`` has the values of each neighbour, (N, nodes). A mask,
+    (nodes,), is true where the neighbour exists; None means that it exists at every node."""
     at = a[:, None] * t[:, None]  # (N, heads, nodes)
-    steps = [(s - t)[:, None] for s in near]  # differences before products: the softmax does not see a common shift
+    steps = [(s - t)[:, None] for s in near]  # the softmax is invariant to a common shift
     scores = [at * d if m is None else (at * d).masked_fill(~m, -math.inf) for d, m in zip(steps, masks, strict=True)]
     top = scores[0].detach()
     for s in scores[1:]:
@@ -120,17 +120,16 @@ def _spread(x: Tensor, gate: Tensor) -> Tensor:
     if w > gw:
         gate = (
             gate.unsqueeze(4).expand(-1, -1, -1, -1, w // gw).flatten(3)
-        )  # (N, C, gh, W): rows stay contiguous in the product
+        )  # (N, C, gh, W), so that rows stay contiguous in the product
     if h == gh:
         return x * gate
     return (x.unflatten(2, (gh, h // gh)) * gate.unsqueeze(3)).flatten(2, 3)
 
 
-def steam(
+def _gated(
     x: Tensor,
     channel_weight: Tensor,
     spatial_weight: Tensor,
-    residual: Tensor | None = None,
     *,
     num_heads: int = 4,
     grid_size: tuple[int, int] = (7, 7),
@@ -138,10 +137,8 @@ def steam(
     spatial_neighbors: int = 4,
     self_loops: bool = True,
     order: str = "sequential",
-    activation: str | None = None,
 ) -> Tensor:
-    """The unit, with the arguments of ``steam_kernels.steam`` that the benchmarks use. ``x`` (N, C, H, W) -> the same
-    shape."""
+    """The unit without a tail: ``x`` (N, C, H, W) -> the same shape, in float32 (or float64)."""
     c, h, w = x.shape[1:]
     gh, gw = min(grid_size[0], h), min(grid_size[1], w)
     sums, count = _pool(x, gh, gw)
@@ -150,7 +147,21 @@ def steam(
     weighted = sums * gc[:, :, None, None] if order == "sequential" else sums
     u = weighted.sum(1) / (c * count)
     gs = torch.sigmoid(_lattice(u, spatial_neighbors, self_loops, *_heads(spatial_weight.to(z.dtype), num_heads)))
-    y = _spread(x, gc[:, :, None, None] * gs[:, None])
+    return _spread(x, gc[:, :, None, None] * gs[:, None])
+
+
+def steam(
+    x: Tensor,
+    channel_weight: Tensor,
+    spatial_weight: Tensor,
+    residual: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    **options: Any,
+) -> Tensor:
+    """The unit, with those arguments of ``steam_kernels.steam`` that the benchmarks use. ``options`` are the keyword
+    arguments of :func:`_gated`. ``x`` (N, C, H, W) -> the same shape."""
+    y = _gated(x, channel_weight, spatial_weight, **options)
     if residual is not None:
         y = y + residual
     return (F.relu(y) if activation == "relu" else y).to(x.dtype)

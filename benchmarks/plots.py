@@ -1,4 +1,4 @@
-"""Figures that are the same bytes for the same figures: no date, fixed ids, text as text."""
+"""Pictures whose bytes depend on the plotted numbers alone: no date, fixed ids, text as text."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def new_figure(rows: int, columns: int, size: tuple[float, float], **options: An
 
 
 def save_figure(figure: Any, path: Path) -> None:
-    """As SVG or PNG, by the name's end."""
+    """Saves as SVG or PNG, by the suffix of the name."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # An SVG says which matplotlib drew it: another one may place things otherwise.
+    # An SVG names its version of matplotlib, because another version may place things differently.
     named = {"Date": None} if path.suffix == ".svg" else {"Software": None}
     figure.savefig(path, dpi=110, metadata=named)
     plt.close(figure)

@@ -36,10 +36,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import core, memory  # noqa: E402  (first: core can start the program again with its malloc setting)
+from benchmarks import malloc  # noqa: E402  (before torch: it may start the program again with its malloc setting)
 
 if __name__ == "__main__":
-    core.restart_with_malloc()
+    malloc.restart()
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
@@ -48,7 +48,9 @@ from sklearn.model_selection import train_test_split  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
+from benchmarks import machine, memory  # noqa: E402
 from benchmarks.gates import GATES  # noqa: E402
+from benchmarks.tables import say  # noqa: E402
 from steam_kernels import FusedSTEAM  # noqa: E402
 
 KINDS = ("none", "SE", "ECA", "STEAM")
@@ -242,7 +244,7 @@ def train(plan: Plan, out: Path, deadline: float) -> None:
             save(path, lambda part, t=trainer, h=history: torch.save(t.state() | {"history": h}, part))  # type: ignore[misc]
             bar.set_postfix(loss=f"{statistics.fmean(losses):.3f}", accuracy=f"{history[-1]['accuracy']:.3f}")
             bar.update()
-        core.say(f"{kind}, seed {seed}: test accuracy {history[-1]['accuracy']:.4f}")
+        say(f"{kind}, seed {seed}: test accuracy {history[-1]['accuracy']:.4f}")
     bar.close()
 
 
@@ -291,7 +293,7 @@ def compare(plan: Plan) -> dict[str, Any]:
     difference = np.abs(np.subtract(fused, reference))
     steps = [0, *(i for i in range(9, plan.compared_steps, 10)), plan.compared_steps - 1]
     for i in sorted(set(steps)):
-        core.say(f"step {i + 1:3}: loss {reference[i]:.4f}, fused differs by {difference[i]:.1e}, bound {bound[i]:.1e}")
+        say(f"step {i + 1:3}: loss {reference[i]:.4f}, fused differs by {difference[i]:.1e}, bound {bound[i]:.1e}")
     broken = [i for i in range(plan.compared_steps) if not difference[i] <= bound[i]]
     if broken:
         i = broken[0]
@@ -427,7 +429,7 @@ def report(plan: Plan, out: Path, images: Path, results: Path) -> None:
     results.write_text(json.dumps(content, indent=1) + "\n")
     draw_curves(rows, images / "train_digits.svg")
     draw_gates(plan, out, images / "train_digits_gates.png")
-    core.say("\n" + markdown(rows) + f"\n\nwrote {results}, {images}/train_digits.svg and train_digits_gates.png")
+    say("\n" + markdown(rows) + f"\n\nwrote {results}, {images}/train_digits.svg and train_digits_gates.png")
 
 
 def main() -> None:
@@ -453,14 +455,14 @@ def main() -> None:
         if "train" in wanted:
             train(plan, out, deadline)
     except Stopped:
-        return core.say(f"stopped after {args.limit:g} s; the same command continues the run")
+        return say(f"stopped after {args.limit:g} s; the same command continues the run")
     if "compare" in wanted:
         compared = compare(plan)
         save(out / "compare.json", lambda part: part.write_text(json.dumps(compared)))
     if "times" in wanted:
         measured = times(plan)
         save(out / "times.json", lambda part: part.write_text(json.dumps(measured)))
-        save(out / "machine.json", lambda part: part.write_text(json.dumps(core.machine())))
+        save(out / "machine.json", lambda part: part.write_text(json.dumps(machine.facts())))
     if "report" in wanted:
         report(plan, out, args.images or out, args.results or out / "results.json")
 

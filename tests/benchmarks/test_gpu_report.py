@@ -14,8 +14,11 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import conftest, core, cuda, gpu_report  # noqa: E402
+from benchmarks import conftest, cuda, gpu_report, machine  # noqa: E402
 from benchmarks.bench_unit import Row  # noqa: E402
+from benchmarks.gates import GATES  # noqa: E402
+from benchmarks.shapes import STAGES, Shape  # noqa: E402
+from benchmarks.timing import Measured  # noqa: E402
 
 FACTS: dict[str, Any] = {
     "gpu": "Made-Up GPU 9000",
@@ -38,13 +41,13 @@ XML = """<testsuites><testsuite>
 
 def measured(device: str) -> Row:
     """A made-up measurement: the floor takes 1 ms, ours 1.25 ms and eager 5 ms, in each direction."""
-    row = Row(core.Problem(32, *core.STAGES["56"], device=device))
+    row = Row(Shape(32, *STAGES["56"], device=device))
     times = {"triton": 1.25e-3, "eager": 5e-3}
     samples = {f"floor-{d}": [{d: 1e-3}] for d in ("forward", "backward")}
     for name, seconds in times.items():
         samples[f"{name} forward"] = [{"forward": seconds}]
         samples[f"{name} training"] = [{"backward": seconds, "both": 2 * seconds}]
-    row.measured = core.Measured(samples)
+    row.measured = Measured(samples)
     return row
 
 
@@ -145,9 +148,9 @@ def test_contenders_on_a_gpu_are_its_backends(monkeypatch: pytest.MonkeyPatch) -
             return {"--device": self.device}.get(option, "")
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(core, "machine", lambda: {"backends": {"triton": "", "cuda": "not built", "cpu": ""}})
+    monkeypatch.setattr(machine, "facts", lambda: {"backends": {"triton": "", "cuda": "not built", "cpu": ""}})
     peers = ["eager", "compiled", "plain", "plain-compiled"]
-    peers += [*core.GATES, *(f"{name}-compiled" for name in core.GATES)]
+    peers += [*GATES, *(f"{name}-compiled" for name in GATES)]
     assert conftest.contenders(Config("cpu")) == ["fused", *peers]  # type: ignore[arg-type]
     assert conftest.contenders(Config("cuda")) == ["triton", *peers]  # type: ignore[arg-type]
-    assert {p.device for p in conftest.problems(Config("cuda"))} == {"cuda"}  # type: ignore[arg-type]
+    assert {p.device for p in conftest.shapes(Config("cuda"))} == {"cuda"}  # type: ignore[arg-type]

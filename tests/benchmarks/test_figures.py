@@ -1,0 +1,220 @@
+"""The figures of the README and of the pages agree with the committed results."""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from benchmarks import end_to_end, pictures, report, runs
+from benchmarks.machine import ROOT
+
+LATEST = ROOT / "benchmarks" / "results" / "latest"
+
+
+def test_the_committed_page_is_of_the_committed_run(tmp_path: Path) -> None:
+    """The page and the table agree byte for byte. Pictures agree to a hundredth of a point if this version of
+    matplotlib drew them, and else in their words."""
+    run = runs.read(LATEST)
+    assert report.page(run, "images") == (ROOT / "docs" / "benchmarks.md").read_text()
+    runs.write_csv(run["unit"]["rows"], tmp_path / "unit.csv")
+    assert (tmp_path / "unit.csv").read_bytes() == (LATEST / "unit.csv").read_bytes()
+    for path in pictures.draw(run, tmp_path):
+        made, kept = path.read_text(), (ROOT / "docs" / "images" / path.name).read_text()
+        drawn_by = [re.findall(r"<dc:title>(Matplotlib [^,<]*)", text) for text in (made, kept)]
+        assert drawn_by[1], f"{path.name} does not say which matplotlib drew it"
+        if drawn_by[0] == drawn_by[1]:
+            # names are hashes of coordinates, and the last digits of coordinates depend on the processor
+            named = [re.sub(r'(id="|url\(#|href="#)[^")]*', "", text) for text in (made, kept)]
+            places = [[float(n) for n in re.findall(r"-?\d+\.?\d*", text)] for text in named]
+            assert len(places[0]) == len(places[1]) and np.allclose(*places, rtol=0, atol=0.01), path.name
+        words = [sorted(re.findall(r"<text [^>]*>([^<]*)</text>", text)) for text in (made, kept)]
+        assert words[0] == words[1] and words[0], path.name
+
+
+def tables_of(text: str) -> list[list[list[str]]]:
+    """The Markdown tables of a text, each as rows of cells with the head first."""
+    tables: list[list[list[str]]] = [[]]
+    for line in text.splitlines():
+        if line.startswith("|"):
+            cells = [cell.strip() for cell in line.strip("|").split("|")]
+            if set("".join(cells)) - set("-: "):
+                tables[-1].append(cells)
+        elif tables[-1]:
+            tables.append([])
+    return [table for table in tables if table]
+
+
+def agree(cell: str, printed: Sequence[object], what: str) -> None:
+    """Checks that each number of a cell is a printed number, rounded to the digits that are written."""
+    written = re.findall(r"[-+]?\d+(?:\.\d+)?", cell.replace("−", "-"))
+    assert len(written) == len(printed), f"{what}: {cell!r} for {printed}"
+    for text, number in zip(written, printed, strict=True):
+        half = 0.5 * 10.0 ** -len(text.partition(".")[2])
+        assert abs(float(text) - float(str(number))) <= half + 1e-9, (
+            f"{what}: {text} is written, the results have {number}"
+        )
+
+
+README_NAMES = {
+    "STEAM in plain PyTorch (the reference)": "eager",
+    "STEAM in the fastest plain PyTorch we could write": "plain",
+    "SE (timm)": "se",
+    "ECA (timm)": "eca",
+    "CBAM (timm)": "cbam",
+    "Gaussian GCT": "gct",
+}
+
+
+UNDER = " under `torch.compile`"
+
+
+def test_the_contenders_of_the_readme_are_of_the_committed_run() -> None:
+    unit = runs.UnitRows(runs.read(LATEST)["unit"]["rows"])
+    (table,) = [t for t in tables_of((ROOT / "README.md").read_text()) if t[0][0] == "contender"]
+    assert table[0] == ["contender", *runs.DIRECTIONS.values()] and len(table) > 5
+    last = ""
+    for name, *cells in table[1:]:
+        compiled = name.endswith(UNDER)
+        name = name.removesuffix(UNDER)
+        last = last if name == "the same" else README_NAMES[name]
+        contender = last if not compiled else "compiled" if last == "eager" else f"{last}-compiled"
+        for cell, direction in zip(cells, runs.DIRECTIONS, strict=True):
+            found = unit.speedups(contender, direction)
+            values = (runs.geometric_mean(found), min(found), max(found))
+            agree(cell, [runs.times(v) for v in values], f"{contender}, {direction}")
+
+
+def test_the_prices_of_the_readme_are_of_the_committed_run() -> None:
+    tables = runs.networks_of(runs.read(LATEST)["end_to_end"]["rows"])
+    (table,) = [t for t in tables_of((ROOT / "README.md").read_text()) if t[0][0] == "network"]
+    names = {runs.NAMES[c]: c for c in end_to_end.CONTENDERS if c != "plain"}
+    columns = [names[name] for name in table[0][1:]]
+    assert {"steam", "steam-reference", "se", "eca"} == set(columns) and len(table) > 3
+    networks = {"ResNet-50": "resnet50", "MobileNetV2": "mobilenet_v2"}
+    own: dict[str, Any] = {}
+    for name, *cells in table[1:]:
+        memory_of = "memory" in name
+        if not memory_of:
+            network, _, task = name.partition(", ")
+            mode = "compiled" if "compiled" in task else "eager"
+            own = tables[networks[network], "training" if "training" in task else "inference", mode]
+        for contender, cell in zip(columns, cells, strict=True):
+            if cell in ("", "–", "-") and contender not in own:
+                continue
+            row = own[contender]
+            ratios = (
+                [row["memory_over_plain"]] if memory_of else [row["time_over_plain"], *row["time_over_plain_quartiles"]]
+            )
+            agree(cell, [runs.percent(r).removesuffix(" %") for r in ratios], f"{name}, {contender}")
+
+
+def test_a_wrong_figure_of_the_readme_is_seen() -> None:
+    agree("26.7 (3.9 to 75)", ["26.7", "3.91", "75.0"], "right")
+    agree("3 (−2 to 6)", ["+3.0", "-1.9", "+6.0"], "right")
+    for cell in ("26.8 (3.9 to 75)", "26.7 (3.9 to 76)", "26.7 (3.9)"):
+        with pytest.raises(AssertionError, match="wrong"):
+            agree(cell, ["26.7", "3.91", "75.0"], "wrong")
+
+
+# ---- docs/performance.md ---------------------------------------------------------------------------------------------
+
+
+def performance_table(*head: str) -> list[list[str]]:
+    """The rows of the one table of docs/performance.md whose head begins with these cells."""
+    text = (ROOT / "docs" / "performance.md").read_text()
+    (table,) = [t for t in tables_of(text) if t[0][: len(head)] == list(head)]
+    assert len(table) > 1
+    return table[1:]
+
+
+def results(name: str, **values: Any) -> list[dict[str, Any]]:
+    """The rows of a committed file that have these values."""
+    rows = json.loads((ROOT / "benchmarks" / "results" / name).read_text())["rows"]
+    return [r for r in rows if all(r.get(k) == v for k, v in values.items())]
+
+
+def span(values: list[float]) -> list[str]:
+    return [f"{min(values):.6f}", f"{max(values):.6f}"]
+
+
+def test_the_performance_page_names_its_files() -> None:
+    for name, *cells in performance_table("file"):
+        content = json.loads((ROOT / "benchmarks" / "results" / name).read_text())
+        found = content["machine"]
+        assert cells == [found["processor"], found["cpu_variant"], found["commit"], found["date"][:10]]
+        assert found["threads"] == 2 and found["torch"].startswith("2.14.1") and not content["quick"]
+
+
+def test_the_options_of_the_performance_page() -> None:
+    rows = results("avx2/options.json", section="options")
+    table = performance_table("options")
+    assert len(table) == 5 and len(rows) == 8
+    for name, *cells in table:
+        for cell, direction in zip(cells, ("forward", "backward"), strict=True):
+            agree(cell, span([r[f"{direction} {name}"] for r in rows]), f"{name}, {direction}")
+
+
+def test_the_variants_of_the_performance_page() -> None:
+    rows = results("avx2/options.json", section="variants", variant="generic")
+    excepted = [r for r in rows if r["problem"] != "32x2048x7x7-float32-channels_last"]
+    for (name, *cells), of in zip(performance_table("shapes"), (rows, excepted), strict=True):
+        for cell, direction in zip(cells, ("forward", "backward"), strict=True):
+            agree(cell, span([r[f"{direction}_over_best"] for r in of]), f"{name}, {direction}")
+
+
+def test_the_inplace_calls_of_the_performance_page() -> None:
+    table = performance_table("malloc")
+    assert [row[0] for row in table] == ["stock", "benchmarks'"]
+    for name, cell in table:
+        rows = results("avx2/inplace.json", malloc=name)
+        agree(cell, span([r["outofplace"] / r["inplace"] for r in rows]), name)
+
+
+def test_the_shares_of_the_performance_page() -> None:
+    rows = results("avx512/cache_batch8.json")
+    text = (ROOT / "docs" / "performance.md").read_text()
+    (head,) = [t[0] for t in tables_of(text) if t[0][0] == "share in MiB"]
+    table = performance_table("share in MiB")
+    assert [int(row[0]) for row in table] == sorted({r["cache"] >> 20 for r in rows})
+    for share, *cells in table:
+        own = [r for r in rows if r["cache"] >> 20 == int(share)]
+        for cell, column in zip(cells, head[1:], strict=True):
+            if column.startswith("network, "):
+                (row,) = [r for r in own if r.get("task") == column.removeprefix("network, ")]
+                agree(cell, [row["time_over_plain"]], f"{share}, {column}")
+            else:
+                (row,) = [r for r in own if r.get("problem") == column]
+                agree(cell, [row["forward_over_floor"], row["backward_over_floor"]], f"{share}, {column}")
+    assert {r["cache"] >> 20 for r in rows if r["default"]} == {16}
+
+
+def test_the_random_shapes_of_the_performance_page() -> None:
+    rows = results("avx2/sweep.json", checked=True)
+    large = [r for r in rows if r["bytes"] > 1 << 20]
+    medians = [statistics.median(r[f"{d}_over_floor"] for r in large) for d in ("forward", "backward")]
+    above = [r for r in large if r["worst"] > 4]
+    small = [r[d] * 1e6 for r in rows if r["bytes"] <= 1 << 20 for d in ("forward", "backward")]
+    text = re.sub(r"\s+", " ", (ROOT / "docs" / "performance.md").read_text())
+    (found,) = re.findall(r"measured and judged (\d+ shapes\. \d+ of them .*) take more than 4 times", text)
+    agree(found.replace("1 MB", "a MB"), [len(rows), len(large), *medians, len(above)], "random shapes")
+    (found,) = re.findall(r"Shapes of at most 1 MB take (.* µs per pass, with a median of .*) µs\.", text)
+    agree(found, [*span(small), statistics.median(small)], "small shapes")
+    table = performance_table("shape", "walk")
+    assert [row[:2] for row in table] == [[r["problem"], r["walk"]] for r in above]
+    for row, r in zip(table, above, strict=True):
+        for cell, d in zip(row[2:], ("forward", "backward"), strict=True):
+            agree(cell, [r[f"{d}_over_floor"]], f"{r['problem']}, {d}")
+
+
+def test_the_host_overhead_of_the_performance_page() -> None:
+    for name, *cells in performance_table("layer"):
+        (row,) = results("avx2/host.json", section="layers", layer=name)
+        for cell, column in zip(cells, ("no grad", "forward + backward"), strict=True):
+            agree(cell, [row[column]], f"{name}, {column}")
