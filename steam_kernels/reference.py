@@ -198,7 +198,7 @@ def scale_of(size: Tensor) -> Tensor:
 
 
 def sigmoid(o: Tensor) -> Tensor:
-    """The logistic function. Autograd differentiates it as sigma(o) sigma(-o), which is precise where sigma saturates."""
+    """The logistic function. Autograd's derivative is sigma(o) sigma(-o), which is precise where sigma saturates."""
     e = torch.exp(torch.where(o >= 0, -o, o))
     return torch.where(o >= 0, 1, e) / (1 + e)
 
@@ -280,7 +280,7 @@ def forward(
     options: Options,
     grid: tuple[int, int],
 ) -> tuple[Tensor, Tensor]:
-    """y of :func:`evaluate`, and ``saved`` for :func:`backward`: ``(N, 2 (C + gh gw))``, rows of [z | o_c | u | o_s]."""
+    """y of :func:`evaluate`, and ``saved`` for :func:`backward`: ``(N, 2 (C + gh gw))``, rows [z | o_c | u | o_s]."""
     dtype = accumulation_dtype(x.dtype)
     wide = x.to(dtype)
     z, o_c, u, o_s = tokens(wide, channel_weight.to(dtype), spatial_weight.to(dtype), options, grid)
@@ -331,7 +331,7 @@ def backward(
 
 
 def _graph_backward(d_o: Tensor, t: Tensor, weight: Tensor, num_heads: int, graph: Graph) -> tuple[Tensor, Tensor]:
-    """The gradients of the tokens ``(N, n)`` and the weight ``(4, d)`` of :func:`graph_transform`, from the one of o."""
+    """The gradients of :func:`graph_transform`'s tokens ``(N, n)`` and weight ``(4, d)``, from the gradient of o."""
     neighbors, inside = graph
     w_q, w_k, w_v, w_o = weight.view(4, num_heads, -1).unbind(0)
     root = math.sqrt(w_q.shape[1])
