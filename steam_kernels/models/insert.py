@@ -371,7 +371,7 @@ def _places(model: nn.Module, sites: Any) -> list[Place]:
     if callable(sites):
         names = [name for name, module in model.named_modules() if name and sites(name, module)]
         if not names:
-            raise ValueError(f"sites must choose one module at least, got a predicate true of none: {sites!r}")
+            raise ValueError(f"sites must choose one module at least, got a predicate that is true for none: {sites!r}")
     else:
         if not isinstance(sites, Iterable):
             raise TypeError(f"{_SITES}, got {sites!r}")
@@ -444,7 +444,7 @@ def _check_host(name: str, module: nn.Module, model: nn.Module) -> None:
         if hasattr(owner, "forward_fuse") and module is not owner and module in owner.modules():
             raise ValueError(
                 f"sites must be modules that stay: {name!r}, a {type(module).__qualname__}, stands in a "
-                f"{type(owner).__qualname__} with a forward_fuse, which does without it; name that module instead"
+                f"{type(owner).__qualname__} with a forward_fuse, which drops it; name that module instead"
             )
 
 
