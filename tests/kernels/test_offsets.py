@@ -1,4 +1,4 @@
-"""64-bit offsets, by the kernels' own address arithmetic and without a huge tensor."""
+"""Tests of 64-bit offsets by the kernels' own address arithmetic, without a huge tensor."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ pytestmark = pytest.mark.kernels
 LIBRARY = Path(steam_kernels.__file__).parent / "libsteam_cpu.so"
 
 PLACES = [
-    # n, c, h, w, channels, height, width: the last element of maps beyond 2^31 and 2^32 elements, and places inside
+    # n, c, h, w, channels, height, width: elements inside maps, and the last element of maps with more than 2^31 and
+    # 2^32 elements.
     (0, 0, 0, 0, 1, 1, 1),
     (1, 2, 3, 4, 5, 6, 7),
     (3, 255, 1023, 1023, 256, 1024, 1024),
