@@ -72,10 +72,10 @@ class Arguments(NamedTuple):
         ``y`` is given exactly if ``relu`` is True, and the gradient of the residual is asked for only then.
         """
         if self.relu != (y is not None):
-            raise ValueError(f"y must be {'the output of forward' if self.relu else 'None'} where relu is {self.relu}")
+            raise ValueError(f"y must be {'the output of forward' if self.relu else 'None'} if relu is {self.relu}")
         if needs[3] and y is None:
             raise ValueError(
-                "needs[3] must be False where relu is False: without a ReLU the residual's gradient is dy itself"
+                "needs[3] must be False if relu is False: without a ReLU the residual's gradient is dy itself"
             )
 
     def options(self) -> Options:

@@ -37,18 +37,17 @@ def check_inplace(x: Tensor, channel_weight: Tensor, spatial_weight: Tensor, res
         )
     # The compiler cannot trace is_neg(), and its inputs have no negative bit.
     if not torch.compiler.is_compiling() and x.is_neg():
-        raise ValueError("x must not be a negative view where inplace=True: give x.resolve_neg(), or use inplace=False")
+        raise ValueError("x must not be a negative view if inplace=True: give x.resolve_neg(), or use inplace=False")
     check_overlaps(x, residual)
 
 
 def check_overlaps(x: Tensor, residual: Tensor | None) -> None:
     """Raises ValueError if x overlaps itself or ``residual`` in memory, because y cannot be written into such an x."""
     if residual is not None and _share(x, residual):
-        raise ValueError("residual must not share memory with x where inplace=True: give a copy, or use inplace=False")
+        raise ValueError("residual must not share memory with x if inplace=True: give a copy, or use inplace=False")
     if not (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)) and _overlaps_itself(x):
         raise ValueError(
-            f"x must not overlap itself in memory where inplace=True, got shape {tuple(x.shape)} with strides "
-            f"{x.stride()}"
+            f"x must not overlap itself in memory if inplace=True, got shape {tuple(x.shape)} with strides {x.stride()}"
         )
 
 

@@ -164,7 +164,7 @@ def attention(t: Tensor, weight: Tensor, num_heads: int, graph: Graph) -> tuple[
 
     Returns:
         The weights alpha ``(N, n, K, h)``, origin ``(N, n, h)``, delta ``(N, n, K, h)`` and scale ``(N, n)``. The
-        tokens of the neighbours are (origin + delta) * scale. The scale is a power of two for each neighbourhood. The
+        tokens of the neighbours are (origin + delta) * scale. Each neighbourhood has a power of two as its scale. The
         origin is the token of the neighbour with the largest score. The softmax and the mean do not depend on the
         choice of the origin, so no gradient flows through it.
     """
@@ -268,7 +268,7 @@ def finish(y: Tensor, residual: Tensor | None, relu: bool, dtype: torch.dtype) -
     if residual is not None:
         y = y + residual.to(y.dtype)
     y = y.to(dtype)
-    # The ReLU comes after the rounding. The value is the same, but so the mask of the gradient fits the y returned.
+    # The ReLU comes after the rounding. This does not change y, but autograd then makes the mask from the returned y.
     return torch.relu(y) if relu else y
 
 

@@ -127,7 +127,9 @@ def _cache(library: ctypes.CDLL, asked: str) -> Cache | str:
     if asked:
         digits = asked.isascii() and asked.isdigit() and len(asked) <= 19
         if not digits or int(asked) >= 1 << 63:
-            return f"{CACHE_ENVIRONMENT}={asked!r} is no number of bytes; allowed are whole numbers from 0 to 2^63 - 1"
+            return (
+                f"{CACHE_ENVIRONMENT}={asked!r} is not a number of bytes; allowed are whole numbers from 0 to 2^63 - 1"
+            )
         library.steam_cpu_set_cache_bytes(int(asked))
     return Cache(used(), reported(), processors(), bool(asked))
 

@@ -83,16 +83,16 @@ def _check_kept(given: Mapping[str, FusedSTEAM], there: Mapping[str, FusedSTEAM]
     """Raises ValueError if weights were trained with units that the network does not have, or with other options."""
     if lost := given.keys() - there.keys():
         raise ValueError(
-            f"weights must be of a network whose units this one has, got units at {sorted(lost)}: use the network that "
-            "the checkpoint holds (YOLO(path)), or take its units out with steam_kernels.remove_steam"
+            f"weights must be of units that the network has, got units at {sorted(lost)}: use the network of the "
+            "checkpoint (YOLO(path)), or take its units out with steam_kernels.remove_steam"
         )
     for name, unit in given.items():
         for option in _OPTIONS:
             own, other = getattr(there[name], option), getattr(unit, option)
             if own != other:
                 raise ValueError(
-                    f"weights must be of units with the options of this network's, got {option}={other!r} at {name!r}, "
-                    f"where it has {own!r}"
+                    f"weights must be of units with the network's options, got {option}={other!r} at {name!r}, "
+                    f"but the network has {own!r}"
                 )
 
 

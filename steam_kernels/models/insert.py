@@ -92,8 +92,8 @@ def _watch_for_adapters() -> None:
         if name == "base_layer" and hasattr(type(module), "without_unit") and _is_adapter(adapter):
             raise TypeError(
                 f"a {type(module).__qualname__} with a STEAM unit cannot have an adapter, got a "
-                f"{type(adapter).__module__}.{type(adapter).__qualname__}: its share would be added behind the unit, "
-                "and be merged before it. Put the unit after a norm or a block, which adapters leave alone "
+                f"{type(adapter).__module__}.{type(adapter).__qualname__}: its share would be added after the unit, "
+                "but merged before it. Put the unit after a norm or a block, which adapters leave alone "
                 "(insert_steam(model, 'blocks') does)"
             )
 
@@ -130,7 +130,7 @@ def _have_trainers_keep_units() -> None:
             importlib.import_module("steam_kernels.integrations.ultralytics")
         except (ImportError, AttributeError) as error:
             warnings.warn(
-                "steam_kernels does not know the trainer of the Ultralytics that is loaded (it knows 8.4's), so that "
+                "steam_kernels does not know the trainer of the loaded Ultralytics (it knows the one of 8.4), so "
                 f"YOLO.train() would build its network without units ({type(error).__name__}: {error})",
                 stacklevel=2,
             )
@@ -171,8 +171,8 @@ def insert_steam(
 
     Raises:
         TypeError: ``model`` is not a module; ``sites`` is "blocks" and the model has no known block; ``sites`` is
-            another placement by name and no stages are known or found; ``sites`` has another type; FusedSTEAM does not
-            have an option.
+            another placement by name and no stages are known or found; ``sites`` has another type; or an option does
+            not belong to FusedSTEAM.
         ValueError: ``sites`` is an unknown placement, is empty, names a module that does not exist, names one place
             twice, or names a module that cannot have a unit; ``model`` already has units; or ``model`` is wrapped by
             DDP or FSDP, which would not know the new parameters. The model is not changed then.
