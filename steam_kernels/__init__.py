@@ -18,5 +18,5 @@ __all__ = [
     "steam",
     "steam_sites",
 ]
-#: The one place of the version. pyproject.toml and CMakeLists.txt read this line, so it must stay a plain string.
+#: The version is stated only here. pyproject.toml and CMakeLists.txt read this line, so it must stay a plain string.
 __version__ = "0.1.0"

@@ -1,6 +1,6 @@
-"""The options of a STEAM unit, and all that follows from them and a call's shapes.
+"""The options of a STEAM unit, and the values that follow from the options and the shapes of a call.
 
-Symbols are those of the unit's definition: ``x`` is ``(N, C, H, W)``, the grid ``(gh, gw)``, ``d`` the embedding width
+The symbols are the ones of docs/math.md: ``x`` is ``(N, C, H, W)``, the grid ``(gh, gw)``, ``d`` the embedding width
 and ``h`` the heads. :class:`Options` checks every option once, and :meth:`Options.check` every tensor of a call.
 """
 
@@ -27,7 +27,7 @@ _RESIDUAL = "residual must be None or a tensor of x's shape, dtype and device"
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The type that sums, gates and saved tokens have for an input of ``dtype``: float64 for float64, else float32."""
+    """The dtype of sums, gates and saved tokens for an input of ``dtype``: float64 for float64, else float32."""
     return _FLOAT64 if dtype is _FLOAT64 else _FLOAT32
 
 
@@ -53,9 +53,9 @@ def check_embed_dim(embed_dim: Any, num_heads: int) -> None:
 
 
 class Arguments(NamedTuple):
-    """The options that the operators take, in the order in which every schema ends with them.
+    """The options that the operators take. Every schema ends with them, in this order.
 
-    ``Options`` of ``csrc/common/bindings.h`` has the same order.
+    ``Options`` in ``csrc/common/bindings.h`` has the same order.
     """
 
     num_heads: int
@@ -67,16 +67,19 @@ class Arguments(NamedTuple):
     relu: bool
 
     def check_backward(self, y: Tensor | None, needs: Sequence[bool]) -> None:
-        """Raises ValueError unless ``y`` is given, and dresidual wanted, only where there is a ReLU."""
+        """Raises ValueError if ``y`` or ``needs`` does not fit ``relu``.
+
+        ``y`` is given exactly if ``relu`` is True, and the gradient of the residual is asked for only then.
+        """
         if self.relu != (y is not None):
-            raise ValueError(f"y must be {'what forward returned' if self.relu else 'None'} where relu is {self.relu}")
+            raise ValueError(f"y must be {'the output of forward' if self.relu else 'None'} if relu is {self.relu}")
         if needs[3] and y is None:
             raise ValueError(
-                "needs[3] must be False where relu is False: without a ReLU the residual's gradient is dy itself"
+                "needs[3] must be False if relu is False: without a ReLU the residual's gradient is dy itself"
             )
 
     def options(self) -> Options:
-        """The options of a unit with these arguments; the grid is not among them."""
+        """The options of a unit with these arguments. They do not include the grid."""
         order, activation = "sequential" if self.sequential else "parallel", "relu" if self.relu else None
         heads, radius, neighbors, loops, _, scale, _ = self
         return make_options(heads, None, None, radius, neighbors, loops, order, scale, activation, False, None)
@@ -89,7 +92,7 @@ class Options:
     ``grid_size`` is normalised: an int becomes a pair, and None becomes ``(7, 7)`` unless ``window`` is given.
 
     Raises:
-        TypeError, ValueError: an option is of the wrong type or out of its range; the message names it.
+        TypeError, ValueError: an option has the wrong type or is out of its range; the message names it.
     """
 
     num_heads: int = 4
@@ -105,7 +108,7 @@ class Options:
     backend: str | None = None
     sequential: bool = field(init=False)
     relu: bool = field(init=False)
-    #: The options as the operators take them.
+    #: The options in the form that the operators take.
     arguments: Arguments = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -140,15 +143,15 @@ class Options:
         object.__setattr__(self, "arguments", Arguments(*graphs, self.sequential, float(self.scale), self.relu))
 
     def given(self) -> dict[str, Any]:
-        """The keyword arguments of :func:`steam_kernels.steam` that make these options."""
+        """The keyword arguments of :func:`steam_kernels.steam` that give these options."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.init}
 
     def but(self, **changes: Any) -> Options:
-        """These options with some changed, validated again."""
+        """A copy of these options with ``changes``, validated again."""
         return replace(self, **changes)
 
     def grid(self, height: Any, width: Any) -> tuple[int, int]:
-        """The cells per axis at a map of ``height`` x ``width``: at most one per pixel."""
+        """The numbers of cells ``(gh, gw)`` on a map of ``height`` x ``width`` pixels: at most one cell per pixel."""
         window = self.window
         if window is not None:
             return ceil_div(height, window), ceil_div(width, window)
@@ -163,7 +166,7 @@ class Options:
         """Checks the tensors of one call and returns its grid.
 
         Raises:
-            TypeError: an argument is no tensor, or of a dtype that the unit does not take.
+            TypeError: an argument is not a tensor, or has a dtype that the unit does not take.
             ValueError: a shape or device is wrong; the message names the argument, what was given and what is allowed.
         """
         if not isinstance(x, Tensor):
@@ -191,16 +194,17 @@ class Options:
 
 
 def ceil_div(a: Any, b: Any) -> Any:
-    """a / b rounded up, of sizes: ints, symbolic ints, or the tensors that a trace has for them.
+    """a / b rounded up. Both are sizes: ints, symbolic ints, or the tensors that stand for sizes in a trace.
 
-    No operand is negative: ONNX's division of integers rounds towards zero, so that -(-a // b) would round down there.
+    The formula has no negative operand. ONNX rounds the division of integers towards zero, so -(-a // b) would round
+    down in an exported graph.
     """
     return (a + (b - 1)) // b
 
 
 def _least(cells: int, size: Any) -> Any:
-    # Python's min() compares: a symbolic size would get a guard, a traced one become a constant, and an exported graph
-    # serve a few sizes only.
+    # Python's min() would compare the sizes. The comparison would put a guard on a symbolic size and make a traced size
+    # a constant, so an exported graph would serve only a few sizes.
     return torch.where(size < cells, size, cells) if isinstance(size, Tensor) else torch.sym_min(cells, size)
 
 
@@ -248,7 +252,7 @@ _cached_options = lru_cache(maxsize=1024, typed=True)(Options)
 
 
 def make_options(*options: Any) -> Options:
-    """The :class:`Options` of its fields' values, in their order, validated the first time that they are seen together.
+    """The :class:`Options` with these values of its fields, in their order. Each combination is validated only once.
 
     Raises:
         TypeError, ValueError: as :class:`Options`.
@@ -258,14 +262,14 @@ def make_options(*options: Any) -> Options:
     try:
         return _cached_options(*options)
     except TypeError:
-        # An option that cannot be hashed is a list for the grid, or a wrong one, which the constructor's message names.
+        # An option cannot be hashed: either the grid is a list, or the option is wrong and the constructor names it.
         return Options(*options)
 
 
 def ring_offsets(channels: int, radius: int, self_loops: bool) -> tuple[int, ...]:
-    """The neighbours of a channel as offsets modulo ``channels``, each node once.
+    """The neighbours of a channel as offsets modulo ``channels``. Each node occurs once.
 
-    c - r and c + r may be one node in a small ring, and an offset that wraps onto the channel itself counts as a self
+    In a small ring, c - r and c + r may be the same node. An offset that wraps onto the channel itself counts as a self
     loop. A channel without neighbours attends to itself.
     """
     if channels > 2 * radius:
@@ -276,7 +280,7 @@ def ring_offsets(channels: int, radius: int, self_loops: bool) -> tuple[int, ...
 
 
 def lattice_offsets(neighbors: int) -> tuple[tuple[int, int], ...]:
-    """The 4 or 8 neighbours of a cell as (row, column) offsets, also beyond the edge; the cell itself is none."""
+    """The 4 or 8 neighbours of a cell as (row, column) offsets, without the cell. They may lie beyond the edge."""
     offsets = [(-1, 0), (0, -1), (0, 1), (1, 0)]
     if neighbors == 8:
         offsets += [(-1, -1), (-1, 1), (1, -1), (1, 1)]

@@ -1,4 +1,7 @@
-"""``python -m steam_kernels.env_report``: versions, GPUs, backends or why not, and the compiled kernels."""
+"""``python -m steam_kernels.env_report`` reports versions, GPUs, backends and compiled kernels.
+
+The report gives the reason for each backend that cannot run here.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +14,12 @@ import torch
 from . import __version__, available_backends
 from .backends import ENVIRONMENT, native
 
-#: The variables that say what runs.
+#: The environment variables that select backends and kernels.
 VARIABLES = (ENVIRONMENT, native.ENVIRONMENT, native.CACHE_ENVIRONMENT)
 
 
 def report() -> str:
-    """The report as text, one fact a line."""
+    """The report as text, with one fact in each line."""
     hip, other = torch.version.hip, native.shadowed()
     cuda = f"ROCm {hip}" if hip else f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA"
     lines = [

@@ -1,10 +1,10 @@
-"""Parameters, FLOPs and bytes of one unit at a shape, by the one convention that the operators' FLOP formulas share.
+"""Parameters, FLOPs and bytes of one unit for one sample. The operators' FLOP formulas use the same convention.
 
-Counted per sample, one per arithmetic operation on one number: each pooled element one add, each gated element one
-multiply, each residual element one add; comparisons (ReLU) and data movement none; an exponential, a division and a
-square root one each. Graphs count by their collapsed form (two numbers a head), the one that the kernels compute. Bytes
-are the least that any implementation must move: x in and y out forwards, x and dy in and dx out backwards, and the
-tail's share.
+An arithmetic operation on one number counts as one FLOP. A pooled element is one add, a gated element one multiply, and
+a residual element one add. An exponential, a division and a square root are one FLOP each. Comparisons (ReLU) and data
+movement cost nothing. Graphs count in their collapsed form (two numbers per head), which is the form that the kernels
+compute. Bytes are the least that any implementation must move. Forward, x is read and y is written. Backward, x and dy
+are read and dx is written. The tail adds its own maps.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .config import Arguments, Options, check_embed_dim, check_integer, ring_off
 
 
 class Cost(NamedTuple):
-    """One unit for one sample: ``parameters`` (a count), ``flops`` and ``bytes`` forwards, and the same backwards."""
+    """One unit for one sample: ``parameters`` (a count), and the FLOPs and bytes of forward and of backward."""
 
     parameters: int
     flops: int
@@ -44,16 +44,16 @@ def cost(
     dtype: torch.dtype = torch.float32,
     **unit: Any,
 ) -> Cost:
-    """The cost of a unit on one ``(channels, height, width)`` map [derived]; the convention is the module's.
+    """The cost of a unit on one ``(channels, height, width)`` map [derived]. The module's docstring has the convention.
 
     Args:
-        channels, height, width: C, H and W, at least 1 each.
+        channels, height, width: C, H and W, each at least 1.
         residual: whether a residual is added.
-        dtype: of the map, for the bytes.
-        unit: the options of :class:`steam_kernels.FusedSTEAM`, those without influence included.
+        dtype: the dtype of the map; the bytes depend on it.
+        unit: other options of :class:`steam_kernels.FusedSTEAM`, which do not change the cost.
 
     Raises:
-        TypeError, ValueError: an argument is of the wrong type or out of range.
+        TypeError, ValueError: an argument has the wrong type or is out of range.
 
     Example:
         >>> cost(256, 56, 56).parameters
@@ -83,13 +83,13 @@ def cost(
         flops=forward_flops(channels, height, width, grid, given.arguments, residual),
         bytes=map_bytes * (2 + residual),
         backward_flops=backward_flops(channels, height, width, grid, given.arguments),
-        # A ReLU's backward reads y; the residual's gradient is dy itself unless the ReLU masked it.
+        # The backward of a ReLU also reads y. Without a ReLU the residual's gradient is dy itself and costs no bytes.
         backward_bytes=map_bytes * (3 + relu + (relu and residual)),
     )
 
 
 def edges(channels: int, grid: tuple[int, int], options: Arguments) -> tuple[int, int]:
-    """Directed edges of the ring and of the lattice, self loops included."""
+    """The numbers of directed edges of the ring and of the lattice, with self loops."""
     gh, gw = grid
     lattice = 2 * (gh * (gw - 1) + gw * (gh - 1))
     if options.spatial_neighbors == 8:
@@ -104,26 +104,29 @@ def forward_flops(
 ) -> int:
     """Forward FLOPs for one sample."""
     pixels, cells = channels * height * width, grid[0] * grid[1]
-    # pool's adds and means; z and u from the means; one multiply for the combined gate's two factors, one for x.
+    # The adds and means of the pooling, then z and u from the means. The combined gate needs one multiply for each
+    # channel and cell, and one for each element of x.
     around = pixels + channels * cells + 4 * channels * cells + pixels + channels * cells
-    # An edge and head: a difference, a product, exp, the sum of exps, and a multiply-add. A node and head: a t, the
-    # mean's division and origin, and b's multiply-add. A node: its sigmoid's exp, add and division.
+    # Each edge and head: a difference, a product, an exponential, an add to the sum of exponentials, a multiply-add.
+    # Each node and head: a * t, the division and the origin of the mean, and the multiply-add with b.
+    # Each node: the exponential, the add and the division of the sigmoid.
     heads, every_edge = options.num_heads, sum(edges(channels, grid, options))
     graph = every_edge * heads * 6 + (channels + cells) * (heads * 5 + 3)
     return around + graph + (pixels if residual else 0)
 
 
 def backward_flops(channels: int, height: int, width: int, grid: tuple[int, int], options: Arguments) -> int:
-    """Backward FLOPs for one sample, all gradients asked for."""
+    """Backward FLOPs for one sample, with all gradients."""
     pixels, cells = channels * height * width, grid[0] * grid[1]
-    # P again (an add), R (a multiply-add), and dx (a multiply and an add of one number per channel and cell), per
-    # element.
+    # Each element: the pooling is done again (an add), R takes a multiply-add, and dx takes a multiply and an add of
+    # one number per channel and cell.
     around = 5 * pixels
-    # d_g_s and d_g_c from R, d_g_c from P, and the added numbers themselves: a multiply-add per channel and cell each.
+    # Four multiply-adds per channel and cell: d_g_s and d_g_c from R, d_g_c from P, and the numbers added to dx.
     around += 8 * channels * cells
-    # An edge and head: the forward's four for alpha, the centred difference, the variance's three, and the gather's
-    # four.
-    # A node and head: d_m, two products for its own token and four for a and b. A node: the derivative of its sigmoid.
+    # Each edge and head: four for alpha as in the forward, one centred difference, three for the variance, and four to
+    # gather the gradients of the neighbours.
+    # Each node and head: d_m, two products for the node's own token and four for a and b.
+    # Each node: the derivative of the sigmoid.
     heads, every_edge = options.num_heads, sum(edges(channels, grid, options))
     graph = every_edge * heads * 12 + (channels + cells) * (heads * 9 + 5)
     return around + graph

@@ -1,4 +1,4 @@
-"""steam(): checks one call, then runs it by one operator, or by the reference where a tool must see the steps."""
+"""steam() checks a call and runs one operator, or the reference if a tool must see plain operators."""
 
 from __future__ import annotations
 
@@ -36,38 +36,38 @@ def steam(
 ) -> Tensor:
     r"""One STEAM unit: ``y = activation(scale * x * channel_gate * spatial_gate + residual)``.
 
-    Source: *STEAM: Squeeze and Transform Enhanced Attention Module*, arXiv 2412.09023; a reconstruction, see the
-    documentation's page on the mathematics for what is the paper's, what second-hand and what ours.
+    Source: *STEAM: Squeeze and Transform Enhanced Attention Module*, arXiv 2412.09023. This is a reconstruction.
+    docs/math.md marks which parts come from the paper, which are second-hand and which are ours.
 
     Args:
-        x: ``(N, C, H, W)``, float16, bfloat16, float32 or float64. N may be 0. NCHW and channels_last maps are read as
-            they are, other strides are made contiguous once.
-        channel_weight, spatial_weight: ``(4, d)`` query, key, value and output rows, float32 or x's dtype, on x's
-            device.
+        x: ``(N, C, H, W)``, float16, bfloat16, float32 or float64. N may be 0. A map that is not dense in NCHW
+            or channels_last is copied once.
+        channel_weight, spatial_weight: ``(4, d)``, the query, key, value and output rows, in float32 or x's dtype, on
+            x's device.
         residual: None or a tensor of x's shape, dtype and device.
-        num_heads: h, a divisor of d.
-        grid_size: cells per axis, an int or ``(gh, gw)``, at most one per pixel; None is 7 unless ``window`` is given.
-        window: pixels per cell instead: ``(ceil(H / window), ceil(W / window))`` cells.
+        num_heads: h, which divides d.
+        grid_size: cells per axis, an int or ``(gh, gw)``, at most one per pixel. None is 7 unless ``window`` is given.
+        window: pixels per cell, instead of ``grid_size``: ``(ceil(H / window), ceil(W / window))`` cells.
         channel_radius: how far the ring joins channels on either side, 0 or more.
         spatial_neighbors: 4 or 8.
-        self_loops: whether a node attends to itself too.
+        self_loops: whether a node also attends to itself.
         order: "sequential" or "parallel".
-        scale: a finite factor of the gates; where an exporter, a tracer or a function transform looks into the call, it
-            may be a tensor of 0 dimensions.
+        scale: a finite factor of the gates. Under an exporter, a tracer or a function transform it may also be a tensor
+            of 0 dimensions.
         activation: None or "relu", applied after the residual is added.
-        inplace: write y into x and return x; only where no gradient is recorded. ``residual`` may not share memory with
-            x then.
-        backend: name of the backend that must run the call; None is the one that the environment variable
-            ``STEAM_KERNELS_BACKEND`` names, else the first that can.
+        inplace: whether to write y into x and return x. Autograd must not record the call, and ``residual`` must not
+            share memory with x.
+        backend: the name of the backend that must run the call. None takes the backend that the environment variable
+            ``STEAM_KERNELS_BACKEND`` names, or else the first backend that can run the call.
 
     Returns:
-        y of x's shape and dtype, in x's strides where x is dense in NCHW or channels_last, else in NCHW.
+        y, with x's shape and dtype. y has x's strides if x is dense in NCHW or channels_last, else it is in NCHW.
 
     Raises:
-        TypeError, ValueError: an argument is of the wrong type, dtype, shape or device, or out of range; the message
-            names it.
-        RuntimeError: the backend asked for by name cannot run the call, or ``inplace`` would overwrite what a gradient
-            needs.
+        TypeError, ValueError: an argument has the wrong type, dtype, shape or device, or is out of range; the message
+            names the argument.
+        RuntimeError: the backend that was asked for by name cannot run the call, or ``inplace`` would overwrite values
+            that a gradient needs.
     """
     tensor = None
     if not isinstance(scale, (int, float)) and (tracing.looked_into() or has_torch_function((x, scale))):
@@ -85,7 +85,7 @@ def run(
     options: Options,
     scale: Tensor | None = None,
 ) -> Tensor:
-    """:func:`steam` of options that have been made; ``scale`` replaces theirs where it is given."""
+    """:func:`steam` with checked options. ``scale``, if given, replaces the scale of the options."""
     tensors = x, channel_weight, spatial_weight, residual
     if has_torch_function(tensors):
         given = options.given() if scale is None else options.given() | {"scale": scale}
@@ -98,10 +98,11 @@ def run(
     if plain:
         return reference.compute(*tensors, options, grid, scale)
     if tracing.traced_as_operators():
-        grid = int(grid[0]), int(grid[1])  # a counter reads them from the trace, where sizes are tensors
+        grid = int(grid[0]), int(grid[1])  # sizes are tensors in a trace, and the counter reads ints
     return ops.call(*tensors, options, grid, chosen if named else ops.AUTOMATIC)
 
 
-# FX keeps the call as one node. It patches the name meanwhile, and the node's target is to be the function itself.
+# torch.fx.wrap has FX keep the call as one node. FX replaces the name ``steam`` while it traces, so ``_STEAM`` keeps
+# the function itself, which is the node's target.
 _STEAM = steam
 torch.fx.wrap("steam")

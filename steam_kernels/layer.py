@@ -1,4 +1,4 @@
-"""The layer that FusedSTEAM and reference.STEAM both are: parameters, options and the scale of one unit."""
+"""The base class of FusedSTEAM and reference.STEAM: parameters, options and scale of one unit."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _PARAMETER_DTYPES: Iterable[torch.dtype] = (torch.float16, torch.bfloat16, torch
 
 
 class _Option:
-    """An attribute of a layer that is one of its options: may be set, and is checked when it is set."""
+    """An attribute of a layer that reads and sets one of its options. Setting it checks the value."""
 
     def __set_name__(self, owner: type, name: str) -> None:
         self._name = name
@@ -30,11 +30,12 @@ class _Option:
 
 
 class Layer(ScaledModule):
-    """One STEAM unit as a layer, without the code that runs it; see :class:`steam_kernels.FusedSTEAM`."""
+    """One STEAM unit as a layer. Subclasses add the code that runs it; see :class:`steam_kernels.FusedSTEAM`."""
 
     channel_weight: nn.Parameter
     spatial_weight: nn.Parameter
-    #: Called with x, both weights, residual, options and, where it replaces the options' scale, the scale as a tensor.
+    #: The function that computes the unit. It takes x, both weights, residual and options, and optionally the scale as
+    #: a tensor, which replaces the scale of the options.
     _run: Callable[..., Tensor]
 
     num_heads = _Option()
@@ -45,7 +46,7 @@ class Layer(ScaledModule):
     self_loops = _Option()
     order = _Option()
     activation = _Option()
-    #: Name of the backend that must run this unit, or None for the first that can.
+    #: The name of the backend that must run this unit, or None for the first backend that can.
     backend = _Option()
 
     def __init__(
@@ -85,7 +86,7 @@ class Layer(ScaledModule):
 
     @property
     def options(self) -> Options:
-        """The options of a call, with the scale that the layer has now."""
+        """The options of a call, with the current scale of the layer."""
         options, scale = self._options, self.host_scale()
         if options.scale != scale:
             options = options.but(scale=scale)
@@ -95,10 +96,10 @@ class Layer(ScaledModule):
 
     @property
     def inplace(self) -> bool:
-        """May be set, checked when set; reading it is an AttributeError.
+        """This attribute can be set, and setting checks it. Reading it raises AttributeError.
 
-        Tools turn it on wherever a module *has* such an attribute, as Ultralytics does at loading. They mean
-        activations, whose input no other module reads; another module may read a unit's input.
+        Some tools set ``inplace`` on every module that has such an attribute; Ultralytics does at loading. These tools
+        assume an activation, whose input is read by no other module. The input of a unit may be read by another module.
         """
         raise AttributeError(f"{type(self).__name__}.inplace can be set, but not read")
 
@@ -107,14 +108,18 @@ class Layer(ScaledModule):
         self._options = self._options.but(inplace=value)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        if "_options" not in state:  # pickled whole by an older version, with an attribute for each option
+        if "_options" not in state:  # an older version pickled the layer, with an attribute for each option
             old = {name.lstrip("_"): state.pop(name) for name in _ATTRIBUTES if name in state}
             state["_options"] = Options(**old)
         super().__setstate__(state)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Query, key, value rows uniform in ±1 (fan-in 1), output rows in ±1/sqrt(d) or, for the identity, 0 [ours]."""
+        """Draws new parameters and resets the scale [ours].
+
+        Query, key and value rows are uniform in ±1 (fan-in 1). Output rows are uniform in ±1/sqrt(d), or 0 with
+        ``identity_init``.
+        """
         for weight in (self.channel_weight, self.spatial_weight):
             nn.init.uniform_(weight[:3], -1.0, 1.0)
             if self.identity_init:
@@ -122,11 +127,11 @@ class Layer(ScaledModule):
             else:
                 bound = 1.0 / math.sqrt(self.embed_dim)
                 nn.init.uniform_(weight[3], -bound, bound)
-        # Both gates are sigma(0) = 1/2 then, and 4 * 1/2 * 1/2 leaves x as it is, to the bit.
+        # With zero output rows both gates are sigma(0) = 1/2, and 4 * 1/2 * 1/2 = 1 keeps every bit of x.
         self.scale = 4.0 if self.identity_init else 1.0  # type: ignore[assignment]
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """``(N, C, H, W)`` to the same shape, dtype and memory format; see :func:`steam_kernels.steam`."""
+        """y of the shape ``(N, C, H, W)``, dtype and memory format of x; see :func:`steam_kernels.steam`."""
         if self.channels is not None:
             check_channels(x, self.channels)
         weights = self.channel_weight, self.spatial_weight
@@ -135,19 +140,18 @@ class Layer(ScaledModule):
         return self._run(x, *weights, residual, self.options)
 
     def attention_maps(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The gates that :meth:`forward` multiplies by, without the scale: differentiable, always in plain PyTorch.
+        """The gates of :meth:`forward`, without the scale. They are differentiable and computed in plain PyTorch.
 
         Args:
             x: ``(N, C, H, W)``.
 
         Returns:
-            The channel gate ``(N, C)`` and the spatial gate ``(N, gh, gw)``, float32 (float64 for
-            float64 x).
+            The channel gate ``(N, C)`` and the spatial gate ``(N, gh, gw)``, in float32 (float64 for float64 x).
 
         Raises:
             TypeError, ValueError: as :meth:`forward`.
         """
-        from .reference import maps  # which imports this module
+        from .reference import maps  # not at the top: reference imports this module
 
         if self.channels is not None:
             check_channels(x, self.channels)
@@ -155,14 +159,14 @@ class Layer(ScaledModule):
         return maps(x, self.channel_weight, self.spatial_weight, self._options, grid)
 
     def __prepare_scriptable__(self) -> NoReturn:
-        """Called by ``torch.jit.script``, whose compiler cannot read a unit's Python."""
+        """Raises RuntimeError: ``torch.jit.script`` calls this method, and it cannot compile the code of a unit."""
         raise RuntimeError(
             f"torch.jit.script cannot compile a {type(self).__name__}: use torch.jit.trace, whose trace serves maps of "
             "every size, or torch.export"
         )
 
     def extra_repr(self) -> str:
-        """The constructor's arguments, those at their defaults left out."""
+        """The constructor's arguments, without those that have their default value."""
         options = self._options
         given = [] if self.channels is None else [str(self.channels)]
         given += [f"embed_dim={self.embed_dim}", f"num_heads={options.num_heads}"]
@@ -175,12 +179,12 @@ class Layer(ScaledModule):
         return ", ".join(given)
 
 
-#: The attributes that layers of older versions had for their options.
+#: The attributes that hold the options in layers which an older version pickled.
 _ATTRIBUTES = [name for name, value in vars(Layer).items() if isinstance(value, _Option)]
 _ATTRIBUTES += ["inplace", "_inplace", "_backend"]
 
 
 def check_channels(x: Tensor, channels: int) -> None:
-    """Raises ValueError where a 4-dimensional ``x`` does not have the module's ``channels``."""
+    """Raises ValueError if ``x`` has 4 dimensions and its number of channels is not ``channels``."""
     if isinstance(x, Tensor) and x.dim() == 4 and x.shape[1] != channels:
         raise ValueError(f"x must have the {channels} channels that the unit was built for, got shape {tuple(x.shape)}")

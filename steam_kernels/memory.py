@@ -1,8 +1,8 @@
-"""How the tensors of a call lie in memory: which strides the operators work in, and what in place may overwrite.
+"""The memory layout of a call's tensors: the strides that kernels read, and the checks of a call in place.
 
 Kernels know two memory formats, NCHW and channels_last, and take every map of a call in the strides of x. The operators
-take any strides: those written in Python make theirs so by the functions of this module, the compiled ones by the same
-rules in ``csrc/common/bindings.h``.
+take any strides. Operators written in Python copy other strides by the functions of this module. The compiled operators
+follow the same rules in ``csrc/common/bindings.h``.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from torch import Tensor
 
 
 def dense(x: Tensor) -> Tensor:
-    """``x`` itself where it is dense in NCHW or channels_last, else an NCHW copy."""
+    """``x`` itself if it is dense in NCHW or channels_last, else an NCHW copy."""
     if x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last):
         return x
     return x.contiguous()
 
 
 def match_strides(t: Tensor, x: Tensor) -> Tensor:
-    """``t`` in the strides of the dense ``x``: itself where it has them, else a copy."""
+    """``t`` itself if it has the strides of the dense ``x``, else a copy with these strides."""
     return t if t.stride() == x.stride() else torch.empty_like(x).copy_(t)
 
 
@@ -29,26 +29,25 @@ def recording(*tensors: Tensor | None) -> bool:
 
 
 def check_inplace(x: Tensor, channel_weight: Tensor, spatial_weight: Tensor, residual: Tensor | None) -> None:
-    """Raises where writing y into x would corrupt a gradient, the result or other elements of x."""
+    """Raises RuntimeError or ValueError if writing y into x would corrupt a gradient, the result or elements of x."""
     if recording(x, channel_weight, spatial_weight, residual):
         raise RuntimeError(
             "inplace=True overwrites x, which the backward pass needs: call it under torch.no_grad() or "
             "torch.inference_mode(), or with inplace=False"
         )
-    # A compiler cannot ask; it has resolved its inputs.
+    # The compiler cannot trace is_neg(), and its inputs have no negative bit.
     if not torch.compiler.is_compiling() and x.is_neg():
-        raise ValueError("x must not be a negative view where inplace=True: give x.resolve_neg(), or use inplace=False")
+        raise ValueError("x must not be a negative view if inplace=True: give x.resolve_neg(), or use inplace=False")
     check_overlaps(x, residual)
 
 
 def check_overlaps(x: Tensor, residual: Tensor | None) -> None:
-    """Raises ValueError where x overlaps itself in memory, or ``residual``: y cannot be written into x then."""
+    """Raises ValueError if x overlaps itself or ``residual`` in memory, because y cannot be written into such an x."""
     if residual is not None and _share(x, residual):
-        raise ValueError("residual must not share memory with x where inplace=True: give a copy, or use inplace=False")
+        raise ValueError("residual must not share memory with x if inplace=True: give a copy, or use inplace=False")
     if not (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)) and _overlaps_itself(x):
         raise ValueError(
-            f"x must not overlap itself in memory where inplace=True, got shape {tuple(x.shape)} with strides "
-            f"{x.stride()}"
+            f"x must not overlap itself in memory if inplace=True, got shape {tuple(x.shape)} with strides {x.stride()}"
         )
 
 
@@ -56,7 +55,7 @@ def _share(a: Tensor, b: Tensor) -> bool:
     if a is b:
         return True
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return False  # storages are not to be seen there, and functionalisation keeps the values right
+        return False  # storages cannot be read there, and functionalisation keeps the values right
     if a.untyped_storage()._cdata != b.untyped_storage()._cdata:
         return False
     ends = [t.storage_offset() + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) for t in (a, b)]

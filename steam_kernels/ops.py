@@ -1,14 +1,17 @@
-"""The operators: schema, fakes, autograd and FLOP formulas; the one place that knows PyTorch's dispatcher.
+"""The operators: schemas, fakes, autograd and FLOP formulas. Only this module uses PyTorch's dispatcher from Python.
 
-``steam_kernels::forward`` and ``steam_kernels::backward`` are functional and opaque to the compiler; ``forward_``
-writes into x. On a GPU they run the first backend that can; ``triton_forward``, ``cuda_forward`` and so on are one
-backend's, for a call that names it. Each schema ends with the resolved grid and the options of
-:class:`~steam_kernels.config.Arguments`, in their order. ``needs`` says which of the gradients of x, both weights and
-the residual are wanted. All take tensors of any strides, and copy those that their kernels cannot read as
-they are. y, dx and dresidual have x's strides where x is dense in NCHW or channels_last, else NCHW's; gradients of
-weights have the strides that ``torch.empty_like`` gives for the weights. ``saved`` is
-``(N, 2 (C + gh gw))`` in the accumulation dtype, a row being [z | o_c | u | o_s]: tokens and pre-activations of the
-channel and the spatial graph.
+``steam_kernels::forward`` and ``steam_kernels::backward`` are functional and opaque to the compiler. ``forward_``
+writes into x. On a GPU these operators run the first backend that can. ``triton_forward``, ``cuda_forward`` and the
+like belong to one backend and serve the calls that name it.
+
+Each schema ends with the resolved grid and the options of :class:`~steam_kernels.config.Arguments`, in their order.
+``needs`` says which gradients are wanted: those of x, the two weights and the residual. ``saved`` is
+``(N, 2 (C + gh gw))`` in the accumulation dtype. Each row is [z | o_c | u | o_s], the tokens and pre-activations of the
+channel graph and of the spatial graph.
+
+The operators take tensors of any strides. They copy a tensor if their kernels cannot read its strides. y, dx and
+dresidual have x's strides if x is dense in NCHW or channels_last, else they are in NCHW. The gradient of a weight has
+the strides that ``torch.empty_like`` gives for the weight.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ from .backends import triton
 from .config import Arguments, Options, accumulation_dtype
 from .flops import backward_flops, forward_flops
 
-# At module level: the operators vanish with the library object.
+# The library object is at module level, because PyTorch removes the operators when the object is deleted.
 _LIBRARY = torch.library.Library("steam_kernels", "DEF")
 _OPTIONS = (
     "SymInt[2] grid, int num_heads, int channel_radius, int spatial_neighbors, bool self_loops, bool sequential, "
@@ -38,16 +41,16 @@ _SCHEMAS = {
     f"bool[4] needs, {_OPTIONS}) -> (Tensor dx, Tensor dchannel_weight, Tensor dspatial_weight, Tensor dresidual)",
     "forward_": f"(Tensor(a!) x, Tensor channel_weight, Tensor spatial_weight, Tensor? residual, {_OPTIONS}) -> ()",
 }
-#: What the names of one backend's operators start with, the automatic ones' first.
+#: The prefixes of the operators' names, one for each backend. The empty prefix of the automatic operators is first.
 PREFIXES = tuple(sorted({b.prefix for b in backends.BACKENDS.values() if b.prefix is not None}))
 for _prefix in PREFIXES:
     for _name, _schema in _SCHEMAS.items():
-        # flexible_layout: a compiler may choose the memory format of the maps, which the operators take in any strides.
+        # flexible_layout lets a compiler choose the memory format of the maps. The operators take any strides.
         _LIBRARY.define(_prefix + _name + _schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout))
 
 
 class Operators(NamedTuple):
-    """The three operators of one backend, all of the schemas above."""
+    """The three operators of one backend, with the schemas above."""
 
     forward: Callable[..., tuple[Tensor, Tensor]]
     backward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
@@ -58,9 +61,9 @@ def _operators(prefix: str) -> Operators:
     return Operators(*(getattr(torch.ops.steam_kernels, prefix + name).default for name in Operators._fields))
 
 
-#: The key of the operators that serve a call which names no backend.
+#: The key of the operators for calls that name no backend.
 AUTOMATIC = "automatic"
-#: Backend name -> operators; a backend that is not here is plain differentiable PyTorch.
+#: The operators by the name of the backend. A backend without an entry is plain differentiable PyTorch.
 OPERATORS: dict[str, Operators] = {
     AUTOMATIC: _operators(""),
     **{b.name: _operators(b.prefix) for b in backends.BACKENDS.values() if b.prefix is not None},
@@ -112,7 +115,7 @@ def _map_like(x: Tensor, wanted: bool) -> Tensor:
 
 
 def _weight_like(weight: Tensor, wanted: bool) -> Tensor:
-    # Not empty_like of what is contiguous, whose fake forgets the stride of an axis of length 1.
+    # empty_like is not used for a contiguous weight, because its fake loses the stride of an axis of length 1.
     if wanted and not weight.is_contiguous():
         return torch.empty_like(weight)
     return weight.new_empty(weight.shape if wanted else 0)
@@ -127,7 +130,7 @@ for _prefix in PREFIXES:
         torch.library.register_fake(f"steam_kernels::{_prefix}{_name}", _fake, lib=_LIBRARY)
 
 
-# ---- the operators in plain PyTorch, for every device that has no kernels --------------------------------------------
+# ---- the operators in plain PyTorch, for devices without kernels -----------------------------------------------------
 
 
 def _plain_forward(
@@ -184,7 +187,7 @@ def _plain_forward_(
 
 
 def with_any_strides(kernels: Operators) -> Operators:
-    """Operators of any strides from kernels that take every map in the strides of a dense x, and contiguous weights."""
+    """Wraps ``kernels``, which need maps in the strides of a dense x and contiguous weights, to take any strides."""
 
     def forward(
         x: Tensor, channel_weight: Tensor, spatial_weight: Tensor, residual: Tensor | None, *options: Any
@@ -239,9 +242,9 @@ for _name, _plain in _PLAIN._asdict().items():
 
 
 def _triton(name: str) -> Callable[..., Any]:
-    """An operator of the Triton kernels, imported when it is first called."""
+    """The operator ``name`` of the Triton kernels, which are imported at the first call."""
 
-    def run(x: Tensor, *args: Any) -> Any:  # the first map, which is dy in backward
+    def run(x: Tensor, *args: Any) -> Any:  # x is the first map: dy in backward
         kernels = triton.triton_kernels()
         if kernels.reason:
             raise RuntimeError(kernels.reason)
@@ -315,7 +318,7 @@ for _name, _first in Operators(_gpu_forward, _gpu_backward, _gpu_forward_)._asdi
 
 
 class _Steam(torch.autograd.Function):
-    # The classic form: setup_context and register_autograd cost 20 to 30 us more a call.
+    # This class has the classic form, because setup_context and register_autograd cost 20 to 30 us more per call.
     @staticmethod
     def forward(
         ctx: Any,
@@ -342,7 +345,7 @@ class _Steam(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, channel_weight, spatial_weight, saved, y = ctx.saved_tensors
         need_x, need_channel, need_spatial, need_residual = ctx.needs_input_grad[:4]
-        if x is None:  # only the residual asks
+        if x is None:  # only the residual needs a gradient
             return None, None, None, dy if y is None else dy.masked_fill(y <= 0, 0), None, None, None
         if not torch.compiler.is_compiling() and torch.is_grad_enabled():
             return _differentiable_backward(ctx, dy)
@@ -364,13 +367,13 @@ class _Steam(torch.autograd.Function):
 
 
 def _differentiable_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    """The gradients as functions that can be differentiated again, by way of the reference."""
+    """The gradients, computed by the reference so that autograd can differentiate them again."""
     x, channel_weight, spatial_weight, _, y = ctx.saved_tensors
     options, grid, _ = ctx.call
     if y is not None:
         dy = dy.masked_fill(y <= 0, 0)
-    # Gradients are taken by aliases that are made here. From the saved tensors themselves autograd would walk on to
-    # what they depend on, which may be another of them, and the caller's own backward pass would count that path again.
+    # The gradients are taken with respect to aliases. One saved tensor may depend on another one. Without aliases,
+    # autograd would follow that path here, and the caller's backward pass would count the path a second time.
     inputs = x.view_as(x), channel_weight.view_as(channel_weight), spatial_weight.view_as(spatial_weight)
     out = reference.evaluate(*inputs, None, options.but(activation=None), grid)
     asked = [t for t, need in zip(inputs, ctx.needs_input_grad[:3], strict=True) if need]
@@ -388,13 +391,13 @@ def call(
     grid: tuple[int, int],
     backend: str,
 ) -> Tensor:
-    """One checked call on a backend's operators: with autograd where it is recording, without where it is not."""
+    """One checked call on a backend's operators. It goes through autograd only if autograd records the call."""
     if options.inplace:
         memory.check_inplace(x, channel_weight, spatial_weight, residual)
         OPERATORS[backend].forward_(x, channel_weight, spatial_weight, residual, grid, *options.arguments)
         if not (torch.compiler.is_compiling() or x.is_inference()):
-            # Bumps the version counter, so that autograd notices the write. The dispatcher does so only for operators
-            # that it differentiates.
+            # Autograd notices the write by the version counter. The dispatcher increments the counter only for
+            # operators that it differentiates.
             torch.autograd.graph.increment_version(x)
         return x
     if torch.is_grad_enabled() and (
@@ -403,7 +406,7 @@ def call(
         or spatial_weight.requires_grad
         or (residual is not None and residual.requires_grad)
     ):
-        # The copy of an x that is not dense is made here once, for the operators of both directions.
+        # An x that is not dense is copied once here, so that forward and backward share the copy.
         return _Steam.apply(memory.dense(x), channel_weight, spatial_weight, residual, options, grid, backend)
     return OPERATORS[backend].forward(x, channel_weight, spatial_weight, residual, False, grid, *options.arguments)[0]
 
@@ -426,7 +429,7 @@ def forward_flop(
     *options: Any,
     out_shape: Any = None,
 ) -> int:
-    """FLOPs of a call of ``forward`` from its arguments, tensors or their shapes."""
+    """FLOPs of a call of ``forward``. The arguments are tensors or their shapes."""
     has_residual = residual is not None
     return x[0] * forward_flops(x[1], x[2], x[3], tuple(grid), Arguments(*options), has_residual)
 
@@ -435,7 +438,7 @@ def forward_flop(
 def forward_in_place_flop(
     x: Any, channel_weight: Any, spatial_weight: Any, residual: Any, grid: Any, *options: Any, out_shape: Any = None
 ) -> int:
-    """FLOPs of a call of ``forward_``, which are those of ``forward``."""
+    """FLOPs of a call of ``forward_``, the same as of ``forward``."""
     return forward_flop(x, channel_weight, spatial_weight, residual, False, grid, *options)
 
 

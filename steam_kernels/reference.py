@@ -1,9 +1,9 @@
-"""The STEAM unit in plain PyTorch: pool, graph transform and gate, in the order in which the paper has them.
+"""The STEAM unit in plain PyTorch: pool, graph transform and gate, in the order of the paper.
 
-Source: *STEAM: Squeeze and Transform Enhanced Attention Module*, arXiv 2412.09023. This module defines what every
-backend computes. It runs on any device and in any floating dtype, may be differentiated twice, is what export and
-function transforms see, and is the backend of last resort. Symbols: ``x`` is ``(N, C, H, W)``, the grid ``(gh, gw)``,
-``t`` the ``(N, n)`` tokens of ``n`` graph nodes.
+Source: *STEAM: Squeeze and Transform Enhanced Attention Module*, arXiv 2412.09023. This module defines the results of
+every backend. It runs on any device and in any floating dtype, and can be differentiated twice. Exporters and function
+transforms see its operators. Calls that no other backend can run use it. Symbols: ``x`` is ``(N, C, H, W)``, the grid
+is ``(gh, gw)``, and ``t`` are the ``(N, n)`` tokens of ``n`` graph nodes.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ __all__ = ["STEAM", "gate", "graph_transform", "lattice", "pool", "ring", "steam
 
 
 def cell_of(size: int, cells: int, device: torch.device) -> Tensor:
-    """``(size,)`` int64: the cell floor(r * cells / size) of each pixel r of one axis."""
+    """``(size,)`` int64: the cell floor(r * cells / size) of each pixel r on one axis."""
     return torch.arange(size, device=device) * cells // size
 
 
 def cell_bounds(size: int, cells: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """First pixel and one past the last pixel of each cell of one axis, ``(cells,)`` int64 each."""
+    """The first pixel of each cell on one axis, and one past the last pixel. Each is ``(cells,)`` int64."""
     cell = torch.arange(cells, device=device)
     return ceil_div(cell * size, cells), ceil_div((cell + 1) * size, cells)
 
 
 def cell_sums(x: Tensor, grid: tuple[int, int]) -> Tensor:
-    """``(N, C, gh, gw)``: the sum of ``x`` over each cell; a NaN or an Inf stays in its own cell."""
+    """``(N, C, gh, gw)``: the sum of ``x`` over each cell. A NaN or an Inf changes only its own cell."""
     if exporting():
         return _cell_sums_by_matrices(x, grid)
     return _sum_intervals(_sum_intervals(x, 2, grid[0]), 3, grid[1])
@@ -52,7 +52,7 @@ def _sum_intervals(x: Tensor, dim: int, cells: int) -> Tensor:
     shape = [1] * (x.dim() + 1)
     shape[dim], shape[dim + 1] = pixel.shape
     inside = (pixel < end[:, None]).view(shape)
-    # Not index_select, which takes several times as long on the CPU.
+    # Indexing is used, because index_select takes several times as long on the CPU.
     gathered = x[(slice(None),) * dim + (pixel.clamp(max=size - 1).flatten(),)].unflatten(dim, (cells, -1))
     return torch.where(inside, gathered, 0).sum(dim + 1)
 
@@ -65,7 +65,7 @@ def _cell_sums_by_matrices(x: Tensor, grid: tuple[int, int]) -> Tensor:
         matrices.append(((pixel >= first[:, None]) & (pixel < end[:, None])).to(x.dtype))
     with _without_autocast(x.device.type):
         columns = F.linear(x, matrices[1])
-        # Contiguous, or the order of its symbolic strides would become guards.
+        # The result is made contiguous. Otherwise the order of its symbolic strides would become guards.
         return F.linear(columns.transpose(2, 3), matrices[0]).transpose(2, 3).contiguous()
 
 
@@ -76,7 +76,7 @@ def _without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any
 
 
 def cell_counts(size: tuple[int, int], grid: tuple[int, int], like: Tensor) -> Tensor:
-    """``(gh, gw)``: the pixels n_ij of each cell, in ``like``'s dtype and on its device."""
+    """``(gh, gw)``: the number of pixels n_ij of each cell, in ``like``'s dtype and on its device."""
     rows, columns = (
         torch.sub(*reversed(cell_bounds(s, g, like.device))).to(like.dtype) for s, g in zip(size, grid, strict=True)
     )
@@ -98,7 +98,7 @@ def pool(x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
 
 
 def spread(cells: Tensor, size: tuple[int, int]) -> Tensor:
-    """``(N, gh, gw)`` to ``(N, H, W)``: each pixel takes its own cell's value."""
+    """``(N, gh, gw)`` to ``(N, H, W)``: each pixel takes the value of its cell."""
     rows = cell_of(size[0], cells.shape[-2], cells.device)
     columns = cell_of(size[1], cells.shape[-1], cells.device)
     return cells.index_select(-2, rows).index_select(-1, columns)
@@ -106,15 +106,16 @@ def spread(cells: Tensor, size: tuple[int, int]) -> Tensor:
 
 # ---- graphs ----------------------------------------------------------------------------------------------------------
 
-#: Neighbour indices ``(n, K)``, and which of them count ``(n, K)``. A node without neighbours attends to itself. Sizes
-#: decide by tensors alone here: a Python condition on one would hold in an exported graph for all other sizes too.
+#: The indices of the neighbours ``(n, K)``, and a mask of the ones that count ``(n, K)``. A node without neighbours
+#: attends to itself. The functions below use sizes only in tensor operations: a Python condition on a size would be
+#: fixed in an exported graph, also for other sizes.
 Graph = tuple[Tensor, Tensor]
 
 
 def ring(channels: int, radius: int, self_loops: bool, device: torch.device) -> Graph:
-    """The channel graph: each channel joined to those within ``radius``, modulo ``channels`` [ours]."""
+    """The channel graph: each channel is joined to the channels within ``radius``, modulo ``channels`` [ours]."""
     offsets = torch.arange(-radius, radius + 1, device=device)
-    # In a small ring several offsets lead to one node, which counts once, and some to the channel itself.
+    # In a small ring several offsets may lead to the same node, which counts once. Some may lead to the channel itself.
     residues = offsets % channels
     first = ~((residues[:, None] == residues) & (offsets[:, None] > offsets)).any(1)
     inside = first if self_loops else first & (residues > 0)
@@ -123,10 +124,10 @@ def ring(channels: int, radius: int, self_loops: bool, device: torch.device) -> 
 
 
 def lattice(grid: tuple[int, int], neighbors: int, self_loops: bool, device: torch.device) -> Graph:
-    """The spatial graph: each cell joined to its 4 or 8 bounded neighbours [second-hand: a few; ours: four]."""
+    """The spatial graph: each cell is joined to its 4 or 8 bounded neighbours [second-hand: a few; ours: four]."""
     gh, gw = grid
     down, right = torch.tensor(lattice_offsets(neighbors), device=device).unbind(1)
-    # By axis: a division of cell numbers by a symbolic gw is nothing that ONNX's exporter can translate.
+    # Rows and columns are separate axes, because ONNX's exporter cannot translate a division by a symbolic gw.
     i, j = torch.arange(gh, device=device)[:, None, None], torch.arange(gw, device=device)[:, None]
     row, column, cell = i + down, j + right, i * gw + j
     inside = ((row >= 0) & (row < gh)) & ((column >= 0) & (column < gw))
@@ -144,27 +145,28 @@ def graph_transform(t: Tensor, weight: Tensor, num_heads: int, graph: Graph) -> 
     Args:
         t: tokens ``(N, n)``.
         weight: query, key, value and output rows ``(4, d)``, in ``t``'s dtype.
-        num_heads: h, a divisor of d; head k owns columns k d_h to (k + 1) d_h.
+        num_heads: h, which divides d. Head k has the columns from k d_h to (k + 1) d_h.
         graph: from :func:`ring` or :func:`lattice`.
 
     Returns:
-        Pre-activations o ``(N, n)``.
+        The pre-activations o ``(N, n)``.
     """
     w_v, w_o = weight.view(4, num_heads, -1)[2:].unbind(0)  # (h, d_h) each
     alpha, origin, delta, scale = attention(t, weight, num_heads, graph)
-    # The mean of the values about an origin: only differences of tokens meet the softmax, forwards and backwards.
+    # The mean is taken about an origin, so the softmax multiplies only differences of tokens, forward and backward.
     mean = origin[..., None] * w_v + (alpha[..., None] * (delta[..., None] * w_v)).sum(2)  # (N, n, h, d_h)
-    # The scale goes to w_o: the gradient of o, times the scale, could overflow before it meets a w_o of zero.
+    # The scale multiplies w_o first. The gradient of o times the scale could overflow, and Inf times a zero w_o is NaN.
     return (mean * (w_o * scale[..., None, None])).sum((-2, -1))
 
 
 def attention(t: Tensor, weight: Tensor, num_heads: int, graph: Graph) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What the nodes attend to, with tokens in units of the scale ``(N, n)`` of each node's neighbourhood.
+    """The attention weights of each node, and the tokens of its neighbours in units of a scale.
 
     Returns:
-        The weights alpha ``(N, n, K, h)``; origin ``(N, n, h)``, delta ``(N, n, K, h)`` and scale ``(N, n)``, with the
-        neighbours' tokens (origin + delta) * scale. The origin is the neighbour of largest score. Neither a softmax nor
-        a mean depends on it, so no gradient flows there.
+        The weights alpha ``(N, n, K, h)``, origin ``(N, n, h)``, delta ``(N, n, K, h)`` and scale ``(N, n)``. The
+        tokens of the neighbours are (origin + delta) * scale. Each neighbourhood has a power of two as its scale. The
+        origin is the token of the neighbour with the largest score. The softmax and the mean do not depend on the
+        choice of the origin, so no gradient flows through it.
     """
     neighbors, inside = graph
     w_q, w_k = weight.view(4, num_heads, -1)[:2].unbind(0)
@@ -172,22 +174,23 @@ def attention(t: Tensor, weight: Tensor, num_heads: int, graph: Graph) -> tuple[
     largest = t_j.detach().masked_fill(~inside, -math.inf).amax(-1)  # (N, n)
     smallest = t_j.detach().masked_fill(~inside, math.inf).amin(-1)
     scale, own = scale_of(torch.maximum(largest, -smallest)), scale_of(t.detach().abs())
-    rises = ((w_q * w_k).sum(-1) * t[..., None] > 0).detach()  # (N, n, h): the score grows with t_j
+    rises = ((w_q * w_k).sum(-1) * t[..., None] > 0).detach()  # (N, n, h): whether the score grows with t_j
     origin = torch.where(rises, (largest / scale)[..., None], (smallest / scale)[..., None])
     delta = (t_j / scale[..., None])[..., None] - origin[:, :, None]
     delta = delta.masked_fill(~inside[..., None], 0)
     query, key = (t / own)[..., None, None] * w_q, delta[..., None] * w_k
     score = (query[:, :, None] * key).sum(-1) / factor(math.sqrt(w_q.shape[1]), key)
-    # The terms of the sum may have both signs; a score has one, and may overflow.
+    # The score is multiplied by the scales after its sum. The terms of the sum may have both signs, so terms that
+    # overflow could give Inf - Inf. The sum has one sign and may overflow.
     score = score * own[..., None, None] * scale[..., None, None]
     return torch.softmax(score.masked_fill(~inside[..., None], -math.inf), 2), origin, delta, scale
 
 
 def scale_of(size: Tensor) -> Tensor:
-    """A power of two by which numbers of this size are divided, so that products of two of them are in range.
+    """The power of two by which numbers of this size are divided, so that a product of two of them does not overflow.
 
-    It is 1 up to 2^48 (2^384 in float64), where nothing needs it, and 2^80 (2^640) beyond: what was larger is between
-    2^-32 and 2^48 then, and its differences are no smaller than 2^-56.
+    The power is 1 for sizes up to 2^48 (2^384 in float64), and 2^80 (2^640) for larger sizes. After the division,
+    larger numbers are between 2^-32 and 2^48, and their differences are no smaller than 2^-56.
     """
     bits = math.frexp(torch.finfo(size.dtype).max)[1]  # 128, or 1024
     large = torch.full_like(size, 2.0 ** (bits * 5 // 8))
@@ -195,7 +198,7 @@ def scale_of(size: Tensor) -> Tensor:
 
 
 def sigmoid(o: Tensor) -> Tensor:
-    """The logistic function; autograd's derivative of it is sigma(o) sigma(-o), precise where it saturates."""
+    """The logistic function. Autograd's derivative is sigma(o) sigma(-o), which is precise where sigma saturates."""
     e = torch.exp(torch.where(o >= 0, -o, o))
     return torch.where(o >= 0, 1, e) / (1 + e)
 
@@ -206,7 +209,7 @@ def sigmoid(o: Tensor) -> Tensor:
 def tokens(
     x: Tensor, channel_weight: Tensor, spatial_weight: Tensor, options: Options, grid: tuple[int, int]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Tokens and pre-activations z, o_c ``(N, C)`` and u, o_s ``(N, gh * gw)``, all in the accumulation dtype."""
+    """The tokens and pre-activations z, o_c ``(N, C)`` and u, o_s ``(N, gh * gw)``, in the accumulation dtype."""
     _, channels, height, width = x.shape
     pooled, counts = pool(x, grid)
     z = (pooled * counts).sum((2, 3)) / (height * width)
@@ -222,7 +225,7 @@ def tokens(
 
 
 def gate(x: Tensor, g_c: Tensor, g_s: Tensor, scale: float | Tensor = 1.0) -> Tensor:
-    """``scale * x * g_c * g_s`` with each pixel's own cell [paper's summaries: sigmoid gating; ours: nearest cell].
+    """``scale * x * g_c * g_s``, with g_s of each pixel's cell [second-hand: sigmoid gating; ours: nearest cell].
 
     Args:
         x: ``(N, C, H, W)``; g_c: ``(N, C)``; g_s: ``(N, gh, gw)``; all in the accumulation dtype.
@@ -236,7 +239,7 @@ def maps(
     """The channel gate ``(N, C)`` and the spatial gate ``(N, gh, gw)``, in the accumulation dtype."""
     dtype = accumulation_dtype(x.dtype)
     _, o_c, _, o_s = tokens(x.to(dtype), channel_weight.to(dtype), spatial_weight.to(dtype), options, grid)
-    # Not unflatten: ONNX's legacy exporter has it from opset 13 on, and takes the shape of its result for a constant.
+    # view is used: ONNX's legacy exporter has unflatten only from opset 13 on, and makes its result's shape a constant.
     return sigmoid(o_c), sigmoid(o_s).view(x.shape[0], *grid)
 
 
@@ -249,9 +252,9 @@ def evaluate(
     grid: tuple[int, int],
     scale: Tensor | None = None,
 ) -> Tensor:
-    """The unit on arguments that have been checked; differentiable, out of place.
+    """The unit on checked arguments, differentiable and out of place.
 
-    ``scale``, of 0 dimensions, replaces the options' scale where it is given.
+    ``scale``, if given, is a tensor of 0 dimensions that replaces the scale of the options.
     """
     dtype = accumulation_dtype(x.dtype)
     wide = x.to(dtype)
@@ -261,11 +264,11 @@ def evaluate(
 
 
 def finish(y: Tensor, residual: Tensor | None, relu: bool, dtype: torch.dtype) -> Tensor:
-    """The block's tail [ours], and the one rounding of ``y`` from the accumulation dtype to ``dtype``."""
+    """The tail [ours]. ``y`` is rounded once, from the accumulation dtype to ``dtype``."""
     if residual is not None:
         y = y + residual.to(y.dtype)
     y = y.to(dtype)
-    # After the rounding, which does not change the value but the mask of the gradient: it is that of the y returned.
+    # The ReLU comes after the rounding. This does not change y, but autograd then makes the mask from the returned y.
     return torch.relu(y) if relu else y
 
 
@@ -277,7 +280,7 @@ def forward(
     options: Options,
     grid: tuple[int, int],
 ) -> tuple[Tensor, Tensor]:
-    """:func:`evaluate`, and what :func:`backward` wants: ``(N, 2 (C + gh gw))``, rows of [z | o_c | u | o_s]."""
+    """y of :func:`evaluate`, and ``saved`` for :func:`backward`: ``(N, 2 (C + gh gw))``, rows [z | o_c | u | o_s]."""
     dtype = accumulation_dtype(x.dtype)
     wide = x.to(dtype)
     z, o_c, u, o_s = tokens(wide, channel_weight.to(dtype), spatial_weight.to(dtype), options, grid)
@@ -294,10 +297,10 @@ def backward(
     options: Options,
     grid: tuple[int, int],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of x and of both weights in closed form [derived], all in the accumulation dtype.
+    """The gradients of x and of both weights in closed form [derived], in the accumulation dtype.
 
     Args:
-        dy: ``(N, C, H, W)``, already masked where a ReLU ended the options.
+        dy: ``(N, C, H, W)``, already masked if the options have a ReLU.
         saved: from :func:`forward`.
     """
     dtype = accumulation_dtype(x.dtype)
@@ -328,7 +331,7 @@ def backward(
 
 
 def _graph_backward(d_o: Tensor, t: Tensor, weight: Tensor, num_heads: int, graph: Graph) -> tuple[Tensor, Tensor]:
-    """From the gradient of :func:`graph_transform`'s o to those of its tokens ``(N, n)`` and weight ``(4, d)``."""
+    """The gradients of :func:`graph_transform`'s tokens ``(N, n)`` and weight ``(4, d)``, from the gradient of o."""
     neighbors, inside = graph
     w_q, w_k, w_v, w_o = weight.view(4, num_heads, -1).unbind(0)
     root = math.sqrt(w_q.shape[1])
@@ -338,7 +341,8 @@ def _graph_backward(d_o: Tensor, t: Tensor, weight: Tensor, num_heads: int, grap
     token = t[..., None] / own
     shift = (alpha * delta).sum(2)
     spread_j = delta - shift[:, :, None]  # t_j - m_i, in units of the scale
-    # From here on what is often zero comes first in a product, and what may be large last: 0 * Inf is NaN.
+    # From here on a product begins with the factors that may be zero and ends with the factors that may be large. Large
+    # factors alone could overflow to Inf, and 0 * Inf is NaN.
     weighted = alpha * spread_j
     variance = (weighted * spread_j).sum(2)
     d_m = b * d_o[..., None]  # (N, n, h)
@@ -369,7 +373,7 @@ def steam(
     inplace: bool = False,
     backend: str | None = None,
 ) -> Tensor:
-    """:func:`steam_kernels.steam` in plain PyTorch: same arguments and errors; ``backend`` is checked, then ignored."""
+    """:func:`steam_kernels.steam` in plain PyTorch, with the same arguments and errors. ``backend`` is only checked."""
     tensor = None
     if isinstance(scale, Tensor) and looked_into():
         tensor, scale = scale, 1.0
@@ -386,7 +390,7 @@ def run(
     options: Options,
     scale: Tensor | None = None,
 ) -> Tensor:
-    """:func:`steam` of options that have been made; ``scale`` replaces theirs where it is given."""
+    """:func:`steam` with checked options. ``scale``, if given, replaces the scale of the options."""
     grid = options.check(x, channel_weight, spatial_weight, residual)
     return compute(x, channel_weight, spatial_weight, residual, options, grid, scale)
 
@@ -400,7 +404,7 @@ def compute(
     grid: tuple[int, int],
     scale: Tensor | None = None,
 ) -> Tensor:
-    """:func:`evaluate`, with y in x's strides, or written into x in place."""
+    """:func:`evaluate`, with y in the strides of a dense x, or written into x if the options are in place."""
     if options.inplace:
         check_inplace(x, channel_weight, spatial_weight, residual)
         return x.copy_(evaluate(x, channel_weight, spatial_weight, residual, options, grid, scale))
@@ -411,6 +415,6 @@ def compute(
 
 
 class STEAM(Layer):
-    """:class:`steam_kernels.FusedSTEAM` on this module's plain PyTorch: same constructor, same state_dict."""
+    """:class:`steam_kernels.FusedSTEAM` in plain PyTorch, with the same constructor and the same state_dict."""
 
     _run = staticmethod(run)

@@ -1,10 +1,10 @@
-"""What the package needs of torch; imported before anything else, whose errors on an older torch say nothing."""
+"""The check that torch is new enough. It runs first, because other imports fail on an old torch with unclear errors."""
 
 from __future__ import annotations
 
 import torch
 
-#: The oldest torch that has the stable ABI which the compiled kernels are built on, and what ``steam()`` asks of it.
+#: The oldest torch with the stable ABI of the compiled kernels and the functions that ``steam()`` calls.
 TORCH = (2, 10)
 
 if tuple(int(part) for part in torch.__version__.split(".")[:2]) < TORCH:

@@ -1,16 +1,16 @@
-"""The scale of a layer: a buffer to every tool that walks over tensors, a float to the layer's own call.
+"""The scale of a layer. It is a buffer for tools, and a float for the layer's own call.
 
-Tools move, save, average, broadcast and shard what a module has as parameters and buffers, so the scale is a buffer.
-The operators take it as a Python float. On the CPU the float is read at each call. On a GPU reading would make the host
-wait, so the buffer is read where it has changed: where another tensor is in its place, or its version counter says that
-it was written. Three things follow there, and in compiled code on any device:
+Tools move, save, average, broadcast and shard parameters and buffers, so the scale is a buffer. The operators take it
+as a Python float. On the CPU a call reads the float from the buffer each time. On a GPU this read would make the host
+wait. There a call reads the buffer only after a change: another tensor has replaced it, or its version counter has
+increased. This has three consequences on GPUs, and in compiled code on any device:
 
-* Code that ``torch.compile`` made finds a buffer that was written in place after the next eager call of the unit, or of
-  :meth:`ScaledModule.host_scale`. ``load_state_dict`` and ``unit.scale = ...`` need neither.
-* A write that the version counter does not see (``unit.scale.data``, another process) is not seen on a GPU.
-* Under DistributedDataParallel on GPUs a change must be made on every rank, once the first call has been made.
+* After a write in place into the buffer, code from ``torch.compile`` uses the new value only after the next eager call
+  of the unit or of :meth:`ScaledModule.host_scale`. ``load_state_dict`` and ``unit.scale = ...`` need no such call.
+* A call on a GPU does not see a write that leaves the version counter as it is (``unit.scale.data``, another process).
+* Under DistributedDataParallel on GPUs, a change after the first call must be made on every rank.
 
-What is exported, traced or under a function transform takes the buffer itself, as a tensor.
+Exports, traces and function transforms take the buffer itself, as a tensor.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from torch import Tensor, nn
 
 
 class ScaledModule(nn.Module):
-    """A module with a persistent float32 buffer ``scale`` of shape (), whose value is also at hand as a float.
+    """A module with a persistent float32 buffer ``scale`` of shape (). Its value is also available as a float.
 
-    ``scale`` may be set to a number, and is 1 at first. It is kept through ``.half()`` and ``to_empty()``. A state_dict
-    need not have it: weights that come without a scale were trained without one, so that loading them sets it to 1, and
-    where there are none of this module's it stays.
+    ``scale`` starts at 1 and can be set to a number. ``.half()`` and ``to_empty()`` keep its dtype and value. A
+    state_dict may lack it. If it has other weights of this module, they were trained without a scale, and loading sets
+    the scale to 1. If it has no weights of this module, the scale stays.
     """
 
     scale: Tensor
@@ -47,22 +47,23 @@ class ScaledModule(nn.Module):
             super().__setattr__(name, value)
 
     def _set(self, value: float, device: torch.device | str | int | None) -> None:
-        # A buffer made in inference mode could not be written outside it, and has no version counter.
+        # A buffer that is made in inference mode has no version counter and could not be written outside that mode.
         with torch.inference_mode(False):
-            # The buffer holds float32: so does the float, lest a saved unit differ from the one that goes on.
+            # The float is rounded to float32 like the buffer. Otherwise a saved and reloaded unit would give other
+            # results.
             (self._value,) = struct.unpack("f", struct.pack("f", value))
             self.register_buffer("scale", torch.full((), self._value, dtype=torch.float32, device=device))
         self._keep()
 
     def _keep(self) -> None:
-        """Notes that the float is the value of the buffer as it is now."""
+        """Records that the float equals the current value of the buffer."""
         self._seen: Tensor | None = self.scale
         self._seen_version = _version(self.scale)
 
     def host_scale(self) -> float:
         """The scale as a float."""
         if torch.compiler.is_compiling():
-            # The compiler puts guards on the float, and on whether the two are one tensor.
+            # The compiler guards the float, and whether the buffer is the tensor that was read last.
             if self._buffers["scale"] is not self._seen:
                 _read_while_compiling(self)
         elif not torch.jit.is_tracing():
@@ -70,11 +71,11 @@ class ScaledModule(nn.Module):
         return self._value
 
     def _refresh(self) -> None:
-        """Reads the buffer, where it may hold another number than the float."""
+        """Reads the buffer if its value may differ from the float."""
         buffer = self._buffers["scale"]
         assert buffer is not None
         if _on_host(buffer):
-            # At each call, so no attribute is set that stays as it is.
+            # This runs at each call, so attributes are set only if they change.
             if _has_value(buffer) and (buffer is not self._seen or _read(buffer) != self._value):
                 self._value = _read(buffer)
                 self._keep()
@@ -92,14 +93,14 @@ class ScaledModule(nn.Module):
         before = self.scale
         super()._apply(fn, recurse)
         if self.scale is not before:
-            # In another dtype, or without a value, as after to_empty().
+            # The new buffer may have another dtype, or no value after to_empty().
             self._set(self._value, self.scale.device)
         return self
 
     def _replicate_for_data_parallel(self) -> ScaledModule:
         self._refresh()
         replica: ScaledModule = super()._replicate_for_data_parallel()
-        replica._refresh = lambda: None  # type: ignore[method-assign]  # its buffer is a copy of this one's for one call
+        replica._refresh = lambda: None  # type: ignore[method-assign]  # its buffer is a copy of this buffer for one call
         return replica
 
     def __getstate__(self) -> dict[str, Any]:
@@ -107,7 +108,7 @@ class ScaledModule(nn.Module):
         return self.__dict__.copy()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # Modules that an older version pickled whole have the scale as a plain number.
+        # In modules that an older version pickled, the scale is a plain number.
         number = state.pop("scale", None)
         super().__setstate__(state)
         if "scale" not in self._buffers:
@@ -134,13 +135,13 @@ def _read_while_compiling(module: ScaledModule) -> None:
         module._value = _read(module.scale)
 
 
-# What torch.compiler.assume_constant_result does, which would import the compiler with this package: the compiler calls
-# the function while it traces, and finds the float as it is from then on.
+# torch.compiler.assume_constant_result sets the same attribute, but it would import the compiler with this package.
+# With it the compiler calls the function while it traces, and then reads the new float.
 _read_while_compiling._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _has_value(buffer: Tensor) -> bool:
-    """Whether there is a number in it, which meta tensors and those of tracers and function transforms have not."""
+    """Whether the buffer has a value. Meta tensors and the tensors of tracers and function transforms have none."""
     if torch._C._are_functorch_transforms_active():
         return False
     if type(buffer) is Tensor:
@@ -151,10 +152,10 @@ def _has_value(buffer: Tensor) -> bool:
 
 
 def _in_ddp_broadcast() -> bool:
-    """Whether DistributedDataParallel, in whose call this is, has sent the first rank's buffers to all.
+    """Whether DistributedDataParallel is running this call and has sent the first rank's buffers to all ranks.
 
-    It does so at each call. It has done so when it was made, and that was read; reading it from a GPU again would cost
-    a synchronisation a step.
+    DistributedDataParallel sends them at each call, and each time raises the version counter. It first sent them when
+    it was made, and that value was read. Reading the buffer again would cost a GPU synchronisation in each step.
     """
     if not torch.distributed.is_available():
         return False

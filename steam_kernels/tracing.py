@@ -1,4 +1,4 @@
-"""Whether a tool looks into a call: exporters, tracers and function transforms need plain operators in it."""
+"""Tells whether a tool looks into a call. Exporters, tracers and function transforms need plain operators there."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-#: Whether traces of torch.jit hold the operators.
+#: Whether a trace of torch.jit contains the operators of this package.
 _AS_OPERATORS: ContextVar[bool] = ContextVar("as_operators", default=False)
 
 
 @contextlib.contextmanager
 def as_operators() -> Iterator[None]:
-    """Makes traces of ``torch.jit`` hold the operators, so that a counter sees them."""
+    """Makes traces of ``torch.jit`` contain the operators of this package, so that a counter sees them."""
     token = _AS_OPERATORS.set(True)
     try:
         yield
@@ -30,7 +30,7 @@ def traced_as_operators() -> bool:
 
 
 def exporting() -> bool:
-    """Whether an exporter or ``torch.jit.trace`` records the call, perhaps for sizes that it will not see."""
+    """Whether an exporter or ``torch.jit.trace`` records the call. The record may later run on other sizes."""
     return torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 
@@ -45,7 +45,7 @@ def looked_into() -> bool:
 
 
 def factor(value: float | Tensor, like: Tensor) -> float | Tensor:
-    """``value``, a factor or divisor of ``like``; a tensor in an export, since ONNX rounds a number to float32."""
+    """``value``, a factor or divisor of ``like``. In exports it is a tensor, because ONNX rounds numbers to float32."""
     if isinstance(value, Tensor):
         return value.to(like.dtype)
     return torch.tensor(value, dtype=like.dtype, device=like.device) if exporting() else value

@@ -1,4 +1,4 @@
-"""Poisoned memory, fresh compiler state, seeds, and the backends that the kernel tests run on."""
+"""Fixtures: poisoned memory, fresh compiler state, seeds, and the backends that the kernel tests run on."""
 
 from __future__ import annotations
 
@@ -11,21 +11,22 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
-# Before torch, which may import Triton: where there is no GPU, its kernels run in the interpreter, for who names them.
+# This is set before torch is imported, because torch may import Triton. Without a GPU, calls that name Triton run in
+# its interpreter.
 if not glob.glob("/dev/nvidia[0-9]*") + glob.glob("/dev/kfd"):
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
 import torch
 
-# Before its modules are imported, so that an assert in them shows its values.
+# pytest rewrites the asserts of tests.support, so that they show their values. It must know before the import.
 pytest.register_assert_rewrite("tests.support")
 from tests.support import tolerances  # noqa: E402
 from tests.support.backends import unusable_backends, usable_backends  # noqa: E402
 from tests.support.poison import POISONED  # noqa: E402
 from tests.support.processes import PACKAGE  # noqa: E402
 
-# Ultralytics asks the network and writes into the home directory from its import on, unless told not to.
+# Without these variables, Ultralytics uses the network and writes into the home directory from its import on.
 _ULTRALYTICS = tempfile.TemporaryDirectory(prefix="steam_kernels_ultralytics_")
 os.environ.setdefault("YOLO_CONFIG_DIR", _ULTRALYTICS.name)
 os.environ.setdefault("YOLO_OFFLINE", "true")
@@ -34,7 +35,7 @@ _importorskip = pytest.importorskip
 
 
 def import_or_skip(name: str, *args: Any, **options: Any) -> Any:
-    """pytest's importorskip, but in CI, which installs all of them, a missing package fails instead of skipping."""
+    """Like pytest's importorskip, but a missing package is an error in CI, which installs all packages."""
     return importlib.import_module(name) if os.environ.get("CI") else _importorskip(name, *args, **options)
 
 
@@ -42,8 +43,8 @@ pytest.importorskip = import_or_skip
 
 
 def restore(variables: dict[str, str]) -> None:
-    """Sets the environment variables to these."""
-    for name in (os.environ.keys() | variables.keys()) - {"PYTEST_CURRENT_TEST"}:  # pytest itself sets that one
+    """Sets the environment variables to ``variables`` and removes all others."""
+    for name in (os.environ.keys() | variables.keys()) - {"PYTEST_CURRENT_TEST"}:  # pytest changes that one itself
         if name not in variables:
             del os.environ[name]
         elif os.environ.get(name) != variables[name]:
@@ -52,7 +53,7 @@ def restore(variables: dict[str, str]) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Generator[None, object, object]:
-    """Takes back what imports of test files set: peft's BOFT leaves CXX=gcc, with which a later build does not link."""
+    """Restores the environment after imports of test files: peft's BOFT sets CXX=gcc, which breaks later builds."""
     variables = dict(os.environ)
     result = yield
     restore(variables)
@@ -61,7 +62,7 @@ def pytest_collection() -> Generator[None, object, object]:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "kernels: runs a backend's kernels; repeated for each CPU variant")
-    # one worker of several leaves the other cores to its neighbours; tests that need threads ask for them
+    # One worker of several leaves the other cores to the other workers. Tests that need threads set their number.
     if hasattr(config, "workerinput"):
         torch.set_num_threads(1)
 
@@ -74,7 +75,7 @@ def pytest_report_header() -> list[str]:
     return lines
 
 
-#: Says which file of ratios this run, with its workers and the runs that tests start, has begun.
+#: The environment variable with the file of ratios that this run has begun. Workers and runs inside tests inherit it.
 _BEGUN = f"{tolerances.RECORD}_BEGUN"
 #: The file of ratios that this process began and judges at its end.
 _RECORD = pytest.StashKey[Path]()
@@ -83,7 +84,7 @@ _RECORD = pytest.StashKey[Path]()
 @pytest.hookimpl(tryfirst=True)
 def pytest_sessionstart(session: pytest.Session) -> None:
     path = os.environ.get(tolerances.RECORD)
-    # A worker, or a pytest that a test starts, adds to the file that this run has begun.
+    # A worker, or a pytest that a test starts, appends to the file of this run.
     if path and os.environ.get(_BEGUN) != path:
         os.environ[_BEGUN] = path
         session.config.stash[_RECORD] = Path(path)
@@ -102,7 +103,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         lines = path.read_text().splitlines()
         for line in [*tolerances.summary(lines), *tolerances.too_near(lines)]:
             terminalreporter.write_line(line)
-    # the header is not shown under -q
+    # pytest does not show the header under -q, so the summary has these lines too.
     for name, why in unusable_backends().items():
         terminalreporter.write_line(f"kernel tests NOT RUN on {name}: {why}")
 
@@ -121,14 +122,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
-    # thousands of empty records of the compiler would bury a failure's report
+    # Thousands of empty records of the compiler would hide the report of a failure.
     report.sections = [(name, text) for name, text in report.sections if "torch.__trace" not in text]
     return report
 
 
 @pytest.fixture(autouse=True)
 def _fresh(request: pytest.FixtureRequest) -> Iterator[None]:
-    """A test starts with the same seed, threads and environment variables, whichever tests ran before it."""
+    """Each test starts with the same seed, threads and environment variables, independent of earlier tests."""
     threads, variables = torch.get_num_threads(), dict(os.environ)
     torch.manual_seed(0)
     if "compile" in request.node.nodeid:
@@ -140,7 +141,7 @@ def _fresh(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def without_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The package, copied without its compiled libraries."""
+    """A copy of the package without its compiled libraries."""
     target = tmp_path_factory.mktemp("plain")
     shutil.copytree(
         PACKAGE, target / "steam_kernels", ignore=shutil.ignore_patterns("*.so", "__pycache__", "_build.txt")

@@ -1,6 +1,6 @@
-"""Which backend runs a call, and the sentence why another cannot.
+"""Selects the backend of a call, and gives the reason why a backend cannot run it.
 
-Each backend is one entry of :data:`BACKENDS`, made in a file of its own.
+Each backend is one entry of :data:`BACKENDS` and has its own file.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from . import cpu, cuda, native, triton
 from .base import Backend, Call
 
 ENVIRONMENT = "STEAM_KERNELS_BACKEND"
-#: By name, in the order in which a call that names none tries them. The reference runs everything.
+#: The backends by name, in the order in which a call without a named backend tries them. The reference runs any call.
 BACKENDS: dict[str, Backend] = {
     backend.name: backend
     for backend in (triton.BACKEND, cuda.BACKEND, cpu.BACKEND, Backend("reference", lambda call: ""))
@@ -32,7 +32,7 @@ def check_name(name: Any, argument: str = "backend") -> None:
 
 
 def first(call: Call) -> str:
-    """The first backend made for x's device that can run ``call``, else the reference."""
+    """The first backend for x's device that can run ``call``, else the reference."""
     kind = "cpu" if call.x.is_cpu else call.x.device.type
     for backend in _BY_DEVICE.get(kind, ()):
         if not backend.why_not(call):
@@ -42,7 +42,7 @@ def first(call: Call) -> str:
 
 
 def _warn_of_reference(kind: str) -> None:
-    """Warns once that calls on a device run the reference, where the machine lacks every backend made for it."""
+    """Warns once that calls on a device run the reference, if this machine cannot run any other backend for it."""
     _warn_once_of_reference(kind)
 
 
@@ -59,18 +59,19 @@ def _warn_once_of_reference(kind: str) -> None:
         )
 
 
-# What torch.compiler.assume_constant_result does, which would import the compiler with this package: the compiler calls
-# the function while it traces. It would trace what a cached function wraps, so this is not the cached one.
+# torch.compiler.assume_constant_result sets the same attribute, but it would import the compiler with this package.
+# With it the compiler calls the function while it traces. The compiler would trace into the function that ``cache``
+# wraps, so the attribute is on a separate function.
 _warn_of_reference._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def choose(call: Call) -> tuple[str, bool]:
-    """The backend that runs ``call``: the one asked for, by argument or environment, else the first that can.
+    """The backend that runs ``call``, and whether the backend was asked for by name.
 
-    The flag says whether it was asked for.
+    An argument or the environment variable may name the backend. Otherwise it is the first that can run the call.
 
     Raises:
-        RuntimeError: the backend asked for by name cannot run the call; the message is its ``why_not``.
+        RuntimeError: the named backend cannot run the call; the message contains its ``why_not``.
         ValueError: the environment variable names no backend.
     """
     asked, source = call.options.backend, "backend"
@@ -86,5 +87,5 @@ def choose(call: Call) -> tuple[str, bool]:
 
 
 def available_backends() -> dict[str, str]:
-    """Each backend's name, with "" where this machine can run it, else the sentence why not."""
+    """The name of each backend, with "" if this machine can run the backend, else the reason why not."""
     return {name: backend.why_not(None) for name, backend in BACKENDS.items()}

@@ -1,4 +1,4 @@
-"""What a backend is: a name, the devices whose calls try it unasked, the sentence why it cannot, and its operators."""
+"""The entry of a backend: a name, a check of a call, the devices that it serves, and a prefix of its operators."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class Call(NamedTuple):
-    """One checked call of :func:`steam_kernels.steam`, for ``why_not`` to judge; ``grid`` is resolved."""
+    """One checked call of :func:`steam_kernels.steam`, the argument of ``why_not``. ``grid`` is resolved."""
 
     x: Tensor
     channel_weight: Tensor
@@ -25,16 +25,16 @@ class Call(NamedTuple):
 class Backend(NamedTuple):
     """One way to run a call."""
 
-    #: What ``backend=`` and ``STEAM_KERNELS_BACKEND`` call it.
+    #: The name for ``backend=`` and ``STEAM_KERNELS_BACKEND``.
     name: str
-    #: "" if it can run the call, else the reason; for None, the same of the machine.
+    #: Returns "" if the backend can run the call, else the reason. For None: whether this machine can run the backend.
     why_not: Callable[[Call | None], str]
-    #: Types of devices whose calls try this backend though they name none.
+    #: The device types whose calls try this backend without naming it.
     devices: tuple[str, ...] = ()
-    #: What the names of its operators start with: "" for the operators that every call may use, None for no operators.
+    #: The prefix of its operators' names. "" is for the operators of calls that name no backend, None for no operators.
     prefix: str | None = None
 
 
 def too_large(backend: str, name: str, size: int, bits: int) -> str:
-    """The sentence that a size is not below 2^bits, which a backend's arithmetic needs; "" if it is."""
+    """The reason that ``size`` is too large for a backend's arithmetic, which needs it below 2^bits; "" if it fits."""
     return f"the {backend} backend needs {name} below 2^{bits}, and it is {size}" if size >= 2**bits else ""

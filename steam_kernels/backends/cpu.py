@@ -1,4 +1,4 @@
-"""The cpu backend: compiled C++ kernels, which are registered as the operators' own kernels on the CPU."""
+"""The cpu backend: compiled C++ kernels, which PyTorch's dispatcher calls for tensors on the CPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The cuda backend: compiled CUDA C++ kernels, the fallback on GPUs where Triton's do not run."""
+"""The cuda backend: compiled CUDA C++ kernels. They are the fallback on GPUs where the Triton kernels do not run."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from . import native
 from .base import Backend, Call, too_large
 
-#: The bits that the kernels' index arithmetic inside a sample has.
+#: The number of bits of the kernels' index arithmetic inside a sample.
 BITS = 31
 
 
@@ -24,10 +24,10 @@ def why_not(call: Call | None) -> str:
 
 
 def why_not_sizes(call: Call) -> str:
-    """ "" if the kernels' arithmetic and grids have room for the call's sizes."""
+    """ "" if the call's sizes fit the kernels' arithmetic and grids, else the reason."""
     samples, channels, height, width = call.x.shape
-    # The largest numbers are the column that a warp's last step reaches beyond a row, and 64 times the blocks of a
-    # grid. A block has at least 64 elements, except the last of a sample.
+    # Two numbers must fit. A warp's last step reaches at most column W + 32. The blocks of a grid have at least 64
+    # elements each, except the last block of a sample, so their number times 64 is at most N (C H W + 64).
     return too_large("cuda", "W + 32", width + 32, BITS) or too_large(
         "cuda", "N (C H W + 64)", samples * (channels * height * width + 64), BITS + 6
     )

@@ -1,8 +1,8 @@
-"""Loads the compiled libraries; nothing else touches ctypes or ``torch.ops`` loading.
+"""Loads the compiled libraries. Only this module uses ctypes and loads operators.
 
-``STEAM_KERNELS_CPU`` = avx512, avx2 or generic forces a variant of the CPU kernels, and ``STEAM_KERNELS_CACHE`` = bytes
-says how much of the last-level cache they may count on. What is missing or cannot be is a reason, not an error:
-importing always works.
+The environment variable ``STEAM_KERNELS_CPU`` (avx512, avx2 or generic) forces a variant of the CPU kernels.
+``STEAM_KERNELS_CACHE`` is the number of bytes of the last-level cache that the CPU kernels may count on. The import of
+this module raises no error if a library is missing or a variable is wrong. The library's ``reason`` explains it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 PACKAGE = Path(__file__).resolve().parent.parent
-#: What the build said of each library, a line each; absent where nothing was built.
+#: The build's report, one line for each library. The file is absent if no build has run.
 BUILD_REPORT = PACKAGE / "_build.txt"
 CPU_LIBRARY = PACKAGE / "libsteam_cpu.so"
 CUDA_LIBRARY = PACKAGE / "libsteam_cuda.so"
@@ -29,9 +29,9 @@ OPERATORS = 2  # kOperators of csrc/common/bindings.h, the version of the operat
 
 
 def shadowed() -> Path | None:
-    """The folder of another installed copy of this package, which this one hides, or None.
+    """The folder of another installed copy of this package that this copy hides, or None.
 
-    A clone's source tree hides an installed package from whatever runs in the clone's folder.
+    The source tree of a clone hides an installed package from programs that run in the clone's folder.
     """
     try:
         installed = Path(str(metadata.distribution("steam_kernels").locate_file("steam_kernels")))
@@ -41,8 +41,8 @@ def shadowed() -> Path | None:
 
 
 def how_to_mend() -> str:
-    """The line that brings the CPU kernels which calls do without here."""
-    if CPU.supported:  # the library is loaded, and a variable asks for what it or the processor lacks
+    """The command or advice that makes the CPU kernels available."""
+    if CPU.supported:  # the library is loaded, but an environment variable is wrong
         return f"unset {CPU.reason.partition('=')[0]}"
     if (other := shadowed()) is not None:
         return f"run from another folder than {PACKAGE.parent}, which hides the package installed in {other.parent}"
@@ -53,15 +53,15 @@ def how_to_mend() -> str:
 
 @dataclass(frozen=True)
 class Cache:
-    """The last-level cache as the CPU kernels see it, in bytes."""
+    """The last-level cache that the CPU kernels assume, in bytes."""
 
-    #: What a call counts on: outputs are written past the caches where x and y take more.
+    #: The bytes that a call counts on. If x and y are larger, outputs are written past the caches.
     used: int
-    #: What the system reports; 0 where it reports nothing.
+    #: The bytes that the system reports, or 0 if it reports none.
     reported: int
-    #: Processors that this process may run on, by affinity and control group.
+    #: The number of processors that this process may run on, by affinity and control group.
     processors: int
-    #: Whether ``used`` is what STEAM_KERNELS_CACHE says.
+    #: Whether ``used`` comes from STEAM_KERNELS_CACHE.
     set: bool
 
     def __str__(self) -> str:
@@ -72,15 +72,15 @@ class Cache:
 
 @dataclass(frozen=True)
 class Library:
-    """What became of one compiled library: ``reason`` is "" where it is loaded and usable."""
+    """The state of one compiled library. ``reason`` is "" if the library is loaded and usable."""
 
     path: Path
     reason: str = ""
-    #: The CPU variants that this processor can run, best first; the GPU architectures that there is code for.
+    #: The CPU variants that this processor can run, the best first; or the GPU architectures with compiled code.
     supported: tuple[str, ...] = ()
     #: The CPU variant in use.
     variant: str = ""
-    #: What the CPU kernels know of the last-level cache; None where they are not loaded.
+    #: The last-level cache that the CPU kernels assume; None if they are not loaded.
     cache: Cache | None = None
 
 
@@ -95,7 +95,7 @@ def _why_not_built(library: str) -> str:
 
 
 def _open(path: Path) -> ctypes.CDLL | str:
-    """The library, its operators registered; or why not."""
+    """Loads a library and registers its operators. Returns the library, or the reason why it cannot be loaded."""
     if not path.is_file():
         return f"{path.name} is not in {path.parent}: {_why_not_built(path.stem)}"
     try:
@@ -104,7 +104,7 @@ def _open(path: Path) -> ctypes.CDLL | str:
     except (OSError, RuntimeError) as error:
         lines = str(error).splitlines() or [type(error).__name__]
         return f"{path} cannot be loaded: {lines[0]}"
-    # Kernels that read arguments by another schema would end the process.
+    # Kernels that were built for another schema would read wrong arguments and crash the process.
     own = getattr(library, f"{path.stem.removeprefix('lib')}_operators", None)
     if own is None or own() != OPERATORS:
         return f"{path} is not of this version: build the package again"
@@ -112,13 +112,13 @@ def _open(path: Path) -> ctypes.CDLL | str:
 
 
 def _text(function: Any) -> tuple[str, ...]:
-    """The words between commas that a function of a library returns."""
+    """The text that a function of a library returns, split at commas."""
     function.restype = ctypes.c_char_p
     return tuple(function().decode().split(","))
 
 
 def _cache(library: ctypes.CDLL, asked: str) -> Cache | str:
-    """The cache in use, which is ``asked`` where that is not empty; or why it cannot be."""
+    """The cache in use, which is ``asked`` unless that is empty; or the reason why ``asked`` is wrong."""
     library.steam_cpu_set_cache_bytes.argtypes = [ctypes.c_int64]
     used, reported = library.steam_cpu_cache_bytes, library.steam_cpu_reported_cache_bytes
     processors = library.steam_cpu_processors
@@ -127,14 +127,18 @@ def _cache(library: ctypes.CDLL, asked: str) -> Cache | str:
     if asked:
         digits = asked.isascii() and asked.isdigit() and len(asked) <= 19
         if not digits or int(asked) >= 1 << 63:
-            return f"{CACHE_ENVIRONMENT}={asked!r} is no number of bytes; allowed are whole numbers from 0 to 2^63 - 1"
+            return (
+                f"{CACHE_ENVIRONMENT}={asked!r} is not a number of bytes; allowed are whole numbers from 0 to 2^63 - 1"
+            )
         library.steam_cpu_set_cache_bytes(int(asked))
     return Cache(used(), reported(), processors(), bool(asked))
 
 
 def load_cpu(path: Path = CPU_LIBRARY, forced: str = "", cache: str = "") -> Library:
-    """Loads the CPU kernels, which register under the operators' CPU key, selects the ``forced`` variant, and has them
-    count on a last-level cache of so many bytes."""
+    """Loads the CPU kernels, which register under the operators' CPU key.
+
+    ``forced`` is the variant to select, and ``cache`` the bytes of the last-level cache to count on, unless empty.
+    """
     library = _open(path)
     if isinstance(library, str):
         return Library(path, library)
@@ -156,7 +160,7 @@ def load_cpu(path: Path = CPU_LIBRARY, forced: str = "", cache: str = "") -> Lib
 
 
 def load_cuda(path: Path = CUDA_LIBRARY) -> Library:
-    """Loads the CUDA kernels, which register operators of their own; that takes a torch with CUDA, but no GPU."""
+    """Loads the CUDA kernels, which register operators of their own. Loading needs a torch with CUDA, but no GPU."""
     if torch.version.cuda is None:
         return Library(path, f"torch {torch.__version__} is built without CUDA")
     library = _open(path)
@@ -177,7 +181,7 @@ _gpus: dict[int, str] = {}
 
 @torch.compiler.assume_constant_result  # the compiler cannot look into ctypes
 def why_not_gpu(index: int) -> str:
-    """ "" where the loaded CUDA kernels run on the GPU of this index, else why not; the GPU is asked once."""
+    """ "" if the loaded CUDA kernels run on the GPU of this index, else the reason. Each GPU is asked once."""
     if index not in _gpus:
         message = ctypes.create_string_buffer(MESSAGE_BYTES)
         with torch.cuda.device(index):

@@ -1,4 +1,4 @@
-"""What gates add to whole networks, as ``python -m steam_kernels.costs`` prints, and handles for FLOP counters.
+"""The costs of gates in whole networks, and handles for FLOP counters.
 
-:func:`steam_kernels.cost` has the count of one unit.
+``python -m steam_kernels.costs`` prints the costs. :func:`steam_kernels.cost` gives the cost of one unit.
 """

@@ -1,4 +1,4 @@
-"""python -m steam_kernels.costs: what gates add to a network, as a Markdown table."""
+"""python -m steam_kernels.costs prints the costs of gates in a network as a Markdown table."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from .networks import NETWORKS, markdown
 
 
 def main() -> None:
-    """Prints one table for each network that is asked for."""
+    """Prints one table for each requested network."""
     parser = argparse.ArgumentParser(prog="python -m steam_kernels.costs", description=__doc__)
     parser.add_argument("--model", choices=(*NETWORKS, "all"), default="resnet50", help="a torchvision network")
     parser.add_argument("--size", type=int, default=224, help="height and width of the image in pixels")

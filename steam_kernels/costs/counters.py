@@ -1,7 +1,8 @@
-"""Handles by which fvcore, ptflops, thop and torchinfo count a unit's FLOPs; torch's FlopCounterMode needs none.
+"""Handles with which fvcore, ptflops, thop and torchinfo count a unit's FLOPs. torch's FlopCounterMode needs none.
 
-All give :func:`steam_kernels.cost`'s ``flops`` for each sample. These counters call a multiply-add one operation, not
-two; a unit's pooling adds and its gate multiplies are not paired, so its number is handed over as it is.
+Each handle gives the ``flops`` of :func:`steam_kernels.cost` for each sample. These counters count a multiply-add as
+one operation, not two. The adds of a unit's pooling and the multiplies of its gate do not form multiply-adds, so the
+number is not halved.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ def fvcore_handles() -> dict[str, Callable[[list[Any], list[Any]], int]]:
 def ptflops_hooks() -> dict[Any, Callable[..., Any]]:
     """For ptflops' ``get_model_complexity_info(custom_modules_hooks=...)``, with either of its engines.
 
-    With ``backend="pytorch"``, which knows layers by their exact class, units that follow a convolution or norm (sites
-    "blocks") hide that layer's own count, and a residual must be given by position: take ``backend="aten"`` for those.
+    ``backend="pytorch"`` knows layers by their exact class. It therefore misses the own count of a convolution or norm
+    with a unit (sites "blocks"), and a residual must be given by position. ``backend="aten"`` has neither limit.
     """
     counts = {"forward": _dispatched, "forward_": _dispatched_in_place}
     packets = {
@@ -40,21 +41,21 @@ def ptflops_hooks() -> dict[Any, Callable[..., Any]]:
 
 
 def thop_ops() -> dict[type, Callable[..., None]]:
-    """For thop's ``profile(model, inputs=(x,), custom_ops=thop_ops())``, which counts no unit without it.
+    """For thop's ``profile(model, inputs=(x,), custom_ops=thop_ops())``. Without it thop counts no unit.
 
-    The ``thop`` of PyPI knows layers by their exact class, so it leaves out the own count of a convolution or norm that
-    a unit follows (sites "blocks"); ``ultralytics-thop``, which has the same name, does not. A residual must be given
-    by position.
+    The package ``thop`` on PyPI knows layers by their exact class, so it misses the own count of a convolution or norm
+    with a unit (sites "blocks"). The package ``ultralytics-thop``, which has the same module name, counts it. A
+    residual must be given by position.
     """
     return {FusedSTEAM: _added}
 
 
 def count_in_torchinfo(statistics: Any) -> Any:
-    """Puts the units' counts into what torchinfo's ``summary(model, ...)`` returns, in place, and returns that.
+    """Corrects the counts in the result of torchinfo's ``summary(model, ...)``, in place, and returns the result.
 
-    torchinfo takes no handles. It guesses ``N * C`` mult-adds for each number of a unit's weights, and leaves out those
-    of a layer that a unit follows, which has a child then. Both are corrected, in the layers and in
-    ``total_mult_adds``; additions of residuals are left out, since it does not say whether there were any.
+    torchinfo takes no handles. It assumes ``N * C`` mult-adds for each number of a unit's weights. It also leaves out
+    the mult-adds of a layer with a unit, because that layer has a child. This function corrects both, in the layers and
+    in ``total_mult_adds``. It does not count additions of residuals, because torchinfo does not record them.
 
     Example:
         >>> statistics = count_in_torchinfo(torchinfo.summary(model, (1, 3, 224, 224), verbose=0))
@@ -74,16 +75,16 @@ def count_in_torchinfo(statistics: Any) -> Any:
 
 @contextlib.contextmanager
 def as_operators() -> Iterator[None]:
-    """Makes ``torch.jit`` traces hold each unit as one operator, which a counter sees; else they hold plain operators.
+    """Makes ``torch.jit`` traces contain each unit as one operator, which a counter sees, and not as plain operators.
 
-    Gradients are off in it. Such a trace is for counting, and runs in this process only.
+    Gradients are off in this context. Such a trace is only for counting, and runs only in this process.
     """
     with tracing.as_operators(), torch.no_grad():
         yield
 
 
 def _traced(inputs: list[Any], outputs: list[Any]) -> int:
-    # forward has save before the grid and forward_ has not, so both are counted from the end.
+    # forward has ``save`` before the grid, and forward_ does not, so the inputs are indexed from the end.
     options = len(Arguments._fields)
     grid = [size.toIValue() for size in inputs[-options - 1].node().inputs()]
     residual = None if isinstance(inputs[3].type(), torch.NoneType) else ()

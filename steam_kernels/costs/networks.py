@@ -1,9 +1,10 @@
-"""What SE, CBAM, ECA, Gaussian GCT and STEAM add to a network: parameters, FLOPs and bytes, by one convention.
+"""The parameters, FLOPs and bytes that SE, CBAM, ECA, Gaussian GCT and STEAM add to a network, by one convention.
 
-The convention is :mod:`steam_kernels.cost`'s, with these additions: a multiply-add of a convolution or a product is
-two, padding included, as every counter has it; a mean's division is one; a normalisation that inference folds into
-factors is a multiply and an add. Maxima and ReLU are comparisons, which count nothing. Bytes are the least that any
-implementation must move: each gated map read once and written once, in float32; parameters have their own column.
+The convention is the one of :mod:`steam_kernels.flops`, with these additions. A multiply-add of a convolution or a
+product is two FLOPs, also on padding, as in every counter. The division of a mean is one. A normalisation that
+inference folds into factors is a multiply and an add. Maxima and ReLU are comparisons, which cost nothing. Bytes are
+the least that any implementation must move: each gated map is read once and written once, in float32. Parameters have a
+separate column.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..config import Options, check_integer
 from ..flops import forward_flops
 
-#: torchvision's names of the networks that :func:`table` knows.
+#: The networks that :func:`table` knows, by their torchvision names.
 NETWORKS = ("resnet18", "resnet34", "resnet50", "resnet101", "mobilenet_v2")
 _EMBED_DIM = 8
 
@@ -28,11 +29,11 @@ Shape = tuple[int, int, int]
 
 
 class Row(NamedTuple):
-    """What one kind of gate adds to a network for one image, or (``plain``) what the network is without any.
+    """The cost that one kind of gate adds to a network for one image, or (``plain``) the cost of the network alone.
 
-    ``on_maps`` is the part of ``flops`` that is one operation on each element of a map: pooling's adds and the gate's
-    multiplies; None for ``plain``. ``counted`` are the FLOPs that torch's FlopCounterMode sees of it, None where no
-    implementation is at hand.
+    ``on_maps`` is the part of ``flops`` on the elements of the maps: the adds of the pooling and the multiplies of the
+    gate. It is None for ``plain``. ``counted`` are the FLOPs that torch's FlopCounterMode counts, or None if no
+    implementation is available.
     """
 
     gate: str
@@ -45,7 +46,7 @@ class Row(NamedTuple):
 
 
 class Network(NamedTuple):
-    """A network without gates: its own row, and the output shapes of its blocks and of the adaptive sites."""
+    """A network without gates: its row, and the output shapes of its blocks and of the adaptive sites."""
 
     plain: Row
     blocks: list[Shape]
@@ -58,24 +59,24 @@ _SIGMOID = 3  # exp, add, division
 
 
 def se(channels: int, height: int, width: int) -> tuple[int, int]:
-    """Parameters and FLOPs of Squeeze-and-Excitation (CVPR 2018) as timm has it: reduction 16, to a multiple of 8."""
+    """Parameters and FLOPs of Squeeze-and-Excitation (CVPR 2018) as in timm: reduction 16, to a multiple of 8."""
     pixels, reduced = channels * height * width, max(8, _multiple(channels / 16, 8))
     pool, layers, gate = pixels + channels, 2 * 2 * channels * reduced, _SIGMOID * channels + pixels
     return 2 * channels * reduced + reduced + channels, pool + layers + reduced + channels + gate
 
 
 def eca(channels: int, height: int, width: int) -> tuple[int, int]:
-    """Parameters and FLOPs of Efficient Channel Attention (CVPR 2020): one kernel, its size set by the channels."""
+    """Parameters and FLOPs of Efficient Channel Attention (CVPR 2020): one kernel, sized by the channels."""
     pixels, size = channels * height * width, int(abs(math.log2(channels) + 1) / 2)
     size = max(size if size % 2 else size + 1, 3)
     return size, pixels + channels + 2 * size * channels + _SIGMOID * channels + pixels
 
 
 def cbam(channels: int, height: int, width: int) -> tuple[int, int]:
-    """Parameters and FLOPs of CBAM (ECCV 2018) as timm has it: reduction 16, a 7 x 7 convolution, a normalisation."""
+    """Parameters and FLOPs of CBAM (ECCV 2018) as in timm: reduction 16, a 7 x 7 convolution, a normalisation."""
     area, reduced = height * width, max(1, int(channels / 16 + 0.5))
     pixels, kernel = channels * area, 2 * 7 * 7
-    # Both pooled vectors go through the two layers; their outputs are added.
+    # Both pooled vectors go through the two layers, and the outputs are added.
     by_channel = pixels + channels + 2 * (2 * 2 * channels * reduced) + channels + _SIGMOID * channels + pixels
     by_space = pixels + area + 2 * kernel * area + 2 * area + _SIGMOID * area + pixels
     return 2 * channels * reduced + kernel + 2, by_channel + by_space
@@ -84,7 +85,7 @@ def cbam(channels: int, height: int, width: int) -> tuple[int, int]:
 def gct(channels: int, height: int, width: int) -> tuple[int, int]:
     """Parameters and FLOPs of the Gaussian Context Transformer, c fixed [second-hand: CVPR 2021].
 
-    exp(-c^2/2 t^2) of the channel means t, normalised over the channels.
+    The gate is exp(-c^2/2 t^2), where t are the channel means, normalised over the channels.
     """
     pixels = channels * height * width
     mean, variance, normalised = channels + 1, 3 * channels + 1, channels + 2
@@ -92,7 +93,7 @@ def gct(channels: int, height: int, width: int) -> tuple[int, int]:
 
 
 def steam(channels: int, height: int, width: int) -> tuple[int, int]:
-    """Parameters and FLOPs of one STEAM unit at its defaults, as :func:`steam_kernels.cost` has them."""
+    """Parameters and FLOPs of one STEAM unit with default options, as in :func:`steam_kernels.cost`."""
     options = Options()
     flops = forward_flops(channels, height, width, options.grid(height, width), options.arguments, False)
     return 8 * _EMBED_DIM, flops
@@ -102,7 +103,7 @@ def _multiple(value: float, divisor: int) -> int:
     return int(value + divisor / 2) // divisor * divisor
 
 
-#: Gate -> its parameters and FLOPs on one map.
+#: For each gate: the function that gives its parameters and FLOPs on one map.
 GATES: dict[str, Callable[[int, int, int], tuple[int, int]]] = {
     "SE": se,
     "CBAM": cbam,
@@ -116,7 +117,7 @@ GATES: dict[str, Callable[[int, int, int], tuple[int, int]]] = {
 
 
 def network(name: str, size: int) -> Network:
-    """Measures a torchvision network on one ``size`` x ``size`` image, on the meta device: nothing is computed.
+    """Counts a torchvision network on one ``size`` x ``size`` image, on the meta device, without computing numbers.
 
     Raises:
         ValueError: ``name`` is not one of :data:`NETWORKS`, or ``size`` is below 1.
@@ -156,7 +157,7 @@ def network(name: str, size: int) -> Network:
 
 
 def table(name: str, size: int) -> list[Row]:
-    """The rows of one network: plain, then each gate of :data:`GATES`; SE, CBAM, ECA and GCT in every block.
+    """The rows of one network: plain, then each gate of :data:`GATES`. SE, CBAM, ECA and GCT are in every block.
 
     Raises:
         ValueError, ImportError: as :func:`network`.
@@ -183,7 +184,7 @@ def table(name: str, size: int) -> list[Row]:
 
 
 def counted(gate: str, shape: Shape) -> int | None:
-    """What FlopCounterMode counts of one gate on one map; None without timm for SE, CBAM and ECA, and for GCT."""
+    """FlopCounterMode's count of one gate on one map. It is None for GCT, and without timm for SE, CBAM and ECA."""
     with torch.device("meta"), torch.no_grad():
         x = torch.empty(1, *shape)
         if gate == "STEAM":
@@ -201,7 +202,7 @@ def counted(gate: str, shape: Shape) -> int | None:
 
 
 def timm_gate(gate: str, channels: int) -> nn.Module | None:
-    """timm's module of a gate on ``channels`` channels; None without timm, and for what timm does not have."""
+    """timm's module of a gate on ``channels`` channels, or None without timm or if timm does not have the gate."""
     try:
         from timm.layers import EcaModule, SEModule
         from timm.layers.cbam import CbamModule
@@ -212,7 +213,7 @@ def timm_gate(gate: str, channels: int) -> nn.Module | None:
 
 
 def markdown(name: str, size: int) -> str:
-    """The table of one network, as ``python -m steam_kernels.costs`` prints it."""
+    """The Markdown table of one network, as ``python -m steam_kernels.costs`` prints it."""
     lines = [
         f"**{name}, {size} × {size}**",
         "",

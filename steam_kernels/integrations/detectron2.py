@@ -1,12 +1,12 @@
 """detectron2: residual blocks with a unit at the end of the branch, before the addition.
 
-They go wherever a block class of detectron2 does, with the options of a unit in ``steam``::
+They replace block classes of detectron2 and take the options of a unit in ``steam``::
 
     ResNet.make_stage(
         SteamBottleneckBlock, 3, in_channels=64, out_channels=256, bottleneck_channels=64, steam=dict(window=16)
     )
 
-A model that is built already takes ``insert_steam(model.backbone, window=16)``, without this module.
+For a model that is already built, ``insert_steam(model.backbone, window=16)`` is enough, without this module.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class SteamBasicBlock(BasicBlock):
     """detectron2's ``BasicBlock`` with a unit on the output of ``conv2`` (which has its norm inside).
 
     Args:
-        in_channels, out_channels, options: those of ``BasicBlock``.
+        in_channels, out_channels, options: the arguments of ``BasicBlock``.
         steam: options of :func:`steam_kernels.insert_steam`, such as ``{"window": 16}``.
     """
 

@@ -1,6 +1,6 @@
-"""mmengine, and what is built on it (mmdet, mmseg, ...): ``FusedSTEAM`` in the registry ``MODELS``.
+"""mmengine and the toolkits on top of it (mmdet, mmseg, ...): ``FusedSTEAM`` in the registry ``MODELS``.
 
-Importing this module registers it. In a config::
+Importing this module registers the layer. This config::
 
     custom_imports = dict(imports=["steam_kernels.integrations.mmengine"])
     model = dict(
@@ -12,7 +12,7 @@ Importing this module registers it. In a config::
     )
 
 puts a unit into each bottleneck of a ResNet, after its third convolution and norm, before the addition. ``cfg`` takes
-the options of :class:`steam_kernels.FusedSTEAM`; the toolkit gives ``in_channels``, and names the layer ``steam``.
+the options of :class:`steam_kernels.FusedSTEAM`. The toolkit gives ``in_channels`` and names the layer ``steam``.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from ..module import FusedSTEAM
 
 @MODELS.register_module(name="FusedSTEAM")
 class STEAMPlugin(FusedSTEAM):
-    """:class:`steam_kernels.FusedSTEAM` as a plugin layer: the same, but ``channels`` is called ``in_channels``."""
+    """:class:`steam_kernels.FusedSTEAM` as a plugin layer. Its argument ``channels`` has the name ``in_channels``."""
 
-    #: mmcv's name for the layer in its block, to which a ``postfix`` of the config is added.
+    #: The name of the layer in its block. mmcv appends the ``postfix`` of the config.
     _abbr_ = "steam"
 
     def __init__(self, in_channels: int | None = None, **unit: Any) -> None:

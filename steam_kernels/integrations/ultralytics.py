@@ -1,20 +1,21 @@
-"""Ultralytics: its training keeps the units of a network, and its YAML files know the name ``FusedSTEAM``.
+"""Ultralytics: training keeps the units of a network, and YAML files know the name ``FusedSTEAM``.
 
-``YOLO.train()`` builds a new network from the YAML file, in which no unit is. After an import of this module its
-trainer puts copies of the units of ``YOLO.model`` into the network that it builds, so that training, EMA, checkpoints,
-validation and exports have them, also where a training is resumed or runs on several GPUs. ``BaseModel.load`` refuses
-weights whose units the network does not have, instead of leaving them out. :func:`steam_kernels.insert_steam` does the
-import where Ultralytics is loaded, and so does unpickling a network with units: who forgets it would train without
-them, untold.
+``YOLO.train()`` builds a new network from the YAML file, which has no units. After an import of this module the trainer
+puts copies of the units of ``YOLO.model`` into the new network. Training, EMA, checkpoints, validation and exports then
+have the units, also in a resumed training and on several GPUs. ``BaseModel.load`` refuses weights with units that the
+network does not have; without this module it would silently leave them out.
 
-In a YAML file a row of ``backbone`` or ``head`` is, after an import of this module::
+:func:`steam_kernels.insert_steam` imports this module if Ultralytics is loaded, and so does unpickling a network with
+units. Without this import, training would lose the units without a warning.
+
+After an import of this module, a row of ``backbone`` or ``head`` in a YAML file can be::
 
     - [-1, 1, FusedSTEAM, []]
 
-The row's arguments are positional, and the first is the number of channels: leave them out, and the unit takes any.
-Ultralytics looks the names of layers up among the globals of ``ultralytics.nn.tasks`` and offers no other place to
-register one. Each process that reads the YAML file needs this import, those that a training on several GPUs starts too.
-Checkpoints hold the layer by its class and load without it.
+The row's arguments are positional, and the first is the number of channels. Without arguments, the unit takes any
+number. Ultralytics looks up the names of layers in the globals of ``ultralytics.nn.tasks``; a layer cannot be
+registered in another place. Each process that reads the YAML file needs this import, also the processes of a training
+on several GPUs. Checkpoints contain the layer by its class and load without this import.
 """
 
 from __future__ import annotations
@@ -35,16 +36,17 @@ tasks.FusedSTEAM = FusedSTEAM
 
 
 def keep_units(trainer: Any, units: Mapping[str, FusedSTEAM]) -> Any:
-    """A class derived from an Ultralytics trainer, in whose networks ``units`` are.
+    """Derives a class from an Ultralytics trainer that puts ``units`` into the networks that it builds.
 
-    ``YOLO.train()`` does this by itself; for a trainer that is used without a ``YOLO``::
+    ``YOLO.train()`` uses it automatically. A trainer that is used without a ``YOLO`` needs it::
 
         trainer = keep_units(DetectionTrainer, steam_sites(network))(overrides=dict(model="yolo11n.yaml", data=...))
 
     Args:
         trainer: a class with Ultralytics' ``get_model(cfg, weights, verbose)``.
-        units: ``steam_sites`` of a network of the same YAML file. They are copied when the trainer builds its network;
-            where its weights are those of a network with a unit at the same place, the copy starts from that one's.
+        units: ``steam_sites`` of a network of the same YAML file. They are copied when the trainer builds its network.
+            If the trainer's weights come from a network with a unit at the same place, the copy takes that unit's
+            weights.
     """
 
     class KeepsUnits(trainer):
@@ -55,7 +57,7 @@ def keep_units(trainer: Any, units: Mapping[str, FusedSTEAM]) -> Any:
                 weights = remove_steam(copy.deepcopy(weights))
             model = copy_steam(units, super().get_model(cfg=cfg, weights=weights, verbose=verbose))
             for name, unit in steam_sites(model).items():
-                unit.requires_grad_(True)  # those of a finished checkpoint do not
+                unit.requires_grad_(True)  # parameters from a finished checkpoint require no gradient
                 if name in trained:
                     unit.load_state_dict(trained[name].state_dict())
             return model
@@ -64,7 +66,7 @@ def keep_units(trainer: Any, units: Mapping[str, FusedSTEAM]) -> Any:
     return KeepsUnits
 
 
-#: What a unit's weights mean something else under.
+#: The options that change the meaning of a unit's weights.
 _OPTIONS = (
     "embed_dim",
     "num_heads",
@@ -78,19 +80,19 @@ _OPTIONS = (
 
 
 def _check_kept(given: Mapping[str, FusedSTEAM], there: Mapping[str, FusedSTEAM]) -> None:
-    """Raises ValueError where weights come from a network with units that the one which takes them does not have."""
+    """Raises ValueError if weights were trained with units that the network does not have, or with other options."""
     if lost := given.keys() - there.keys():
         raise ValueError(
-            f"weights must be of a network whose units this one has, got units at {sorted(lost)}: use the network that "
-            "the checkpoint holds (YOLO(path)), or take its units out with steam_kernels.remove_steam"
+            f"weights must be of units that the network has, got units at {sorted(lost)}: use the network of the "
+            "checkpoint (YOLO(path)), or take its units out with steam_kernels.remove_steam"
         )
     for name, unit in given.items():
         for option in _OPTIONS:
             own, other = getattr(there[name], option), getattr(unit, option)
             if own != other:
                 raise ValueError(
-                    f"weights must be of units with the options of this network's, got {option}={other!r} at {name!r}, "
-                    f"where it has {own!r}"
+                    f"weights must be of units with the network's options, got {option}={other!r} at {name!r}, "
+                    f"but the network has {own!r}"
                 )
 
 

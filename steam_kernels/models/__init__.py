@@ -1,4 +1,4 @@
-"""STEAM units put into models, and models that have them."""
+"""Functions that put STEAM units into a model, and ready models with STEAM units."""
 
 from .insert import insert_steam, reattach_steam, remove_steam, steam_sites
 from .ready import (

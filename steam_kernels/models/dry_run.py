@@ -1,7 +1,8 @@
-"""The stages of a network of unknown blocks, by a forward pass of a copy on the meta device.
+"""Finds the stages of a network of unknown blocks by a dry run: a forward pass of a copy on the meta device.
 
-A stage is what lies between two falls of the resolution. The pass says which modules return one map ``(N, C, H, W)``,
-of which size, in which order, and on what each depends; nothing is computed, and the model is left as it is.
+A stage is the part of a network between two falls of the resolution. The dry run shows which modules return one map
+``(N, C, H, W)``, the sizes and the order of the maps, and how the maps depend on each other. It computes no numbers and
+does not change the model.
 """
 
 from __future__ import annotations
@@ -17,22 +18,28 @@ from torch import Tensor, nn
 
 from .families import Place
 
-#: Sides of the images that are tried, in this order: networks with a layer of a fixed size take their own alone.
+#: The image sides that are tried, in this order. A network with a layer of a fixed size runs with one side only.
 SIDES = (224, 256, 288, 299, 320, 384, 448, 512, 600, 160, 128, 96, 64, 48, 40, 32, 28)
 
-#: A map smaller than this share of a stage's first is of the next one: convolutions without padding take off less.
+#: A map begins a new stage if a side is below this share of the side of the stage's first map. Convolutions without
+#: padding shrink a map less.
 FALL = 2 / 3
 
-#: Modules whose outputs are maps NCHW. Height and width tell those of other modules from tokens and maps NHWC.
+#: Modules whose outputs are NCHW maps. The outputs of other modules may be tokens or NHWC maps: a height and a width
+#: that are equal, or occur in an NCHW map, tell the difference.
 _MAPS = {f"torch.nn.modules.{kind}" for kind in ("batchnorm", "conv", "pooling")}
 
 _ELEMENTWISE = {f"torch.nn.modules.{kind}" for kind in ("activation", "batchnorm", "instancenorm", "normalization")}
 
 
 class Call(NamedTuple):
-    """A call of a module: of how many calls it saw the end when it began, its map's shape, and what computed the map.
+    """A call of a module that returned one tensor.
 
-    ``parts`` is the number of convolutions in the module.
+    Attributes:
+        start: the number of calls that had ended when this call began.
+        shape: the shape of the returned tensor.
+        node: the autograd node that computed the tensor.
+        parts: the number of convolutions in the module.
     """
 
     name: str
@@ -44,21 +51,21 @@ class Call(NamedTuple):
 
     @property
     def size(self) -> tuple[int, int]:
-        """Height and width of a map (N, C, H, W); (0, 0) of anything else, a line and a pixel among them."""
+        """Height and width of a map (N, C, H, W). Any other tensor, a single line or a single pixel gives (0, 0)."""
         height, width = self.shape[2:] if len(self.shape) == 4 else (0, 0)
         return (height, width) if min(height, width) > 1 else (0, 0)
 
 
 class Pass(NamedTuple):
-    """A pass of the copy, to its end or as far as it ran.
+    """A forward pass of the copy, which may have failed.
 
     Attributes:
-        calls: those that returned one tensor, in the order in which they ended.
+        calls: the calls that returned one tensor, in the order in which they ended.
         times: how often each module was called.
-        outputs: what the copy returned, of which each depends on the image; none where it failed.
+        outputs: the returned tensors that depend on the image; empty if the pass failed.
         opened: the modules whose calls had not ended when the pass failed, from the outermost to the innermost.
-        error: what it failed with.
-        channels: those of the image.
+        error: the exception with which the pass failed, or None.
+        channels: the channels of the image.
     """
 
     calls: list[Call]
@@ -69,9 +76,9 @@ class Pass(NamedTuple):
     channels: int
 
     def head(self, twin: nn.Module) -> nn.Module | None:
-        """The innermost module in which all layers lie that a failed pass left out; None where it left out none.
+        """The innermost module that contains all layers that a failed pass did not reach; None if it reached all.
 
-        Layers in a module whose call ended were not left out, but are those that it does without.
+        A layer without a call does not count if it lies in a module whose call ended: that module does not use it.
         """
         opened = set(self.opened)
         left: list[nn.Module] = []
@@ -86,7 +93,7 @@ class Pass(NamedTuple):
         return holders[-1] if left else None
 
     def ends(self) -> list[Any]:
-        """What computed the outputs; where none is known, the maps of which nothing was made."""
+        """The nodes that computed the outputs. If no output is known: the nodes of maps that no later node used."""
         if self.outputs:
             return [output.grad_fn for output in self.outputs]
         used: set[Any] = set()
@@ -99,25 +106,31 @@ class Pass(NamedTuple):
 
 
 def stage_ends(model: nn.Module, host: Callable[[Place], Place | None]) -> list[Place]:
-    """The last place of each stage that can have a unit; empty where the network has not two stages.
+    """The last place of each stage that can have a unit; empty if the network has fewer than two stages.
 
-    A place is a module through which alone its stage reaches smaller maps, or the outputs where it reaches none; and
-    through which alone the image reaches the places of later stages. What a neck makes when it has gone up in
-    resolution is none, since outputs are reached past it. In a classifier the image, too, reaches all smaller maps and
-    the logits through it alone. Of the places in a stage it is one with many convolutions, more than half as many as
-    any has; the outermost of these, and the last; then the norms and activations that follow it in its container, and,
-    unless logits are put out, what follows there with as many channels. Where it cannot have a unit, the next that can
-    takes its place, as the norm behind a block of a DenseNet does.
+    A place is a module that every path from its stage to smaller maps passes. If the stage leads to no smaller maps,
+    every path from the stage to the outputs passes the place. Every path from the image to the places of later stages
+    passes it too. In a classifier, every path from the image to the smaller maps and to the logits passes it. A map of
+    a neck that went up in resolution is not a place, because other paths reach the outputs.
 
-    The pass may fail in a head, which is left out then. So is the last layer with weights where the output is no map.
+    Each stage has one place, chosen in these steps:
+
+    1. Candidates have more than half of the largest number of convolutions that a place of the stage has.
+    2. Of the candidates, the last of the outermost modules is taken.
+    3. The place moves to the norms and activations that follow it in its container. Unless the network returns logits,
+       it also moves to following modules with as many channels.
+    4. If it cannot have a unit, the next place that can replaces it. In a DenseNet this is the norm behind a block.
+
+    The pass may fail in a head. The modules of that head are left out. If the output is not a map, the last layer with
+    weights is left out too.
 
     Args:
         model: the network.
-        host: gives the module that has the unit of a place, or None where none can.
+        host: gives the module that has the unit of a place, or None if the place cannot have a unit.
 
     Raises:
-        ValueError: the model cannot be copied, or no image of the sides that are tried shows stages; the message says
-            why.
+        ValueError: the model cannot be copied, or no image of the tried sides shows stages; the message gives the
+            reason.
     """
     with torch.inference_mode(False):
         twin = _copy(model)
@@ -182,7 +195,7 @@ def _end(through: list[Call], model: nn.Module, fits: Callable[[Place], bool], k
         elif keeps:
             break
     for call in (end, *through[through.index(end) + 1 :]):
-        # The outermost of the modules whose map this is.
+        # Of the modules that return this map, the outermost is tried first.
         around = [c for c in through if c.node is call.node and f"{call.name}.".startswith(f"{c.name}.")]
         for c in reversed(around):
             place = Place(c.name, model.get_submodule(c.name), c.shape[1])
@@ -192,9 +205,10 @@ def _end(through: list[Call], model: nn.Module, fits: Callable[[Place], bool], k
 
 
 def _through(stage: list[Any], smaller: list[Any], ends: list[Any], logits: bool) -> set[Any]:
-    """Those of a stage's nodes through which all ways from it go to ``smaller``, or to ``ends`` if to none of these.
+    """The nodes of a stage that every path from the stage to ``smaller`` passes.
 
-    Where logits are put out: all ways from the image, to both.
+    If no path leads to ``smaller``, the paths to ``ends`` count. If the network returns logits, the paths are those
+    from the image to both.
     """
     ways = _ways([*smaller, *ends], stage, from_image=logits)
     reached = [node for node in smaller if ways[node] != -1]
@@ -205,9 +219,10 @@ def _through(stage: list[Any], smaller: list[Any], ends: list[Any], logits: bool
 
 
 def _ways(ends: list[Any], among: list[Any], from_image: bool) -> dict[Any, int]:
-    """For each node that led to ``ends``, which of ``among`` (a bit each) all ways to it pass; -1 if none leads there.
+    """For each node that led to ``ends``: the nodes of ``among`` that all paths to it pass, one bit each.
 
-    The ways are those from the image, or else those from the first of ``among``.
+    -1 means that no path leads to the node. The paths begin at the image if ``from_image``, else at the first node of
+    ``among`` on the way.
     """
     bits: dict[Any, int] = {}
     for number, node in enumerate(among):
@@ -230,14 +245,14 @@ def _ways(ends: list[Any], among: list[Any], from_image: bool) -> dict[Any, int]
 
 
 def _copy(model: nn.Module) -> nn.Module:
-    """A copy in eval mode on the meta device, without the model's hooks."""
+    """A copy of ``model`` in eval mode on the meta device, without hooks."""
     memo: dict[int, Any] = {}
     for module in model.modules():
         for tensor in (*module._parameters.values(), *module._buffers.values(), *vars(module).values()):
             if isinstance(tensor, Tensor):
                 on_meta = torch.empty_like(tensor, device="meta", requires_grad=False)
                 memo[id(tensor)] = nn.Parameter(on_meta, False) if isinstance(tensor, nn.Parameter) else on_meta
-        # What hooks belong to may be anything, a file or a trainer: none is copied.
+        # Hooks may refer to any object, such as a file or a trainer, so they are not copied.
         memo.update({id(hooks): type(hooks)() for name, hooks in vars(module).items() if name.endswith("_hooks")})
     try:
         twin = copy.deepcopy(model, memo)
@@ -250,7 +265,7 @@ def _copy(model: nn.Module) -> nn.Module:
 
 
 def _furthest_pass(twin: nn.Module) -> Pass:
-    """The first that does not fail; where all do, that of the most calls."""
+    """The first pass that does not fail. If all passes fail: the one with the most calls."""
     first = next((m for m in twin.modules() if isinstance(m, nn.Conv2d)), None)
     if first is None:
         raise ValueError("it has no convolution")
@@ -271,7 +286,7 @@ def _said(error: Exception) -> str:
 
 
 def _run(twin: nn.Module, image: Tensor) -> Pass:
-    """One pass. The image alone requires a gradient, so that autograd's graph holds what depends on it."""
+    """One pass. Only the image requires a gradient, so autograd's graph contains the tensors that depend on it."""
     calls: list[Call] = []
     times: Counter[nn.Module] = Counter()
     opened: list[tuple[nn.Module, int]] = []
@@ -283,7 +298,7 @@ def _run(twin: nn.Module, image: Tensor) -> Pass:
         opened.append((module, len(calls)))
 
     def end(name: str, parts: int, module: nn.Module, output: Any) -> None:
-        while opened[-1][0] is not module:  # it caught what was raised in those
+        while opened[-1][0] is not module:  # the calls of these raised, and ``module`` caught the exception
             opened.pop()
         start = opened.pop()[1]
         if isinstance(output, Tensor) and output.grad_fn is not None:
@@ -316,7 +331,7 @@ def _tensors(output: Any) -> Iterator[Tensor]:
 
 
 def _groups(sizes: set[tuple[int, int]]) -> list[list[tuple[int, int]]]:
-    """``sizes`` by stage, the largest first."""
+    """``sizes`` grouped by stage, the largest first."""
     groups: list[list[tuple[int, int]]] = []
     for height, width in sorted(sizes, key=lambda size: (-size[0] * size[1], size)):
         if not groups or height < FALL * groups[-1][0][0] or width < FALL * groups[-1][0][1]:

@@ -1,9 +1,10 @@
-"""The blocks of known networks, and the places for units that follow from them.
+"""The blocks of known networks, and the places for units that follow from the blocks.
 
-A network is known by its *blocks*, whatever holds them: a classifier, the backbone of a detector, an encoder. A kind of
-block is one line of :data:`BLOCKS`, by the name of its class, so that no library is imported for it. A *stage* is a run
-of blocks in one container that give the same number of channels, none but the first with a stride; in a timm model it
-is what lies between two modules of its ``feature_info``. docs/models.md has the table by family.
+A network is known by its *blocks*. The blocks may be in a classifier, in the backbone of a detector or in an encoder.
+Each kind of block has one line in :data:`BLOCKS`, by the name of its class, so no library is imported for it. A *stage*
+is a sequence of blocks in one container with the same number of output channels, of which only the first may have a
+stride. In a timm model a stage is the part between two modules of ``feature_info``. docs/models.md has a table of the
+families.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 
 class Place(NamedTuple):
-    """Where a unit is to act: on the output of ``module``, which has ``channels`` channels, or None if not known."""
+    """The place of a unit, which acts on the output of ``module``. ``channels`` is None if not known."""
 
     name: str
     module: nn.Module
@@ -25,9 +26,9 @@ class Place(NamedTuple):
 class Kind(NamedTuple):
     """A kind of block.
 
-    ``end`` names the module whose output ends the block's branch, before it is added to (or joined with) the rest: the
-    first of these that is there. ``width`` names a module that tells the branch's channels, where ``end`` does not; the
-    block's output has ``parts`` times as many.
+    ``end`` names the module whose output is the end of the block's branch, before the addition or concatenation. If
+    ``end`` has several names, the first module that exists counts. ``width`` names a module that shows the number of
+    channels of the branch, if ``end`` does not show it. The block's output has ``parts`` times as many channels.
     """
 
     end: tuple[str, ...]
@@ -35,7 +36,7 @@ class Kind(NamedTuple):
     parts: int = 1
 
 
-#: Kinds of blocks by class.
+#: The kinds of blocks by the name of the class.
 BLOCKS: dict[str, Kind] = {
     "torchvision.models.resnet.BasicBlock": Kind(("bn2",)),
     "torchvision.models.resnet.Bottleneck": Kind(("bn3",)),
@@ -54,7 +55,7 @@ BLOCKS: dict[str, Kind] = {
     "timm.models._efficientnet_blocks.EdgeResidual": Kind(("bn2",)),
     "timm.models._efficientnet_blocks.UniversalInvertedResidual": Kind(("layer_scale",), "pw_proj"),
     "timm.models._efficientnet_blocks.MobileAttention": Kind(("layer_scale",), "norm"),
-    # Inside a ConvNeXt block of timm's the map is NHWC until its layer scale, which is no module.
+    # Inside timm's ConvNeXt block the map is NHWC until the layer scale, which is not a module.
     "timm.models.convnext.ConvNeXtBlock": Kind(("drop_path",), "conv_dw"),
     "timm.models.regnet.Bottleneck": Kind(("conv3",)),
     "timm.models.regnet.PreBottleneck": Kind(("conv3",)),
@@ -80,7 +81,7 @@ class Block(NamedTuple):
         return Place(self.name, self.module, self._width() * self.kind.parts)
 
     def strides(self) -> bool:
-        """Whether its output is smaller than its input, by the strides of its convolutions."""
+        """Whether a convolution of the block has a stride, so that the output is smaller than the input."""
         convolutions = (m for m in self.module.modules() if isinstance(m, nn.modules.conv._ConvNd))
         return any(max(convolution.stride) > 1 for convolution in convolutions)
 
@@ -107,7 +108,7 @@ _NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm)
 
 
 def kind_of(module: nn.Module) -> Kind | None:
-    """The kind of block that ``module`` is, by its class or one that it derives from; None if of none."""
+    """The kind of the block ``module``, by its class or a base class; None if it is not a known block."""
     classes = (f"{c.__module__}.{c.__qualname__}" for c in type(module).__mro__)
     return next((BLOCKS[c] for c in classes if c in BLOCKS), None)
 
@@ -121,7 +122,7 @@ def channels_of(module: nn.Module) -> int | None:
 
 
 def find_blocks(model: nn.Module) -> list[Block]:
-    """The blocks of ``model`` in the order of its modules; none of a timm model with a feature that holds none."""
+    """The blocks of ``model`` in the order of its modules, without timm models that have a feature without blocks."""
     found = ((name, module, kind_of(module)) for name, module in model.named_modules())
     blocks = [Block(name, module, kind) for name, module, kind in found if kind is not None]
     strangers = tuple(
@@ -131,7 +132,7 @@ def find_blocks(model: nn.Module) -> list[Block]:
 
 
 def stages(model: nn.Module) -> list[list[Block]]:
-    """The blocks of ``model``, by stage."""
+    """The blocks of ``model``, grouped by stage."""
     feature_of = {}
     blocks = find_blocks(model)
     for features in _timm_features(model):
@@ -150,7 +151,7 @@ def stages(model: nn.Module) -> list[list[Block]]:
 
 
 class Feature(NamedTuple):
-    """An entry of a timm model's ``feature_info``: its module's name, that of its model with a dot, its channels."""
+    """An entry of a timm model's ``feature_info``: the module's name, the model's name and a dot, and the channels."""
 
     name: str
     prefix: str
@@ -158,7 +159,7 @@ class Feature(NamedTuple):
 
 
 def _timm_features(model: nn.Module) -> list[list[Feature]]:
-    """The features of each timm model in ``model`` that has its modules under the names of its ``feature_info``."""
+    """The features of each timm model in ``model`` whose ``feature_info`` names modules that exist."""
     modules = dict(model.named_modules())
     found: list[list[Feature]] = []
     for name, module in modules.items():
@@ -168,14 +169,14 @@ def _timm_features(model: nn.Module) -> list[list[Feature]]:
             continue
         prefix = f"{name}." if name else ""
         if any(prefix.startswith(features[0].prefix) for features in found):
-            continue  # a stem of byobnet's has features of its own, which are the model's
+            continue  # a stem of byobnet repeats features of the model
         if info and all(prefix + i["module"] in modules for i in info):
             found.append([Feature(prefix + i["module"], prefix, i["num_chs"]) for i in info])
     return found
 
 
 def _by_feature(features: list[Feature], blocks: list[Block], model: nn.Module) -> dict[str, tuple[Any, ...]]:
-    """The feature of each block of one timm model: the first that ends after it. What comes after the last has none."""
+    """The feature of each block of one timm model: the first that ends after it. Blocks after the last have none."""
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
     ends = [(max(i for name, i in order.items() if f"{name}.".startswith(f"{f.name}.")), f) for f in features]
     inside = (block.name for block in blocks if block.name.startswith(features[0].prefix))
@@ -183,14 +184,14 @@ def _by_feature(features: list[Feature], blocks: list[Block], model: nn.Module) 
 
 
 def _all_hold(features: list[Feature], blocks: list[Block], model: nn.Module) -> bool:
-    # The first feature may be the stem's.
+    # The first feature may be the stem, which has no blocks.
     return {(f,) for f in features[1:]} <= set(_by_feature(features, blocks, model).values())
 
 
 def adaptive(model: nn.Module) -> Iterator[Place]:
-    """After blocks 3, 6, 9, ... of each stage and the last of a shorter one: 1 + 1 + 2 + 1 in ResNet-50 [ours].
+    """After blocks 3, 6, 9, ... of each stage, and after the last block of a shorter stage [ours].
 
-    Where blocks are not known, at least one per stage is one after each feature of a timm model.
+    This gives 1 + 1 + 2 + 1 units in ResNet-50. A timm model of unknown blocks has one unit after each feature.
     """
     found = stages(model)
     for stage in found:
@@ -200,7 +201,7 @@ def adaptive(model: nn.Module) -> Iterator[Place]:
 
 
 def after_stages(model: nn.Module) -> Iterator[Place]:
-    """After the last block of each stage; after each feature of a timm model whose blocks are not known."""
+    """After the last block of each stage, or after each feature of a timm model of unknown blocks."""
     found = stages(model)
     yield from (stage[-1].output() for stage in found)
     if not found:
@@ -213,7 +214,8 @@ def after_features(model: nn.Module) -> Iterator[Place]:
     for feature in (f for features in _timm_features(model) for f in features):
         name, module = feature.name, modules[feature.name]
         if isinstance(module, (nn.ModuleDict, nn.ModuleList)):
-            # One that runs its children itself, as a DenseNet's: the next layer, where that is a norm of its output.
+            # This module runs its children itself, as in a DenseNet. The unit goes after the norm that follows it, if
+            # any.
             after = list(modules)[list(modules).index(list(dict(module.named_modules(prefix=name)))[-1]) + 1 :]
             following = next((n for n in after if channels_of(modules[n]) is not None), name)
             if isinstance(modules[following], _NORMS) and channels_of(modules[following]) == feature.channels:
@@ -222,7 +224,7 @@ def after_features(model: nn.Module) -> Iterator[Place]:
 
 
 def in_blocks(model: nn.Module) -> Iterator[Place]:
-    """At the end of the branch of each block, before the addition: where SE stands in SE-ResNet."""
+    """At the end of the branch of each block, before the addition, as SE in SE-ResNet."""
     yield from (block.end() for block in find_blocks(model))
 
 

@@ -1,9 +1,9 @@
-"""insert_steam(): STEAM units put into a model that is already there, without renaming anything in it.
+"""insert_steam() puts STEAM units into an existing model without renaming its modules.
 
-A unit becomes the submodule ``steam`` of the module whose output it takes, and that module's class becomes one that
-derives from it and applies the unit after it: the model's own names in the state_dict stay, and copies, pickles,
-compilers and exporters see ordinary modules. It is no forward hook, since TorchDynamo does not guard on hooks: it would
-take the compiled code of a network without units for one with them.
+A unit becomes the submodule ``steam`` of the module whose output it takes. The class of that module is replaced by a
+derived class that applies the unit after ``forward``. The model's own names in the state_dict stay, and copies,
+pickles, compilers and exporters see ordinary modules. Forward hooks are not used, because TorchDynamo does not guard on
+hooks: a network with units would run the code that was compiled without units.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from ..module import FusedSTEAM
 from .dry_run import stage_ends
 from .families import PLACEMENTS, Place, channels_of, find_blocks
 
-#: The name under which a unit hangs below its module.
+#: The name of a unit as a submodule.
 NAME = "steam"
 
-#: Methods that Ultralytics puts in forward's place, in fuse() and in its exports. A unit stands behind them too.
+#: Methods by which Ultralytics replaces forward in fuse() and in its exports. A unit acts after them too.
 _STAND_INS = ("forward_fuse", "forward_split")
 
 _log = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ _SITES = f"sites must be one of {_NAMED}, a list of module names, or a predicate
 
 @functools.cache
 def _with_unit(base: Any) -> Any:
-    """``base`` with the unit ``steam`` behind its forward."""
+    """A class derived from ``base`` that applies the unit ``steam`` after forward."""
     _watch_for_adapters()
 
     class WithUnit(base):
@@ -61,7 +61,7 @@ def _with_unit(base: Any) -> Any:
             make, arguments, *state = super().__reduce_ex__(max(protocol, 2))
             if type(self) is not WithUnit:
                 return make, arguments, *state
-            # A class made here has no name to be found by: a pickle holds the one that it derives from.
+            # A pickle cannot find a class that was made here by a name, so it contains the base class.
             return _remade, (make, tuple(base if a is WithUnit else a for a in arguments)), *state
 
     def behind(name: str) -> Callable[..., Tensor]:
@@ -74,26 +74,26 @@ def _with_unit(base: Any) -> Any:
     for name in _STAND_INS:
         if hasattr(base, name):
             setattr(WithUnit, name, behind(name))
-    # FX goes by a class's module, and people by its name.
+    # FX reads the class's module, and messages show the class's name. Both stay those of the base class.
     WithUnit.__module__, WithUnit.__name__, WithUnit.__qualname__ = base.__module__, base.__name__, base.__qualname__
     return WithUnit
 
 
 def _is_adapter(module: nn.Module) -> bool:
-    """Whether it is one of peft's layers, which hold the layer that they adapt as ``base_layer``."""
+    """Whether ``module`` is a layer of peft. Such a layer contains the layer that it adapts as ``base_layer``."""
     return any(c.__name__ == "BaseTunerLayer" for c in type(module).__mro__)
 
 
 @functools.cache
 def _watch_for_adapters() -> None:
-    """Has an adapter refused when it takes a module with a unit, which it does by making it its child."""
+    """Registers a hook that raises TypeError when an adapter takes a module with a unit as its child."""
 
     def refuse(adapter: nn.Module, name: str, module: Any) -> None:
         if name == "base_layer" and hasattr(type(module), "without_unit") and _is_adapter(adapter):
             raise TypeError(
                 f"a {type(module).__qualname__} with a STEAM unit cannot have an adapter, got a "
-                f"{type(adapter).__module__}.{type(adapter).__qualname__}: its share would be added behind the unit, "
-                "and be merged before it. Put the unit after a norm or a block, which adapters leave alone "
+                f"{type(adapter).__module__}.{type(adapter).__qualname__}: its share would be added after the unit, "
+                "but merged before it. Put the unit after a norm or a block, which adapters leave alone "
                 "(insert_steam(model, 'blocks') does)"
             )
 
@@ -119,23 +119,24 @@ def _remade(make: Callable[..., Any], arguments: tuple[Any, ...]) -> nn.Module:
 
 
 def _have_trainers_keep_units() -> None:
-    """Ultralytics' trainer builds a network anew, and would lose its units: its adapter has it keep them.
+    """Imports the Ultralytics adapter, if Ultralytics is loaded.
 
-    The adapter is imported where units meet Ultralytics, which is when they are put in and when they are unpickled: a
-    user who forgot the import would train without units and not be told.
+    The trainer of Ultralytics builds a new network, which would have no units. With the adapter the new network has
+    them. This function runs when units are inserted and when they are unpickled. Otherwise a forgotten import would
+    lead to training without units, and without a warning.
     """
     if "ultralytics.nn.tasks" in sys.modules:
         try:
             importlib.import_module("steam_kernels.integrations.ultralytics")
         except (ImportError, AttributeError) as error:
             warnings.warn(
-                "steam_kernels does not know the trainer of the Ultralytics that is loaded (it knows 8.4's), so that "
+                "steam_kernels does not know the trainer of the loaded Ultralytics (it knows the one of 8.4), so "
                 f"YOLO.train() would build its network without units ({type(error).__name__}: {error})",
                 stacklevel=2,
             )
 
 
-#: Classes, by name, that have taken a model's parameters when units would come.
+#: The names of classes that have already collected the parameters of their model.
 _WRAPPERS = {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"}
 
 
@@ -144,41 +145,44 @@ def insert_steam(
 ) -> nn.Module:
     """Puts STEAM units into ``model``, in place, and returns it.
 
-    What the model had keeps its name, its place and its hooks (which see the module's output as the unit leaves it). A
-    unit adds the keys ``<module>.steam.*`` to the state_dict, and nothing else changes. Each unit is named
-    in one line of the log at INFO; :func:`steam_sites` lists the units, :func:`remove_steam` takes them out.
+    The modules of the model keep their names, places and hooks. A forward hook sees the output of the unit. A unit adds
+    the keys ``<module>.steam.*`` to the state_dict; nothing else changes. One line of the log at INFO names the units.
+    :func:`steam_sites` lists the units, and :func:`remove_steam` takes them out.
 
     Args:
-        model: any module; the three placements by name are for networks of known blocks: ResNet (ResNeXt, Wide ResNet),
-            MobileNetV2 and V3, ShuffleNetV2, EfficientNet, ConvNeXt and RegNet of torchvision, timm's, and whatever
-            has one of them inside: a detector, a segmentation model, an encoder. The stages of any other CNN that takes
-            one image are found by a dry run of a copy on the meta device. docs/models.md says what a stage and a block
-            is in each.
-        sites: "adaptive": a unit after blocks 3, 6, 9, ... of each stage, and after the last block of a shorter stage,
-            which gives the paper's five units in a ResNet-50 [second-hand: five; ours: where].
-            "stages": after each stage. Both are after each of its ``feature_info`` in a timm model of unknown blocks,
-            and where the resolution falls in another network of unknown blocks.
-            "blocks": in each block, at the end of its branch, before the addition (the concatenation in ShuffleNetV2).
-            A list of module names (``model.named_modules()``), or a predicate ``(name, module) -> bool``, asked for
-            each module below ``model``: after each of them. A module must return one tensor ``(N, C, H, W)``; for a
-            Sequential its last module is taken; one that is called several times has its unit applied each time.
-        unit: options of :class:`steam_kernels.FusedSTEAM` but ``channels``, which is that of the site where it is known
-            (blocks, convolutions, norms) and else None. Parameters are made on the device and in the dtype of the
-            site's own, or else those around it, unless ``device`` and ``dtype`` are given. ``identity_init=True``
-            leaves a trained model's output as it was, to the bit.
+        model: any module. The three placements by name need known blocks: ResNet (ResNeXt, Wide ResNet), MobileNetV2
+            and V3, ShuffleNetV2, EfficientNet, ConvNeXt and RegNet of torchvision and of timm. The blocks may be inside
+            a detector, a segmentation model or an encoder. In any other CNN that takes one image, the stages are found
+            by a dry run of a copy on the meta device. docs/models.md explains stages and blocks of each family.
+        sites: "adaptive": a unit after blocks 3, 6, 9, ... of each stage, and after the last block of a shorter stage.
+            This gives the paper's five units in a ResNet-50 [second-hand: five; ours: where].
+            "stages": a unit after each stage. If the blocks are not known, "adaptive" and "stages" both put a unit
+            after each module of a timm model's ``feature_info``, or where the resolution falls in another network.
+            "blocks": a unit in each block, at the end of its branch, before the addition (in ShuffleNetV2 before the
+            concatenation).
+            A list of module names (``model.named_modules()``), or a predicate ``(name, module) -> bool`` that is called
+            for each module below ``model``: a unit after each of these modules. A module must return one tensor
+            ``(N, C, H, W)``. In a Sequential the unit goes after the last module. If a module is called several times,
+            its unit is applied each time.
+        unit: options of :class:`steam_kernels.FusedSTEAM`, except ``channels``. The channels are those of the site, if
+            they are known (blocks, convolutions, norms), else None. The device and dtype of the parameters are those of
+            the site's parameters, or else those of the modules around it, unless ``device`` and ``dtype`` are given.
+            With ``identity_init=True`` a trained model's output keeps every bit.
 
     Raises:
-        TypeError: ``model`` is no module; ``sites`` is "blocks" and it has no known block, or another placement by name
-            and no stages are known or found; ``sites`` is none of the above; an option is not one of FusedSTEAM's.
-        ValueError: ``sites`` names no placement, a module that is not there, none at all, one place twice, or a module
-            that cannot have a unit; or ``model`` has units already, or is wrapped by DDP or FSDP, which would not know
-            of the new parameters. Nothing is changed then.
+        TypeError: ``model`` is not a module; ``sites`` is "blocks" and the model has no known block; ``sites`` is
+            another placement by name and no stages are known or found; ``sites`` has another type; or an option does
+            not belong to FusedSTEAM.
+        ValueError: ``sites`` is an unknown placement, is empty, names a module that does not exist, names one place
+            twice, or names a module that cannot have a unit; ``model`` already has units; or ``model`` is wrapped by
+            DDP or FSDP, which would not know the new parameters. The model is not changed then.
 
     Note:
-        Insert units before the optimiser is made. What replaces modules, as
-        ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` does to norms ("blocks"), moves their units to the new ones,
-        which do not call them: call it before, or :func:`steam_kernels.models.reattach_steam` after. That a module
-        walks over its children is seen in its class's ``forward`` alone, not in what that calls.
+        Insert units before the optimiser is made. Some functions replace modules, as
+        ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` replaces norms ("blocks"). They move the units to the new
+        modules, which do not call them. Call such a function before, or :func:`steam_kernels.models.reattach_steam`
+        after it. A module that iterates over its children is refused only if its class's ``forward`` does so directly,
+        not if a function that ``forward`` calls does so.
 
     Example:
         >>> model = insert_steam(torchvision.models.resnet50(), identity_init=True)
@@ -220,12 +224,13 @@ def insert_steam(
 
 
 def copy_steam(units: Mapping[str, FusedSTEAM], model: nn.Module) -> nn.Module:
-    """Puts copies of ``units`` into ``model``, in place, after the modules that they are named by; returns it.
+    """Puts copies of ``units`` into ``model``, in place, after the modules of the same names, and returns ``model``.
 
-    ``units`` is :func:`steam_sites` of another network. The copies take the device and dtype that ``model`` has there.
+    ``units`` is the result of :func:`steam_sites` for another network. The copies take ``model``'s device and dtype
+    there.
 
     Raises:
-        ValueError: as :func:`insert_steam`. Nothing is changed then.
+        ValueError: as :func:`insert_steam`. The model is not changed then.
     """
     places = [_host(place, model) for place in _places(model, list(units))]
     copies = [copy.deepcopy(unit).to(**_factory(model, name)) for name, unit in units.items()]
@@ -238,7 +243,7 @@ def _attach(modules: list[nn.Module], units: Sequence[Any]) -> None:
     kinds: list[Any] = [type(module) for module in modules]
     for module, unit, kind in zip(modules, units, [_with_unit(kind) for kind in kinds], strict=True):
         unit.train(module.training)
-        unit.inserted = True  # tells it from a layer of the model's own, should a tool move it to another module
+        unit.inserted = True  # tells it from the model's own layers, even if a tool moves it
         module.add_module(NAME, unit)
         module.__class__ = kind
 
@@ -246,13 +251,13 @@ def _attach(modules: list[nn.Module], units: Sequence[Any]) -> None:
 def steam_sites(model: nn.Module) -> dict[str, FusedSTEAM]:
     """The units that :func:`insert_steam` put into ``model``, by the name of the module that they follow.
 
-    Each acts whenever its module is called. Whether the model calls a module is not known here: a
+    A unit acts whenever its module is called. This function does not know whether the model calls a module: a
     ``TransformerEncoderLayer`` reads the weights of ``self_attn.out_proj`` and never calls it. The units are read from
-    the model itself, so that this holds for copies and for what has been unpickled. Units whose modules were replaced
-    since do nothing, and are warned of; :func:`steam_kernels.models.reattach_steam` puts them back.
+    the model itself, so copies and unpickled models work too. If a tool has replaced a module with a unit, the unit
+    does nothing, and a warning says so; :func:`steam_kernels.models.reattach_steam` puts the unit back.
 
     Raises:
-        TypeError: ``model`` is no module.
+        TypeError: ``model`` is not a module.
     """
     _check_module(model)
     if orphans := _orphans(model):
@@ -261,15 +266,15 @@ def steam_sites(model: nn.Module) -> dict[str, FusedSTEAM]:
 
 
 def reattach_steam(model: nn.Module) -> nn.Module:
-    """Has units act again whose modules a tool has replaced by new ones, in place, and returns ``model``.
+    """Makes units act again after a tool has replaced their modules, in place, and returns ``model``.
 
     Conversions of norms (torch's ``SyncBatchNorm.convert_sync_batchnorm``, timm's, Lightning's ``sync_batchnorm=True``)
-    make new modules and give them the units of the old ones as children, which nothing calls. A model without such
-    units is left as it is.
+    make new modules. The new modules have the units of the old ones as children, but do not call them. A model without
+    such units is not changed.
 
     Raises:
-        TypeError: ``model`` is no module.
-        ValueError: a new module is one that cannot have a unit. Nothing is changed then.
+        TypeError: ``model`` is not a module.
+        ValueError: a new module cannot have a unit. The model is not changed then.
 
     Example:
         >>> model = reattach_steam(torch.nn.SyncBatchNorm.convert_sync_batchnorm(model))
@@ -289,13 +294,15 @@ def _sites(model: nn.Module) -> dict[str, FusedSTEAM]:
 
 
 def remove_steam(model: nn.Module) -> nn.Module:
-    """Takes out what :func:`insert_steam` put into ``model``, in place, and returns it: modules and keys of the
-    state_dict are as before, and so are the outputs. STEAM layers that the model was built with stay.
+    """Takes the units of :func:`insert_steam` out of ``model``, in place, and returns ``model``.
+
+    The modules, the keys of the state_dict and the outputs are as before the insertion. STEAM layers that the model was
+    built with stay.
 
     Raises:
-        TypeError: ``model`` is no module.
-        ValueError: it has no units from :func:`insert_steam`, or a module with one was given another class since, as
-            ``fully_shard`` and parametrizations do. Nothing is changed then.
+        TypeError: ``model`` is not a module.
+        ValueError: the model has no units from :func:`insert_steam`, or a module with a unit has got another class
+            since the insertion, as by ``fully_shard`` and parametrizations. The model is not changed then.
     """
     _check_module(model)
     sites = _sites(model)
@@ -316,7 +323,7 @@ def remove_steam(model: nn.Module) -> nn.Module:
 
 
 def _orphans(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules that have a unit of insert_steam's as a child and not its class: a tool made them anew."""
+    """The modules that have an inserted unit as a child but not its class, because a tool made these modules anew."""
     return {
         name: module
         for name, module in model.named_modules()
@@ -342,7 +349,8 @@ def _places(model: nn.Module, sites: Any) -> list[Place]:
             raise ValueError(f"{_SITES}, got {sites!r}")
         places = list(PLACEMENTS[sites](model))
         why = "none is known"
-        # A place between known blocks is refused by its name below; a dry run would choose others in its stead.
+        # In a network of known blocks a place that cannot have a unit is an error, which the caller raises. A dry run
+        # would choose other places without a message.
         if sites != "blocks" and not find_blocks(model) and not all(_host_if_fit(place, model) for place in places):
             places = []
         if sites != "blocks" and not places:
@@ -363,7 +371,7 @@ def _places(model: nn.Module, sites: Any) -> list[Place]:
     if callable(sites):
         names = [name for name, module in model.named_modules() if name and sites(name, module)]
         if not names:
-            raise ValueError(f"sites must choose one module at least, got a predicate true of none: {sites!r}")
+            raise ValueError(f"sites must choose one module at least, got a predicate that is true for none: {sites!r}")
     else:
         if not isinstance(sites, Iterable):
             raise TypeError(f"{_SITES}, got {sites!r}")
@@ -379,7 +387,7 @@ def _places(model: nn.Module, sites: Any) -> list[Place]:
 
 
 def _host(place: Place, model: nn.Module) -> Place:
-    """The module that can have the unit: a Sequential would run a new child itself, so it is its last module."""
+    """The module that has the unit. For a Sequential, which would run a new child itself, it is the last module."""
     name, module, channels = place
     while isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward and len(module):
         last, module = list(module._modules.items())[-1]
@@ -431,20 +439,20 @@ def _check_host(name: str, module: nn.Module, model: nn.Module) -> None:
                 f"sites must be modules that stay: {name!r}, a {type(module).__qualname__}, is an adapter or stands in "
                 "one, which merging replaces; name a norm or a block instead"
             )
-    # Ultralytics' fuse() makes what stands in such a module anew or drops it; the module itself stays.
+    # Ultralytics' fuse() replaces or removes the children of a module with a forward_fuse; the module itself stays.
     for owner in model.modules():
         if hasattr(owner, "forward_fuse") and module is not owner and module in owner.modules():
             raise ValueError(
                 f"sites must be modules that stay: {name!r}, a {type(module).__qualname__}, stands in a "
-                f"{type(owner).__qualname__} with a forward_fuse, which does without it; name that module instead"
+                f"{type(owner).__qualname__} with a forward_fuse, which drops it; name that module instead"
             )
 
 
 def _returns_several(module: nn.Module) -> str:
-    """The container that forward returns, where its annotation says so; else empty."""
+    """The name of the container type that forward returns by its annotation; else empty."""
     try:
         returned = get_origin(get_type_hints(inspect.unwrap(type(module).forward)).get("return"))
-    except Exception:  # it names what only type checkers see
+    except Exception:  # the annotation may use names that only type checkers see
         return ""
     return returned.__name__ if returned in (tuple, list, dict) else ""
 

@@ -1,7 +1,7 @@
-"""Ready models: torchvision's networks with STEAM units in them, weights at random.
+"""Ready models: torchvision's networks with STEAM units and random weights.
 
-Each function takes ``sites`` and the options of a unit as :func:`steam_kernels.insert_steam` does, and ``num_classes``.
-torchvision is imported when one is called.
+Each function takes ``num_classes``, and ``sites`` and the options of a unit like :func:`steam_kernels.insert_steam`.
+torchvision is imported only when a function is called.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The cuda backend without a GPU: its library loads, its operators are there, and every reason why it cannot run."""
+"""The cuda backend without a GPU: its library loads, its operators exist, and each reason why it cannot run."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def library() -> ctypes.CDLL:
     return ctypes.CDLL(str(native.CUDA.path))
 
 
-# ---- the operators, which are there with and without the library
+# ---- the operators, which exist with and without the library
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -123,7 +123,7 @@ def test_a_tensor_elsewhere_is_a_reason(library: ctypes.CDLL) -> None:
 
 
 def test_a_gpu_that_cannot_is_asked_once_and_is_a_reason(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The predicate, on a call whose x says that it is on a GPU."""
+    """Tests ``why_not`` on a call whose x claims to be on a GPU."""
     from steam_kernels import backends
 
     x = torch.empty(1, 2, 3, 4, device="meta")
@@ -159,7 +159,7 @@ def test_env_report_names_the_library() -> None:
         assert f"built for    {', '.join(native.CUDA.supported)}" in report()
 
 
-# Shapes of x, at and beside each limit, and what is said of them.
+# Shapes of x at each limit and next to it, with a part of the reason.
 SIZES = [
     ((1, 1, 1, 2**31 - 33), ""),
     ((1, 1, 1, 2**31 - 32), "the cuda backend needs W + 32 below 2^31, and it is 2147483648"),

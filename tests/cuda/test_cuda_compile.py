@@ -1,4 +1,4 @@
-"""What nvcc made of the CUDA kernels: no figure is worse than the recorded one; the reader finds what is planted."""
+"""No figure of the compiled CUDA kernels is worse than the recorded one, and the reader finds planted code."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_reader_finds_what_is_planted(planted: cuda_binary.Table) -> None:
             assert (figures.spills > 100) == (kernel == "spilling")
             assert 4 <= figures.registers <= 64
             assert figures.wide == {"wide": 100}.get(kernel, 0)
-            # some targets keep a kilobyte of a block's shared memory for themselves
+            # Some targets reserve a kilobyte of the shared memory of a block.
             assert figures.static_shared in ((4000, 5024) if kernel == "shared" else (0, 1024))
 
 
@@ -102,7 +102,7 @@ def test_spills_are_named(planted: cuda_binary.Table) -> None:
 def test_spills_of_any_nvcc_fail_the_script(
     arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Recorded figures are of one version; of another one nothing but spills is judged."""
+    """The recorded figures are from one version of nvcc. With another version only spills are judged."""
     nvcc, budgets = cuda_binary.recorded()
     monkeypatch.setattr(cuda_binary, "why_not", lambda: "")
     monkeypatch.setattr(cuda_binary, "compiler", lambda: nvcc + "0")
@@ -139,7 +139,7 @@ def test_every_kernel_and_target_is_recorded_and_none_spills() -> None:
     _, budgets = cuda_binary.recorded()
     source = "".join(path.read_text() for path in (cuda_binary.ROOT / "csrc" / "cuda").glob("*.cu*"))
     kernels = set(re.findall(r"__global__ void\s+(?:__launch_bounds__\([^)]*\)\s+)?(\w+)\(", source))
-    assert {kernel.split("<")[0] for kernel in budgets} == kernels - {"probe"}  # the one that computes nothing
+    assert {kernel.split("<")[0] for kernel in budgets} == kernels - {"probe"}  # probe computes nothing
     for kernel, row in budgets.items():
         assert tuple(row) == cuda_binary.TARGETS
         assert not any(figures.spills for figures in row.values()), kernel

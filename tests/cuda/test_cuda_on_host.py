@@ -1,7 +1,8 @@
-"""The CUDA kernels, compiled for this machine's processor, against the ordinary rule; and planted mistakes.
+"""The CUDA kernels, compiled for this machine's processor, stay within the bounds; and planted mistakes are found.
 
-``cuda`` is a backend here as on a GPU, so the package's whole call runs, but the kernels on memory of this machine. A
-case is run on the general path and on the one that keeps a sample in shared memory, by what the pretended device has.
+As on a GPU, ``cuda`` is a backend here and the whole call of the package runs, but the kernels use this machine's
+memory. A case runs on the general path and on the path that keeps a sample in shared memory. The size of the pretended
+device's shared memory decides.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ pytestmark = pytest.mark.skipif(on_host.compiler() is None, reason="no g++ on Li
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 
-#: Shared memory of one block: none to speak of, so that no sample fits, and what an H100 has.
+#: The shared memory of one block in bytes: 0, so that no sample fits, and the size of an H100.
 GENERAL, FUSED = 0, 227 << 10
 
 
@@ -42,7 +43,7 @@ def runners() -> Iterator[dict[str, on_host.Host]]:
 def host(
     request: pytest.FixtureRequest, runners: dict[str, on_host.Host], monkeypatch: pytest.MonkeyPatch
 ) -> on_host.Host:
-    """The kernels as the backend "cuda"; the parameter is the variant, plain where there is none."""
+    """The kernels as the backend "cuda". The parameter is the variant, which defaults to plain."""
     variant = getattr(request, "param", "plain")
     host = runners.setdefault(variant, on_host.Host(variant))
     host.shared_memory_limit, host.failing_launch, host.seed, host.keeps_phase = FUSED, 0, 1, False
@@ -56,7 +57,7 @@ def sanitized(*names: str) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("host", names, indirect=True)
 
 
-# The four stages of a ResNet at 224, with few channels; what the sample is too small for; every edge of the launches.
+# The four stages of a ResNet at 224 with few channels, cases that the sample is too small for, and limits of launches.
 STAGES = [
     Case(space=(56, 56), channels=8, batch=1),
     Case(space=(56, 56), channels=16, batch=1, layout="nhwc", dtype=BF16, tail="residual_relu"),
@@ -84,12 +85,12 @@ LARGE = [
 
 
 def turns(sample: list[Case]) -> list[Any]:
-    """(limit, keeps_phase, case), the cases of a sample taking turns on the two paths, and in where results lie."""
+    """(limit, keeps_phase, case): the cases of a sample alternate between the two paths and the alignments."""
     return [pytest.param((GENERAL, FUSED)[k % 2], k // 2 % 2 == 1, case, id=case.id) for k, case in enumerate(sample)]
 
 
 def test_results_lie_beside_a_boundary_as_x_does_or_not() -> None:
-    """On both paths and in both memory orders: x one element past a boundary, and y and dx there too, or on it."""
+    """On both paths and in both memory orders: x is one element past a boundary, and y and dx are there or aligned."""
     seen = {(p.values[0], p.values[1], p.values[2].layout) for p in turns(cases.all_pairs())}
     for layout in ("offset_nchw", "offset_nhwc"):
         assert {(limit, keeps, layout) for limit in (GENERAL, FUSED) for keeps in (False, True)} <= seen
@@ -110,14 +111,14 @@ def test_case(case: Case, limit: int, host: on_host.Host) -> None:
 @sanitized("address")
 @pytest.mark.parametrize(("limit", "keeps_phase", "case"), turns(cases.all_pairs()))
 def test_sample(limit: int, keeps_phase: bool, case: Case, host: on_host.Host) -> None:
-    """The ordinary sample, under AddressSanitizer and UBSan."""
+    """Runs the ordinary sample under AddressSanitizer and UBSan."""
     host.shared_memory_limit, host.keeps_phase = limit, keeps_phase
     cases.check(case, "cuda", *cases.make(case))
 
 
 @pytest.mark.parametrize(("limit", "keeps_phase", "case"), turns(cases.random_cases(40, seed=77)))
 def test_random_unit(limit: int, keeps_phase: bool, case: Case, host: on_host.Host) -> None:
-    """Against the loop oracle, which shares no code with the package."""
+    """Compares random units with the loop oracle, which shares no code with the package."""
     host.shared_memory_limit, host.keeps_phase = limit, keeps_phase
     inputs, dy = cases.make(case)
     bounds = cases.bounds_of(case, inputs, dy, cases.exact_by_oracle(case, inputs, dy))
@@ -143,7 +144,7 @@ ORDERED = [
 @pytest.mark.parametrize("limit", [GENERAL, FUSED], ids=["general", "fused"])
 @pytest.mark.parametrize("case", ORDERED, ids=lambda c: c.id)
 def test_bits_do_not_depend_on_the_schedule(case: Case, limit: int, host: on_host.Host) -> None:
-    """Threads and blocks in other orders, and a batch of which the sample is a part: equal bits."""
+    """The bits are equal for other orders of threads and blocks, and for a sample alone and in a batch."""
     host.shared_memory_limit = limit
     inputs, dy = cases.make(case)
     first = run(case, inputs, dy)
@@ -169,7 +170,7 @@ def test_bits_do_not_depend_on_the_schedule(case: Case, limit: int, host: on_hos
     ids=lambda c: c.id,
 )
 def test_no_races(case: Case, limit: int, host: on_host.Host) -> None:
-    """Under ThreadSanitizer, where only barriers and launches order memory."""
+    """Runs under ThreadSanitizer, where only barriers and launches order memory accesses."""
     host.shared_memory_limit = limit
     cases.check(case, "cuda", *cases.make(case))
 
@@ -178,7 +179,7 @@ def test_no_races(case: Case, limit: int, host: on_host.Host) -> None:
 @pytest.mark.parametrize("value", nonfinite.VALUES)
 @pytest.mark.parametrize("case", nonfinite.CASES, ids=lambda c: c.id)
 def test_one_bad_value(case: Case, value: float, limit: int, host: on_host.Host) -> None:
-    """NaN and infinities stay in their sample, and are where the reference has them."""
+    """NaN and infinities stay in their sample, at the same places as in the reference."""
     host.shared_memory_limit = limit
     nonfinite.one_bad_value_in_x(case, "cuda", value)
     nonfinite.one_bad_value_in_dy(case, "cuda", value)
@@ -232,7 +233,7 @@ def test_gradients_one_at_a_time(wanted: str, limit: int, host: on_host.Host) ->
 
 
 def test_launches(host: on_host.Host) -> None:
-    """One launch where a sample fits into shared memory, and one for the parameters' gradients."""
+    """A sample that fits into shared memory takes one launch, and one more for the parameters' gradients."""
     case = Case(space=(14, 14), channels=16)
     inputs, dy = cases.make(case)
     counts = {}
@@ -255,7 +256,7 @@ LARGE_SAMPLES = [(8, 224, 224), (1, 1, 100_000), (1, 100_000, 1), (2**20, 1, 2),
 def test_grids_have_room_for_every_call_that_is_let_through(
     sample: tuple[int, int, int], layout: str, dtype: torch.dtype, host: on_host.Host
 ) -> None:
-    """The largest batch that the backend's predicate takes: none of its launches has too many blocks."""
+    """For the largest batch that the backend accepts, no launch has too many blocks."""
     size = math.prod(sample)
     case = Case(space=sample[1:], channels=sample[0], batch=(2**37 - 1) // (size + 64), layout=layout, dtype=dtype)
     x: Any = SimpleNamespace(shape=case.shape)
@@ -290,7 +291,7 @@ def test_the_page_shows_the_shared_memory_of_the_stages(host: on_host.Host) -> N
 
 
 def test_errors_name_the_kernel_and_the_shape(host: on_host.Host) -> None:
-    """A refused launch is the call's error, and no kernel is launched after it."""
+    """A refused launch raises the call's error, and no kernel is launched after it."""
     case = Case(space=(4, 5), channels=3, grid=(2, 2))
     inputs, dy = cases.make(case)
     host.failing_launch = 1
@@ -306,7 +307,7 @@ def test_errors_name_the_kernel_and_the_shape(host: on_host.Host) -> None:
         run(case, inputs, dy)
 
 
-# Number in planted.cu -> what catches it, and what that says.
+# For each planted mistake: its number in planted.cu, the variant that finds it, and a part of the message.
 PLANTED: dict[str, tuple[int, str, str]] = {
     "overrun of global memory": (1, "address", "heap-buffer-overflow.*READ of size 4"),
     "overrun of shared memory": (2, "address", "heap-buffer-overflow.*WRITE of size 4"),
@@ -329,7 +330,7 @@ PLANTED: dict[str, tuple[int, str, str]] = {
     "shift out of range": (20, "address", "shift exponent"),
     "conversion out of range": (21, "address", "outside the range of representable values of type 'int'"),
 }
-#: Those that only other seeds show.
+#: The planted mistakes that only other seeds show.
 ORDERED_MISTAKES = {"result by the order of blocks": 17, "result by the order of threads": 18}
 
 
@@ -360,14 +361,14 @@ def test_a_missing_barrier_shows_in_most_schedules() -> None:
 
 @pytest.mark.parametrize("name", ORDERED_MISTAKES)
 def test_a_result_by_an_order_shows_over_seeds(name: str) -> None:
-    """As test_bits_do_not_depend_on_the_schedule looks: three more seeds, other bits."""
+    """Three more seeds give other bits, so test_bits_do_not_depend_on_the_schedule finds the mistake."""
     runs = [planted(ORDERED_MISTAKES[name], "plain", seed) for seed in (1, 2, 3, 4)]
     assert {code for code, _ in runs} == {0}
     assert len({output for _, output in runs}) > 1
 
 
 def planted_call(variant: str, mistake: int, backward: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """x and what planted_call.cu makes of it: a copy, where the mistake is 0."""
+    """x and the output of planted_call.cu, which is a copy of x if ``mistake`` is 0."""
     host = on_host.Host(variant, (on_host.SHIM / "runner.cpp", on_host.SHIM / "planted_call.cu"))
     arrays = {name: (on_host.READ, torch.randn(2, 3, 4, 5)) for name in CALL_READS[backward]}
     out = torch.zeros(2, 3, 4, 5)
@@ -379,7 +380,7 @@ def planted_call(variant: str, mistake: int, backward: bool) -> tuple[torch.Tens
     return arrays["x"][1], out
 
 
-# What planted_call.cu counts from 1.
+# The inputs that planted_call.cu counts from 1.
 CALL_READS = {
     False: ("channel_weight", "spatial_weight", "x", "residual"),
     True: ("channel_weight", "spatial_weight", "x", "dy", "y", "saved"),

@@ -1,6 +1,6 @@
-"""What only a GPU can show: ``pytest -m gpu``. Every backend that can run on the GPU is tested, by name.
+"""Tests that need a GPU: ``pytest -m gpu``. They run every backend that can run on the GPU, by name.
 
-Without a GPU everything here is collected, and skipped with one sentence.
+Without a GPU the tests are collected and skipped, and one sentence gives the reason.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ STAGES = {"56": (256, 56), "28": (512, 28), "14": (1024, 14), "7": (2048, 7)}
 
 
 def gpu_backends() -> tuple[list[str], str]:
-    """The backends that can run tensors on this machine's GPU, and if there is none, the sentence why."""
+    """The backends that can run on this machine's GPU, and the reason if there is none."""
     if not torch.cuda.is_available():
         return [], f"PyTorch {torch.__version__} sees no GPU, so no GPU backend was run"
     reasons = {k: why for k, why in steam_kernels.available_backends().items() if k not in ("cpu", "reference")}
@@ -40,20 +40,20 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture(autouse=True)
 def _leave_no_error(request: pytest.FixtureRequest) -> Iterator[None]:
-    """An asynchronous error belongs to the test that caused it."""
+    """Synchronises after each test, so that an asynchronous error fails the test that caused it."""
     yield
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
 def on_device(t: Tensor, device: str) -> Tensor:
-    """A copy with t's strides and offset, and with what surrounds t in its storage."""
+    """A copy of ``t`` with its whole storage, and with the same strides and offset."""
     size = t.untyped_storage().nbytes() // t.element_size()
     return t.as_strided((size,), (1,), 0).to(device, copy=True).as_strided(t.shape, t.stride(), t.storage_offset())
 
 
 def make(case: Case, device: str = "") -> tuple[dict[str, Tensor], Tensor]:
-    """``cases.make`` on a device; a tensor given twice stays one."""
+    """``cases.make`` on a device. A tensor that occurs twice has one copy."""
     inputs, dy = cases.make(case)
     device = device or DEVICE
     moved: dict[int, Tensor] = {}
@@ -68,7 +68,7 @@ def run(case: Case, backend: str | None, inputs: dict[str, Tensor], dy: Tensor) 
 
 
 def check(case: Case, backend: str | None, got: dict[str, Tensor]) -> None:
-    """Results against the rule of tolerance, judged on the CPU."""
+    """Checks results against their bounds on the CPU."""
     inputs, dy = cases.make(case)
     bounds = cases.bounds_of(case, inputs, dy)
     bounds.check({k: v.cpu() for k, v in got.items()}, f"{backend} {case.id}")
@@ -98,7 +98,7 @@ LARGE += [
 
 @pytest.mark.parametrize("case", GRID + LARGE, ids=lambda c: c.id)
 def test_right(case: Case, gpu: str) -> None:
-    """Output and every gradient by the rule, inputs untouched, strides as promised."""
+    """The output and every gradient are within the bounds, inputs are unchanged, and strides are as promised."""
     inputs, dy = make(case)
     before = {k: v.clone() for k, v in inputs.items()}
     got = run(case, gpu, inputs, dy)
@@ -110,7 +110,7 @@ def test_right(case: Case, gpu: str) -> None:
 
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
 def test_automatic_choice_is_a_gpu_backend(layout: str, gpu: str) -> None:
-    """A call that names no backend has the bits of the first that is usable."""
+    """A call that names no backend gives the bits of the first usable backend."""
     case = Case(space=(28, 28), channels=64, layout=layout)
     inputs, dy = make(case)
     assert equal(run(case, None, inputs, dy), run(case, gpu_backends()[0][0], inputs, dy))
@@ -164,7 +164,7 @@ def test_compiled_has_the_same_bits(layout: str, gpu: str) -> None:
 
 
 def test_offsets_beyond_32_bits(gpu: str) -> None:
-    """The last sample of a map of more than 2**31 elements has the bits that it has alone."""
+    """In a map with more than 2**31 elements, the last sample has the same bits as alone."""
     shape = (2, 40, 5200, 5200)  # 2.2e9 half-precision numbers: x, y, dy and dx are 17 GB
     free, _ = torch.cuda.mem_get_info()
     if free < 24e9:
@@ -195,7 +195,7 @@ DETERMINISM = [
 
 @pytest.mark.parametrize("case", DETERMINISM, ids=lambda c: c.id)
 def test_a_hundred_runs_have_equal_bits(case: Case, gpu: str) -> None:
-    """Also beside another stream's work, which changes when each program runs."""
+    """The bits are equal even while another stream runs, which changes the schedule of the blocks."""
     inputs, dy = make(case)
     first = run(case, gpu, inputs, dy)
     noise, other = torch.randn(2048, 2048, device=DEVICE), torch.cuda.Stream()
@@ -208,7 +208,7 @@ def test_a_hundred_runs_have_equal_bits(case: Case, gpu: str) -> None:
 
 
 def test_deterministic_algorithms(gpu: str) -> None:
-    """PyTorch's switch finds no operation without a deterministic form, forwards, backwards and backwards again."""
+    """With deterministic algorithms no operation raises, in forward, backward and second derivatives."""
     case = cases.SMALL[0]
     inputs, _ = make(case)
     leaves = [t.requires_grad_() for t in inputs.values()]
@@ -222,7 +222,7 @@ def test_deterministic_algorithms(gpu: str) -> None:
 
 
 def test_equal_bits_can_fail(gpu: str) -> None:
-    """The control: one number of x changes every result."""
+    """The control: changing one number of x changes every result."""
     case = Case(space=(28, 28), channels=9)
     inputs, dy = make(case)
     first = run(case, gpu, inputs, dy)
@@ -235,7 +235,7 @@ def test_equal_bits_can_fail(gpu: str) -> None:
 
 
 def capture(step: Callable[[], dict[str, Tensor]]) -> tuple[torch.cuda.CUDAGraph, dict[str, Tensor]]:
-    """The step as a CUDA graph, warmed up on another stream as PyTorch asks."""
+    """Captures the step as a CUDA graph, after a warm-up on another stream, as PyTorch requires."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -251,7 +251,7 @@ def capture(step: Callable[[], dict[str, Tensor]]) -> tuple[torch.cuda.CUDAGraph
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
 @pytest.mark.parametrize("size", STAGES)
 def test_graph_capture_and_replay(size: str, layout: str, gpu: str) -> None:
-    """Captured once, replayed on other values: the bits of an eager call on them."""
+    """A graph that is captured once and replayed on other values gives the bits of an eager call."""
     channels, side = STAGES[size]
     case = Case(space=(side, side), channels=channels, batch=4, layout=layout, tail="residual_relu")
     inputs, dy = make(case)
@@ -269,7 +269,7 @@ def test_graph_capture_and_replay(size: str, layout: str, gpu: str) -> None:
 
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
 def test_runs_on_the_current_stream(layout: str, gpu: str) -> None:
-    """x is written late on a stream of its own: a kernel on any other would read what was there before."""
+    """x is written late on the current stream, so a kernel on another stream would read the old values."""
     case = Case(space=(28, 28), channels=64, batch=8, layout=layout)
     inputs, dy = make(case)
     expected = run(case, gpu, inputs, dy)
@@ -286,7 +286,7 @@ def test_runs_on_the_current_stream(layout: str, gpu: str) -> None:
 
 
 def test_no_synchronisation(gpu: str) -> None:
-    """Neither direction waits for the GPU; the control does."""
+    """Forward and backward do not wait for the GPU, but the control does."""
     case = Case(space=(28, 28), channels=64, batch=8)
     inputs, dy = make(case)
     run(case, gpu, inputs, dy)
@@ -300,7 +300,7 @@ def test_no_synchronisation(gpu: str) -> None:
 
 
 def test_second_device(gpu: str) -> None:
-    """Tensors on cuda:1 while cuda:0 is current: the launch is on x's device."""
+    """With tensors on cuda:1 while cuda:0 is current, kernels are launched on x's device."""
     if torch.cuda.device_count() < 2:
         pytest.skip(f"needs two GPUs, and there are {torch.cuda.device_count()}")
     case = Case(space=(28, 28), channels=64, tail="residual_relu")
@@ -318,7 +318,7 @@ def test_second_device(gpu: str) -> None:
 
 
 def peak(call: Callable[[], Any]) -> int:
-    """Bytes that a call has allocated at its highest, beyond what was there; its result included."""
+    """The peak of the bytes that a call allocates, with its result."""
     call()
     gc.collect()
     torch.cuda.synchronize()
@@ -334,15 +334,17 @@ def peak(call: Callable[[], Any]) -> int:
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
 @pytest.mark.parametrize("size", STAGES)
 def test_peak_memory(size: str, layout: str, gpu: str) -> None:
-    """Forward allocates y, P and a few numbers for each node; backward dx, P, R and the like. Where a cell is a pixel
-    there is neither P nor R."""
+    """Forward allocates y, P and a few numbers for each node. Backward allocates dx, P, R and a few numbers.
+
+    If each cell is one pixel, neither P nor R is allocated.
+    """
     channels, side = STAGES[size]
     case = Case(space=(side, side), channels=channels, batch=8, layout=layout)
     inputs, dy = make(case)
     x_bytes, cells = inputs["x"].nbytes, 49
     sums = 0 if side == 7 else 4 * case.batch * channels * cells
     nodes = 4 * case.batch * (channels + cells)
-    slack = 16 * 512  # blocks of PyTorch's allocator are multiples of 512 bytes
+    slack = 16 * 512  # PyTorch allocates multiples of 512 bytes
     leaves = {k: v.requires_grad_() for k, v in inputs.items()}
     with torch.no_grad():
         forward = peak(lambda: steam_kernels.steam(**inputs, backend=gpu, **case.options))

@@ -1,4 +1,4 @@
-"""The GPU suite without a GPU: it collects, says why it is skipped, and its helpers and bodies do what they say."""
+"""Tests of the GPU suite without a GPU: collection, the reason of the skip, helpers, and bodies of tests."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.cuda import test_gpu  # the suite whose parts are tested here
+from tests.cuda import test_gpu  # the suite under test
 from tests.support import cases
 from tests.support.cases import Case
 
@@ -56,7 +56,7 @@ def test_wrong_results_are_out_of_bounds() -> None:
 
 
 def test_bodies_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What of the suite is not CUDA's own runs here with the CPU kernels in the GPU backend's place."""
+    """Runs the tests that need no CUDA functions, with the CPU kernels instead of a GPU backend."""
     monkeypatch.setattr(test_gpu, "DEVICE", "cpu")
     monkeypatch.setattr(test_gpu, "gpu_backends", lambda: (["cpu"], ""))
     test_gpu.test_right(test_gpu.GRID[0], "cpu")
@@ -70,7 +70,7 @@ def test_bodies_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_gpu_backend_is_tested(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The suite asks the registry: a backend that becomes usable on the machine is in it at once."""
+    """The suite reads the registry, so it includes any backend that becomes usable on the machine."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     found = {"triton": "", "cuda": "not built", "cpu": "", "reference": ""}
     monkeypatch.setattr(test_gpu.steam_kernels, "available_backends", lambda: found)

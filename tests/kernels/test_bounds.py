@@ -1,4 +1,4 @@
-"""Kernels stay inside their arguments and outputs: inputs end at unmapped pages, the C library checks the heap."""
+"""Kernels stay inside their arguments and outputs. Inputs end at unmapped pages, and the C library checks the heap."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import pytest
 
 pytestmark = [pytest.mark.kernels, pytest.mark.skipif(sys.platform != "linux", reason="maps pages as Linux does")]
 
-# Run in a process of its own, because an overrun kills it. Every input lies between two unmapped pages, flush
-# with the one after it or with the one before it, so that reading one element too many is a segmentation fault.
+# This code runs in a separate process, because an overrun kills the process. Every input lies between two unmapped
+# pages, and touches the page after it or the page before it. Reading one element too many is then a segmentation fault.
 SWEEP = """
 import ctypes, mmap, sys
 import torch, steam_kernels
@@ -73,7 +73,7 @@ for tail in ("none", "residual_relu"):
 print("inside")
 """
 
-# glibc's checking allocator, where it is installed: an abort when a block is freed that was written past its end
+# glibc's checking allocator, if it is installed, aborts when a block is freed that was written past its end.
 DEBUG = ctypes.util.find_library("c_malloc_debug")
 CHECKED = {"LD_PRELOAD": DEBUG, "MALLOC_CHECK_": "3"} if DEBUG else {}
 
@@ -92,14 +92,14 @@ def sweep(backend: str, layout: str, overrun: str = "", **environment: str) -> s
 
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
 def test_nothing_is_read_or_written_out_of_bounds(backend: str, layout: str) -> None:
-    """Reads stop at unmapped pages; what follows a block of the heap is checked when it is freed."""
+    """Kernels do not read unmapped pages, and do not write past the blocks of the heap."""
     done = sweep(backend, layout, **CHECKED)
     assert done.returncode == 0, f"{done.returncode}: {done.stdout}{done.stderr[-2000:]}"
     assert done.stdout.endswith("inside\n")
 
 
 def test_reading_too_far_is_seen(backend: str) -> None:
-    """The control: one element past a fenced tensor ends the process by SIGSEGV."""
+    """The control: reading one element past a fenced tensor ends the process by SIGSEGV."""
     assert sweep(backend, "nchw", overrun="read").returncode == -11
 
 

@@ -1,5 +1,4 @@
-"""The share of the last-level cache that the CPU kernels count on: its rule, its variable, and that no bit depends on
-it."""
+"""The share of the last-level cache that the CPU kernels count on: the rule, the variable, and equal bits."""
 
 from __future__ import annotations
 
@@ -39,7 +38,7 @@ def cpu(backend: str) -> ctypes.CDLL:
 @pytest.mark.parametrize(
     "reported, processors, share",
     [
-        (300 * MIB, 2, 16 * MIB),  # a virtual machine that sees its host's cache
+        (300 * MIB, 2, 16 * MIB),  # a virtual machine that reports its host's cache
         (300 * MIB, 1, 8 * MIB),
         (32 * MIB, 2, 16 * MIB),
         (32 * MIB, 4, 32 * MIB),
@@ -47,14 +46,14 @@ def cpu(backend: str) -> ctypes.CDLL:
         (12 * MIB, 2, 12 * MIB),
         (2 * MIB, 4, 2 * MIB),
         (300 * MIB, 128, 300 * MIB),
-        (0, 1, 8 * MIB),  # the system reports none
+        (0, 1, 8 * MIB),  # the system reports no cache
         (0, 2, 16 * MIB),
         (0, 64, 24 * MIB),
         (300 * MIB, 1 << 62, 300 * MIB),
     ],
 )
 def test_rule(cpu: ctypes.CDLL, reported: int, processors: int, share: int) -> None:
-    """8 MiB for each processor, at most what is reported."""
+    """The share is 8 MiB for each processor, but at most the reported size."""
     assert cpu.steam_cpu_probe_cache_share(reported, processors) == share
 
 
@@ -162,7 +161,7 @@ ODD = [
 @pytest.mark.kernels
 @pytest.mark.parametrize("case", [*cases.all_pairs()[::3], *ODD], ids=lambda c: c.id)
 def test_no_bit_depends_on_it(cpu: ctypes.CDLL, backend: str, either_side: list[int], case: Case) -> None:
-    """Written past the caches or not: the same outputs and gradients."""
+    """Outputs and gradients have the same bits if they are written past the caches and if not."""
     inputs, dy = cases.make(case)
     results = []
     for bytes_ in either_side:
@@ -178,7 +177,7 @@ def test_reported_is_the_deepest_cache(cpu: ctypes.CDLL) -> None:
     levels = {}
     for index in folder.glob("index*"):
         if not (index / "size").is_file():
-            continue  # some virtual machines tell a cache's level alone
+            continue  # some virtual machines report only the level of a cache
         size = (index / "size").read_text().strip()
         levels[int((index / "level").read_text())] = int(size[:-1]) * {"K": 1 << 10, "M": MIB}[size[-1]]
     deepest = max(levels, default=0)

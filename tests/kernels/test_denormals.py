@@ -1,4 +1,4 @@
-"""Denormal numbers: every thread that works for a call has the caller's floating-point mode, and its own afterwards."""
+"""Denormal numbers: every thread of a call has the caller's floating-point mode, and its own mode afterwards."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.support.in_a_thread import in_a_thread
 pytestmark = pytest.mark.kernels
 
 CASES = [
-    # Samples side by side, one shared by the threads, and both; every walk of the CPU kernels.
+    # The cases cover threads with different samples, threads that share a sample, and every walk of the CPU kernels.
     Case(space=(56, 56), channels=32, batch=2),
     Case(space=(57, 61), channels=33, batch=1, layout="nhwc"),
     Case(space=(14, 14), channels=300, batch=3, tail="residual_relu"),
@@ -34,10 +34,10 @@ def mode() -> Iterator[None]:
 
 
 class Call:
-    """Forward and backward where x, the residual, dy and so the results are denormal numbers."""
+    """A forward and backward in which x, the residual and dy are denormal numbers, and so are the results."""
 
     def __init__(self, case: Case, backend: str) -> None:
-        torch.set_num_threads(1)  # the mode of this thread makes the numbers
+        torch.set_num_threads(1)  # this thread makes the numbers, in its own mode
         self.options = {"backend": backend, **case.options}
         self.inputs, dy = cases.make(case)
         for name in ("x", "residual"):
@@ -46,14 +46,14 @@ class Call:
         self.dy = dy * (torch.finfo(case.dtype).tiny / 8)
 
     def __call__(self, threads: int) -> dict[str, torch.Tensor]:
-        """The bits of all outputs, as integers: comparisons of numbers depend on the mode too."""
+        """The bits of all outputs as integers, because comparisons of floats also depend on the mode."""
         torch.set_num_threads(threads)
         results = cases.forward_backward(steam_kernels.steam, self.inputs, self.dy, **self.options)
         return {k: v.contiguous().view(torch.uint8) for k, v in results.items()}
 
 
 def flushed(threads: int = 2) -> list[int]:
-    """How many denormal numbers PyTorch's multiplication makes 0, in each half of a tensor that two threads share."""
+    """The number of denormals that a multiplication in PyTorch makes 0, in each half of a tensor of two threads."""
     torch.set_num_threads(threads)
     x = torch.full((1 << 20,), 1000, dtype=torch.int32).view(torch.float32)
     return [int((half == 0).sum()) for half in (x * 0.5).view(torch.int32).chunk(2)]
@@ -62,14 +62,16 @@ def flushed(threads: int = 2) -> list[int]:
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.id)
 @pytest.mark.parametrize("helpers_flush", [False, True])
 def test_bits_do_not_depend_on_threads(backend: str, case: Case, helpers_flush: bool) -> None:
-    """Whether the caller flushes or not, and whatever the threads that help it do, which have the mode of the moment at
-    which they were started."""
+    """The bits depend on the caller's mode only, not on the modes of its helper threads.
+
+    A helper thread has the mode that was set when it was started.
+    """
 
     call = Call(case, backend)
 
     def check() -> None:
         torch.set_flush_denormal(helpers_flush)
-        flushed()  # starts them
+        flushed()  # starts the helper threads
         results = {}
         for flush in (False, True):
             torch.set_flush_denormal(flush)

@@ -1,4 +1,4 @@
-"""Equal bits on repeat, on any number of threads, and whatever else is in the batch."""
+"""The bits are equal on repetition, for any number of threads and with any other samples in the batch."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CASES = [
 CASES += [
     Case(space=(56, 56), channels=96, batch=1, layout="nchw"),
     Case(space=(56, 56), channels=96, batch=1, layout="nhwc"),
-    # Shared by ranges of channels that look at each other's: few neighbours beyond a range, and too many.
+    # Threads share a sample by ranges of channels. Few or many neighbours lie beyond a range.
     Case(space=(14, 14), channels=300, batch=1, radius=3),
     Case(space=(7, 7), channels=1100, batch=1, dtype=torch.bfloat16),
     Case(space=(28, 28), channels=70, batch=1, radius=20),
@@ -59,7 +59,7 @@ def test_bits_do_not_depend_on_threads_or_run(case: Case, backend: str) -> None:
 def test_a_sample_does_not_depend_on_its_batch(
     backend: str, space: tuple[int, int], channels: int, layout: str
 ) -> None:
-    """y and dx of a sample have the same bits alone and among others."""
+    """y and dx of a sample have the same bits alone and in a batch."""
     case = Case(space=space, channels=channels, batch=5, layout=layout)
     inputs, dy = cases.make(case)
     together = cases.forward_backward(steam_kernels.steam, inputs, dy, backend=backend, **case.options)
@@ -82,7 +82,7 @@ def deterministic() -> Iterator[None]:
 @pytest.mark.parametrize("layout", ["nchw", "nhwc", "column_slice"])
 @pytest.mark.parametrize("tail", ["none", "residual_relu"])
 def test_deterministic_algorithms(deterministic: None, any_backend: str, tail: str, layout: str) -> None:
-    """PyTorch's switch, which makes operations without a deterministic form an error, finds none, also twice over."""
+    """With PyTorch's deterministic algorithms no operation raises an error, also in second derivatives."""
     case = Case(space=(14, 13), channels=9, layout=layout, tail=tail)
     first, again = run(case, any_backend), run(case, any_backend)
     assert all(torch.equal(first[name], again[name]) for name in first)
@@ -94,7 +94,7 @@ def test_deterministic_algorithms(deterministic: None, any_backend: str, tail: s
 
 
 def test_equal_bits_can_fail(backend: str) -> None:
-    """The control: one input bit changes the result, so the comparisons above compare something."""
+    """The control: changing one input bit changes the result, so the comparisons above can fail."""
     case = Case(space=(28, 28), channels=9)
     inputs, dy = cases.make(case)
     first = cases.forward_backward(steam_kernels.steam, inputs, dy, backend=backend, **case.options)

@@ -1,4 +1,4 @@
-"""Every backend's kernels against the reference, in the output and every gradient, over a designed sample of units."""
+"""The output and every gradient of each backend's kernels against the reference, over a designed sample of units."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.kernels
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 
-# Regimes that the sample is too small for: large maps with odd rows, many channels on a small map, one pixel.
+# The sample is too small for these cases: large maps with odd rows, many channels on a small map, and one pixel.
 LARGE = [
     Case(space=(100, 167), channels=20, batch=1),
     Case(space=(100, 167), channels=9, grid=(13, 21), layout="nhwc", dtype=BF16),
@@ -26,14 +26,14 @@ LARGE = [
     Case(space=(1, 1), channels=300, batch=5, layout="nhwc", self_loops=False),
     Case(space=(28, 28), channels=130, dtype=BF16, layout="nhwc", attention=(8, 8), radius=2, neighbors=8),
     Case(space=(57, 61), channels=33, batch=1, layout="nhwc", dtype=F16, tail="other_relu"),
-    # Rings that reach beyond a block of channels, and beyond a last one that is short.
+    # The ring reaches beyond a block of channels, and beyond a short last block.
     Case(space=(5, 5), channels=650, radius=40),
     Case(space=(18, 17), channels=146, radius=5),
 ]
 
 
 def test_sample_covers_every_pair() -> None:
-    """The sample holds every value of every factor, and every pair that is small enough to be run."""
+    """The sample contains every value of every factor, and every pair of values that is small enough to run."""
     sample = cases.all_pairs()
     for name, values in cases.FACTORS.items():
         if name == "where":
@@ -55,7 +55,7 @@ def test_large(case: Case, backend: str) -> None:
     cases.check(case, backend, *cases.make(case))
 
 
-# More than 16 MB each way, where kernels may store past the cache.
+# These maps have more than 16 MB, so kernels may write outputs past the cache.
 STREAMED = [
     Case(space=(56, 57), channels=33, batch=41, layout="nchw"),
     Case(space=(57, 61), channels=35, batch=36, layout="offset_nchw"),
@@ -70,7 +70,7 @@ STREAMED = [
 
 @pytest.mark.parametrize("case", STREAMED, ids=lambda c: c.id)
 def test_outputs_larger_than_the_cache(case: Case, backend: str) -> None:
-    """One large call and parts of its batch: equal bits in y and dx, and the first samples by the rule."""
+    """A large call and parts of its batch have equal bits in y and dx. The first samples are within the bounds."""
     size = torch.empty((), dtype=case.dtype).element_size()
     assert case.numel * size > 16e6
     inputs, dy = cases.make(case)
@@ -91,7 +91,8 @@ def test_outputs_larger_than_the_cache(case: Case, backend: str) -> None:
                 sums[name] += value.double()
                 sizes[name] += value.double().abs()
     for name, total in sums.items():
-        # these add over samples in another order: one rounding a sample, of at most the parts' sizes
+        # The other gradients are sums over samples in another order: one rounding per sample, of at most the parts'
+        # sizes.
         bound = case.batch * torch.finfo(F32).eps * sizes[name].max()
         error = (large[name].double() - total).abs().max().item()
         assert within(error, bound.item(), f"{name} over parts {case.id}"), name

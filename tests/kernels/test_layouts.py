@@ -1,4 +1,4 @@
-"""Memory formats are kept, served without copies, and equal to each other; inputs are never written."""
+"""Memory formats are kept, need no copies and give equal results. Inputs are never written."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SHAPES = [((7, 7), 16, 2), ((5, 3), 1, 3), ((1, 1), 9, 2), ((28, 28), 3, 1), ((1
 @pytest.mark.parametrize("layout", cases.LAYOUTS)
 @pytest.mark.parametrize("space,channels,batch", SHAPES)
 def test_strides_of_outputs(any_backend: str, space: tuple[int, int], channels: int, batch: int, layout: str) -> None:
-    """y, dx and dresidual have empty_like(x)'s strides where x is dense in one of the two formats, else NCHW's."""
+    """y, dx and dresidual have empty_like(x)'s strides if x is dense in one of the two formats, else those of NCHW."""
     case = Case(space=space, channels=channels, batch=batch, layout=layout, tail="residual_relu")
     inputs, dy = cases.make(case)
     x = inputs["x"]
@@ -40,7 +40,7 @@ def test_all_layouts_of_all_arguments(backend: str, layout: str, tail: str, dy_l
 @pytest.mark.parametrize("tail", ["none", "residual_relu"])
 @pytest.mark.parametrize("layout", cases.DENSE_LAYOUTS)
 def test_dense_inputs_are_not_copied(backend: str, layout: str, tail: str) -> None:
-    """The forward pass of a dense x allocates y and the saved numbers, and nothing of x's size besides."""
+    """The forward pass of a dense x allocates y and the saved numbers, and nothing else of x's size."""
     case = Case(space=(28, 28), channels=32, batch=4, layout=layout, tail=tail)
     inputs, dy = cases.make(case)
     x_bytes = inputs["x"].numel() * 4
@@ -52,12 +52,12 @@ def test_dense_inputs_are_not_copied(backend: str, layout: str, tail: str) -> No
     assert largest_total(profile) < 1.5 * x_bytes, "forward"
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         y.backward(dy)
-    # dx, and the residual's gradient where a ReLU masks it
+    # Backward allocates dx, and the residual's gradient if a ReLU masks it.
     assert largest_total(profile) < (2.5 if tail == "residual_relu" else 1.5) * x_bytes, "backward"
 
 
 def largest_total(profile: torch.profiler.profile) -> int:
-    """Bytes that torch allocated while profiling."""
+    """The bytes that torch allocated during profiling."""
     total = 0
     for event in profile.profiler.kineto_results.events():
         if event.name() == "[memory]" and event.nbytes() > 0:
@@ -69,7 +69,7 @@ def largest_total(profile: torch.profiler.profile) -> int:
 @pytest.mark.parametrize("layout", ["nchw", "nhwc", "channel_slice", "offset_nhwc"])
 @pytest.mark.parametrize("tail", ["none", "residual_relu"])
 def test_inputs_are_never_written_and_backward_repeats(backend: str, layout: str, tail: str) -> None:
-    """Inputs are bit-identical after forward and two backwards through one graph, and so are the two results."""
+    """Forward and two backwards through one graph do not change the inputs, and the two results have equal bits."""
     case = Case(space=(14, 14), channels=20, batch=3, layout=layout, tail=tail)
     inputs, dy = cases.make(case)
     before = {k: v.clone() for k, v in inputs.items()}
@@ -86,7 +86,7 @@ def test_inputs_are_never_written_and_backward_repeats(backend: str, layout: str
 
 
 def test_around_a_slice_nothing_is_read_or_written(backend: str) -> None:
-    """What surrounds a slice is NaN; it neither reaches the result nor changes."""
+    """The memory around a slice is NaN. It does not reach the result and does not change."""
     case = Case(space=(9, 7), channels=6, layout="channel_slice")
     inputs, dy = cases.make(case)
     assert inputs["x"]._base is not None and inputs["x"]._base.isnan().any()

@@ -1,4 +1,4 @@
-"""What autograd keeps, and that no result is memory that nobody wrote."""
+"""Tests of the tensors that autograd keeps, and that kernels write every element of the results."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.kernels
 
 
 def kept(inputs: dict[str, torch.Tensor], frozen: tuple[str, ...], backend: str, case: Case) -> list[torch.Tensor]:
-    """The tensors that one forward pass saves, by storage, those of the parameters left out."""
+    """The tensors that one forward pass saves, one for each storage, without the parameters."""
     leaves = {k: v.detach().requires_grad_(k not in frozen) for k, v in inputs.items()}
     found: dict[int, torch.Tensor] = {}
 
@@ -51,7 +51,7 @@ def test_saved_are_x_and_two_numbers_per_node(backend: str, tail: str, dtype: to
 
 @pytest.mark.parametrize("tail", ["residual", "residual_relu"])
 def test_frozen_unit_saves_no_x(backend: str, tail: str) -> None:
-    """Where only the residual asks for a gradient, x is not kept, and y only for the ReLU's mask."""
+    """If only the residual needs a gradient, x is not kept, and y is kept only for the ReLU's mask."""
     case = Case(space=(28, 28), channels=20, batch=3, tail=tail)
     inputs, _ = cases.make(case)
     saved = kept(inputs, ("x", "channel_weight", "spatial_weight"), backend, case)
@@ -73,7 +73,7 @@ def test_no_gradient_keeps_nothing(backend: str) -> None:
 @pytest.mark.parametrize("size", [600, 4096, 3_000_000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_unwritten_memory_is_nan(size: int, dtype: torch.dtype) -> None:
-    """The proof that poison is seen: memory that torch hands out is NaN, also after reuse."""
+    """The control: memory that torch allocates is NaN, also after reuse."""
     for _ in range(2):
         for make in (torch.empty, lambda n, dtype: torch.empty_like(torch.zeros(n, dtype=dtype))):
             t = make(size, dtype=dtype)
@@ -85,7 +85,7 @@ def test_unwritten_memory_is_nan(size: int, dtype: torch.dtype) -> None:
 @pytest.mark.skipif(not POISONED, reason="this C library has no mallopt(M_PERTURB)")
 @pytest.mark.parametrize("size", [300, 1000, 3_000_000])
 def test_memory_of_stable_abi_operators_is_nan(size: int) -> None:
-    """LibTorch's stable ABI asked for memory directly: what a kernel that forgets an element would return."""
+    """Memory from LibTorch's stable ABI is NaN, so an element that a kernel does not write would be NaN."""
     library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
     handle, data = ctypes.c_void_p(), ctypes.c_void_p()
     sizes, strides = (ctypes.c_int64 * 1)(size), (ctypes.c_int64 * 1)(1)
@@ -108,7 +108,7 @@ def test_memory_of_stable_abi_operators_is_nan(size: int) -> None:
 def test_working_memory_is_not_read_before_it_is_written(
     backend: str, channels: int, dtype: torch.dtype, layout: str
 ) -> None:
-    """In a thread of its own, whose working memory is fresh and so poisoned, the bits are those of a used one."""
+    """A new thread has fresh and so poisoned working memory. It gives the same bits as a used thread."""
     for space, grid in (
         ((1, 1), 1),
         ((4, 3), 1),

@@ -1,6 +1,6 @@
-"""NaN and Inf in x or dy: non-finite where exact arithmetic is, and nowhere else but through the sample's own gates.
+"""NaN and Inf in x or dy give non-finite results where exact arithmetic does, and elsewhere only by the sample's gates.
 
-And finite where it is finite: maps so large that products of two of their numbers overflow.
+Finite maps give finite results, even if they are so large that products of two of their numbers overflow.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def test_finite_maps_of_any_size_through_open_gates(
 @pytest.mark.parametrize("dtype,magnitude", MAGNITUDES, ids=str)
 @pytest.mark.parametrize("case", LARGE_MAPS, ids=lambda c: c.id)
 def test_the_closed_form_is_as_good(case: Case, dtype: torch.dtype, magnitude: float) -> None:
-    """What the operators compute where no kernel is: the reference's own backward pass."""
+    """The closed-form backward of the reference, which the operators run without kernels, keeps the same bounds."""
     case = case.but(dtype=dtype, tail="none")
     inputs, dy = make_large(case, magnitude)
     x, channel_weight, spatial_weight = inputs.values()

@@ -1,4 +1,4 @@
-"""Tokens far from zero and saturated gates: where the naive forms lose every digit, forwards and backwards."""
+"""Tokens far from zero and saturated gates, for which naive formulas lose every digit, forward and backward."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_sharp_attention(backend: str, layout: str, sign: float) -> None:
 
 
 def test_long_sums(backend: str) -> None:
-    """A megapixel of 1 + small noise in float32: one running sum would be off by 1e-3."""
+    """A map with a megapixel of 1 + small noise in float32. One running sum would have an error of 1e-3."""
     case = Case(space=(1024, 1024), channels=1, batch=1, grid=1)
     for layout in ("nchw", "nhwc"):
         inputs, dy = cases.make(case.but(layout=layout), mean=100.0, spread=1.0)
@@ -80,13 +80,13 @@ def test_long_sums(backend: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_gate_is_rounded_once(backend: str, dtype: torch.dtype) -> None:
-    """y is the correctly rounded product except near ties: the gate is not rounded to x's dtype first."""
+    """y is the correctly rounded product, except near ties, because the gate is not rounded to x's dtype first."""
     case = Case(space=(28, 28), channels=32, dtype=dtype)
     inputs, _ = cases.make(case)
     wide = {k: v.double() for k, v in inputs.items()}
     exact = steam_kernels.reference.steam(**wide, **case.options)
     y = steam_kernels.steam(**inputs, backend=backend, **case.options)
     error = (y.double() - exact).abs() / exact.abs().clamp(min=torch.finfo(dtype).tiny)
-    # half an ulp, and beyond it what the float32 gate itself loses
+    # The error is at most half an ulp, plus the error of the float32 gate.
     half = 0.5 * torch.finfo(dtype).eps
     assert within(error.max().item() - half, 5 * torch.finfo(torch.float32).eps, f"beyond half an ulp of {dtype}")

@@ -1,4 +1,4 @@
-"""Sixty random units, shapes, dtypes and layouts against the loop oracle, in the output and every gradient."""
+"""The output and every gradient of sixty random units, shapes, dtypes and layouts, against the loop oracle."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Operators are total: any strides of any tensor, right results, strides as the fakes promise, nothing else touched."""
+"""Operators take any strides of any tensor, give right results in the fakes' strides, and change no other memory."""
 
 from __future__ import annotations
 
@@ -21,14 +21,15 @@ pytestmark = pytest.mark.kernels
 CASE = Case(space=(5, 4), channels=6, grid=(2, 3), tail="residual_relu")
 LAYOUTS = ("nchw", "nhwc")
 TENSORS = ("x", "channel_weight", "spatial_weight", "residual", "dy", "y", "saved")
-#: What the prefixes of operators that run here start with: the automatic ones, and Triton's in its interpreter.
+#: The prefixes of the operators that run here: the empty one of the automatic operators, and Triton's in its
+#: interpreter.
 PREFIXES = [
     prefix for prefix in ops.PREFIXES if not prefix or not steam_kernels.available_backends()[prefix.removesuffix("_")]
 ]
 
 
 def forms_of(tensor: str) -> tuple[str, ...]:
-    # y and saved are what forward returned: other values than those would be no call.
+    # Forms that change values are not used for y and saved, because backward needs the values that forward returned.
     return KEEPING if tensor in ("y", "saved") else tuple(FORMS)
 
 
@@ -37,7 +38,7 @@ GRID = [(tensor, form) for tensor in TENSORS for form in forms_of(tensor)]
 
 @pytest.fixture(scope="module")
 def judges() -> dict[Any, Any]:
-    """Judges by values: the forms that keep values share one."""
+    """The judges by the values of the inputs. Forms that keep the values share a judge."""
     return {}
 
 
@@ -49,7 +50,7 @@ def check(judges: dict[Any, Any], case: Case, inputs: dict[str, Tensor], dy: Ten
 
 
 def check_fakes(calls: list[Any]) -> None:
-    """Shapes, strides and dtypes of what the operators returned are those that their fakes promise."""
+    """Checks that the operators' results have the shapes, strides and dtypes of the fakes."""
     for operator, arguments, real in calls:
         with FakeTensorMode() as mode:
             fake = operator(*(mode.from_tensor(a) if isinstance(a, Tensor) else a for a in arguments))
@@ -58,7 +59,7 @@ def check_fakes(calls: list[Any]) -> None:
 
 
 def storages(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies of all that lies in the tensors' storages, what surrounds a slice too, as bits."""
+    """Copies of the tensors' whole storages as bits, with the memory around a slice."""
     out = {}
     for name, t in tensors.items():
         whole = torch.empty(0, dtype=torch.uint8).set_(t.untyped_storage())  # type: ignore[call-overload]
@@ -85,12 +86,12 @@ def test_operators(prefix: str, tensor: str, form: str, layout: str, judges: dic
 @pytest.mark.parametrize("tensor,form", [(t, f) for t, f in GRID if t in strided.FORWARD], ids=str)
 @pytest.mark.parametrize("prefix", PREFIXES)
 def test_operator_in_place(prefix: str, tensor: str, form: str, layout: str) -> None:
-    """``forward_`` has the bits of ``forward`` and leaves alone what surrounds x, or says why it cannot."""
+    """``forward_`` has the bits of ``forward`` and does not change the memory around x, or it raises the reason."""
     case = CASE.but(layout=layout)
     inputs, _ = strided.formed(case, {tensor: FORMS[form]})
     tensors, options = tuple(inputs.values()), case.operator_options
     before = storages(inputs)
-    refused = {"expanded": "x must not overlap itself", "negative": None}  # the latter by the dispatcher itself
+    refused = {"expanded": "x must not overlap itself", "negative": None}  # the dispatcher refuses a negative view
     if tensor == "x" and form.split()[0] in refused:
         with pytest.raises((ValueError, RuntimeError), match=refused[form.split()[0]]):
             strided.operator(prefix, "forward_")(*tensors, *options)
@@ -139,7 +140,7 @@ def test_operator_in_place_refuses_a_residual_in_x(prefix: str, how: str) -> Non
 
 @pytest.mark.parametrize("prefix", PREFIXES)
 def test_one_column_and_no_samples(prefix: str) -> None:
-    """Axes of length 1, whose strides mean nothing: real strides are the fakes'. An empty map has no overlap."""
+    """Strides of an axis of length 1 have no meaning, but equal those of the fakes. An empty map has no overlap."""
     for case in (CASE.but(attention=(1, 1)), CASE.but(channels=1, space=(1, 4), grid=1)):
         for form in ("transposed", "sliced in the last axis", "every second of the first axis"):
             inputs, dy = strided.formed(case, dict.fromkeys(TENSORS[:5], FORMS[form]))
@@ -155,7 +156,7 @@ def random_call(seed: int) -> tuple[Case, dict[str, Tensor], Tensor]:
     rng = random.Random(seed)
     (case,) = cases.random_cases(1, seed, largest_nodes=40)
     inputs, dy = cases.make(case)
-    made: dict[int, Tensor] = {}  # a tensor that is given twice stays one
+    made: dict[int, Tensor] = {}  # a tensor that is given twice has one copy
     for t in (*inputs.values(), dy):
         if id(t) not in made:
             made[id(t)] = FORMS[rng.choice(list(FORMS if t is not inputs.get("residual") else KEEPING))](t)
@@ -166,7 +167,7 @@ def random_call(seed: int) -> tuple[Case, dict[str, Tensor], Tensor]:
 def test_random_calls(backend: str, seed: int) -> None:
     case, inputs, dy = random_call(seed)
     got = cases.forward_backward(steam_kernels.steam, inputs, dy, backend=backend, **case.options)
-    # In float64 the oracle, which shifts no score, is no truth to the last bit; the reference is nearer to it.
+    # In float64 the reference is more precise than the oracle, whose scores are not made from differences of tokens.
     exact = cases.exact if case.dtype == torch.float64 else cases.exact_by_oracle
     cases.bounds_of(case, inputs, dy, exact(case, inputs, dy)).check(got, case.id)
 
@@ -191,7 +192,7 @@ WRONG = [
 
 @pytest.mark.parametrize("tensor,wrong", WRONG, ids=[f"{i}-{name}" for i, (name, _) in enumerate(WRONG)])
 def test_compiled_kernels_say_no_to_what_they_cannot_read(backend: str, tensor: str, wrong: Any) -> None:
-    """Sizes and dtypes that a direct call of an operator may get wrong: the error names the argument."""
+    """A direct call of an operator with wrong sizes or dtypes raises an error that names the argument."""
     if backend == "triton":
         pytest.skip("shapes of weights are steam()'s to check there")
     prefix = "" if backend == "cpu" else f"{backend}_"

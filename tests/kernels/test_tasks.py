@@ -1,17 +1,17 @@
-"""The paper's three tasks: classification, detection, instance segmentation; units on kernels beside the reference.
+"""Classification, detection and instance segmentation, the paper's three tasks: units on kernels and on the reference.
 
-Two models of the same weights differ in their units' backend alone. What is compared, at two odd sizes:
+Two models with the same weights differ only in the backend of their units. The tests compare, at two odd sizes:
 
-- a fixed scalar loss of the maps of the backbone and, in a detector, of the FPN: within 1e-4;
-- its gradients at every unit's weights: within 1e-3 of each weight's gradient, in the Euclidean norm. In float64 on the
-  network as it is. In float32 on the network with SiLU for ReLU and small branches, because a rounding that takes a
-  value across the kink of a ReLU changes the gradient by a jump: with random weights and ReLU, moving the reference's
-  input by half a rounding changed its own gradients by 8e-4 to 4.7 times their norm, with SiLU by 1e-5 to 7e-4 of it
-  (ResNet-50 and RetinaNet, three seeds, a projection of the maps as the loss);
-- a training step of the whole network: its losses within 1e-3. A detector chooses proposals and samples by scores,
-  which is discontinuous: one that moves by a rounding may change places with its neighbour. Both models draw from one
-  seed. Seen over four other seeds, at both sizes: no choice changed, and no loss differed by more than 8e-6 of itself;
-- an inference.
+- A fixed scalar loss of the maps of the backbone and, in a detector, of the FPN, within 1e-4.
+- The gradients of this loss at every unit's weights, within 1e-3 of each weight's gradient in the Euclidean norm. In
+  float64 the network is unchanged. In float32 the network has SiLU instead of ReLU, and small branches. A rounding that
+  moves a value across the kink of a ReLU makes the gradient jump. With random weights and ReLU, moving the reference's
+  input by half a rounding changed its own gradients by 8e-4 to 4.7 times their norm, and with SiLU by 1e-5 to 7e-4 of
+  the norm (ResNet-50 and RetinaNet, three seeds, a projection of the maps as the loss).
+- The losses of a training step of the whole network, within 1e-3. A detector chooses proposals and samples by scores.
+  The choice is discontinuous: a rounding may exchange two neighbours in the order. Both models use one seed. With four
+  other seeds, at both sizes, no choice changed, and the relative difference of a loss was at most 8e-6.
+- An inference.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ torchvision = pytest.importorskip("torchvision")
 models, detection = torchvision.models, torchvision.models.detection
 
 SIZES = [(97, 129), (113, 83)]
-# Odd maps inside too, few proposals and samples.
+# These options also give odd maps inside, and few proposals and samples.
 SMALL: dict[str, Any] = {
     "weights": None,
     "weights_backbone": None,
@@ -58,7 +58,7 @@ DETECTORS: dict[str, Callable[[], nn.Module]] = {
 
 
 def pair(model: nn.Module, **unit: Any) -> list[nn.Module]:
-    """The model with units on the kernels that serve its device, and with units on the reference."""
+    """The model with units on the kernels for its device, and a copy with units on the reference."""
     insert_steam(model, **unit)
     twin = copy.deepcopy(model)
     for placed in steam_sites(twin).values():
@@ -132,7 +132,7 @@ def test_classification(size: tuple[int, int]) -> None:
 
         step(model, loss)
     assert relative(*losses) < 1e-3
-    # Inference of what was trained: the second model takes the first one's step, whose gradients have the jumps.
+    # The inference uses the trained weights of the first model in both, because the gradients of their steps may jump.
     both[1].load_state_dict(both[0].state_dict())
     with torch.no_grad():
         a, b = (model.eval()(x) for model in both)
@@ -140,7 +140,7 @@ def test_classification(size: tuple[int, int]) -> None:
 
 
 def step(model: nn.Module, loss: Callable[[], Tensor]) -> None:
-    """One step of SGD; every unit moves."""
+    """One step of SGD, which must change every unit."""
     before = [p.detach().clone() for unit in steam_sites(model).values() for p in unit.parameters()]
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     loss().backward()
@@ -150,7 +150,7 @@ def step(model: nn.Module, loss: Callable[[], Tensor]) -> None:
 
 
 def images_and_targets(size: tuple[int, int], masks: bool) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
-    """An image of the size and one of its sides exchanged, with two boxes each."""
+    """An image of the size and one with exchanged sides, with two boxes each."""
     images, targets = [], []
     for height, width in (size, size[::-1]):
         images.append(torch.rand(3, height, width))

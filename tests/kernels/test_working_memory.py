@@ -1,4 +1,4 @@
-"""The CPU kernels' working memory: any sequence of shapes, a bound on what is kept, and one clear error without it."""
+"""The CPU kernels' working memory: any sequence of shapes, a bound on the kept bytes, a clear error without memory."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def forward_backward(shape: tuple[int, ...], options: dict[str, object], dtype: 
 
 
 def test_growing_maps_and_then_a_larger_one(cpu: ctypes.CDLL) -> None:
-    """Each needs a little more than the one before, more often than any table of blocks has rows."""
+    """Each map needs a little more memory than the last one. There are more maps than rows in a table of blocks."""
     w = torch.randn(4, 8)
     for i in range(150):
         steam(torch.randn(1, 8, 2, 8200 + 8 * i), w, w, grid_size=(1, 7), backend="cpu")
@@ -56,7 +56,7 @@ def test_growing_maps_and_then_a_larger_one(cpu: ctypes.CDLL) -> None:
 
 
 def random_shapes(count: int) -> list[tuple[tuple[int, ...], dict[str, object], torch.dtype]]:
-    """Shapes that grow and shrink, slowly and by leaps."""
+    """Shapes that grow and shrink, slowly and in large steps."""
     pick = random.Random(0)
     out: list[tuple[tuple[int, ...], dict[str, object], torch.dtype]] = []
     for i in range(count):
@@ -74,7 +74,7 @@ def random_shapes(count: int) -> list[tuple[tuple[int, ...], dict[str, object], 
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_two_thousand_shapes(cpu: ctypes.CDLL, threads: int) -> None:
-    """Equal bits in a thread that has run all others and in a fresh one, and at most twice the largest need is kept."""
+    """A used and a fresh thread give equal bits, and a thread keeps at most twice the largest need."""
     torch.set_num_threads(threads)
     needs: list[int] = []
     wrong: list[object] = []
@@ -102,7 +102,7 @@ def test_two_thousand_shapes(cpu: ctypes.CDLL, threads: int) -> None:
 
 def test_a_large_block_is_not_kept(cpu: ctypes.CDLL) -> None:
     small = ((1, 8, 20, 20), {}, torch.float32)
-    # Column sums take 32 bytes a channel and row of cells, or more where vectors are longer: 128 MiB or more.
+    # Column sums take 32 bytes per channel and row of cells, or more with longer vectors: together at least 128 MiB.
     large = ((1, 2048, 2049, 8), {"grid_size": (2048, 1), "channel_radius": 400}, torch.float32)
     kept: list[int] = []
     same: list[bool] = []
@@ -120,9 +120,10 @@ def test_a_large_block_is_not_kept(cpu: ctypes.CDLL) -> None:
     assert len(same) == 4 and all(same)
 
 
-# Under ever higher limits of address space: what fails at each, whether it leaves x alone and the thread usable, and in
-# the end the result. Each direction has a process of its own, which has no working memory yet. The working memory of
-# these calls is several times their maps, so that it is what some of the limits leave out.
+# This code makes a call under increasing limits of the address space. It prints the error at each limit, checks that x
+# is unchanged and that the thread stays usable, and prints the result at the end. Each direction has its own process,
+# which has no working memory yet. The working memory of these calls is several times the size of their maps, so that
+# some limits have room for the maps only.
 LIMITED = """
 import os, resource, sys, torch
 from steam_kernels import steam
@@ -205,8 +206,8 @@ def test_lack_of_memory_is_one_sentence_and_leaves_no_trace(
     cpu: ctypes.CDLL, shape: tuple[int, ...], options: dict[str, object], channels_last: bool, threads: int
 ) -> None:
     code = LIMITED.format(shape=shape, options=options, channels_last=channels_last, threads=threads)
-    # With one arena and blocks of their own, malloc has no address space in reserve.
-    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}  # of another malloc
+    # With one arena and separate blocks, malloc reserves no address space. LD_PRELOAD could load another malloc.
+    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
     environment |= {"GLIBC_TUNABLES": "glibc.malloc.arena_max=1:glibc.malloc.mmap_threshold=65536"}
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -221,7 +222,7 @@ def test_lack_of_memory_is_one_sentence_and_leaves_no_trace(
     grid = " x ".join(map(str, options["grid_size"]))  # type: ignore[call-overload]
     end = re.escape(f"bytes of working space, needed for x of shape {shape} on a grid of {grid}")
     ours = re.compile(rf"(\w+) .*steam_kernels: there is no memory for (\d+) {end}")
-    # PyTorch allocates the outputs.
+    # This is the error if PyTorch cannot allocate an output.
     output = re.compile(r"\w+ .*steam_kernels: PyTorch could not allocate an output of shape \((\d+, )*\d+\)")
     found = [ours.match(line) for line in lines if line != "done"]
     assert {match[1] for match in found if match} == {"forward", "in_place", "backward"}, done.stdout

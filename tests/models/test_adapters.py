@@ -1,4 +1,4 @@
-"""Adapters of peft meet modules with units: none is put on one in silence, and no unit into one."""
+"""Adapters of peft and modules with units: an adapter on a unit or a unit in an adapter is an error, or works."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ mapping = pytest.importorskip("peft.mapping")
 
 
 def network() -> nn.Module:
-    """Convolutions that all adapters take: square, of even widths."""
+    """A network of convolutions that all adapters take: square, with even widths."""
     return nn.Sequential(
         nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)),
         nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)),
     )
 
 
-#: What a kind of adapter needs beside the modules.
+#: The options that a kind of adapter needs besides the modules.
 OPTIONS: dict[str, dict[str, Any]] = {
     "IA3": {"feedforward_modules": []},
     "OFT": {"r": 0, "oft_block_size": 4},
@@ -50,7 +50,7 @@ def test_the_kinds_of_adapters_are_found() -> None:
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 def test_an_adapter_on_a_module_with_a_unit_is_refused(kind: Any) -> None:
-    """It would act behind the unit, be merged before it, or read the weight and pass the unit over."""
+    """Such an adapter would act after the unit, be merged before it, or read the weight and skip the unit."""
     model = insert_steam(network(), ["1.0"])
     with pytest.raises(TypeError, match=r"a Conv2d with a STEAM unit .*adapter.*after a norm or a block"):
         adapted(kind, model)
@@ -59,7 +59,7 @@ def test_an_adapter_on_a_module_with_a_unit_is_refused(kind: Any) -> None:
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 def test_no_unit_goes_into_an_adapter(kind: Any) -> None:
-    """Merging replaces the adapter and what is in it."""
+    """Merging would replace the adapter and the unit inside it."""
     model = adapted(kind, network())
     wrapper = next(name for name, m in model.named_modules() if hasattr(m, "base_layer"))
     for name in (wrapper, f"{wrapper}.base_layer"):
@@ -71,7 +71,7 @@ def test_no_unit_goes_into_an_adapter(kind: Any) -> None:
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 @pytest.mark.parametrize("first", ["units", "adapters"])
 def test_units_on_norms_stand_beside_adapters(kind: Any, first: str) -> None:
-    """They act, before and after merging, whichever was put in first."""
+    """Both act before and after merging, in either order of insertion."""
     x = torch.randn(2, 8, 9, 11)
     if first == "units":
         model = adapted(kind, insert_steam(network(), ["0.1", "1.1"])).eval()
@@ -90,7 +90,7 @@ def test_units_on_norms_stand_beside_adapters(kind: Any, first: str) -> None:
 
 
 class Wrapped(nn.Module):
-    """No adapter, although its layer has the name."""
+    """A module that is not an adapter, although its layer has the name ``base_layer``."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()

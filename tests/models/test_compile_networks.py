@@ -1,7 +1,7 @@
-"""torch.compile of whole networks: one graph, few of them, the eager results.
+"""torch.compile of whole networks: one graph without breaks, few recompilations, the eager results.
 
-Dynamo and AOTAutograd (backend "aot_eager") see whole ResNets; Inductor's C++ for one takes minutes, so it compiles a
-network of the same parts that is two convolutions deep.
+Dynamo and AOTAutograd (backend "aot_eager") compile whole ResNets. Inductor's C++ for a ResNet takes minutes, so
+Inductor compiles a network of the same parts with a depth of two convolutions.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from steam_kernels import FusedSTEAM
 from tests.support import networks
 
 pytest.importorskip("torchvision")
-#: A batch of one is a size of its own to the compiler, with units or without.
+#: No batch is 1, because the compiler makes a separate graph for it, with units and without.
 SIZES = [(2, 64, 96), (3, 97, 65), (6, 128, 72), (4, 48, 81), (5, 40, 64)]
 
 
 class Ran:
-    """A backend that notes which of its graphs are run; those that the compiler throws away are not."""
+    """A backend that records which of its graphs are run. The compiler discards some graphs without running them."""
 
     def __init__(self, name: str) -> None:
         self.compile = lookup_backend(name)
@@ -55,7 +55,7 @@ def test_one_graph_for_inference_at_five_sizes(backend: str) -> None:
 
 
 def training_graphs(model: nn.Module, compiler: str, sizes: list[tuple[int, int, int]]) -> int:
-    """How many graphs a compiled training step at these sizes needs, with the eager step's gradients."""
+    """The number of graphs that a compiled training step needs at these sizes. Checks the gradients too."""
     torch._dynamo.reset()
     counter = Ran(compiler)
     fast = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
@@ -76,7 +76,7 @@ def test_training_takes_no_more_graphs_than_without_units(backend: str) -> None:
 
 
 def test_inductor_training_takes_no_more_graphs_than_without_units(backend: str) -> None:
-    """Inductor specialises a convolution by size on the CPU, with units and without."""
+    """Inductor specialises convolutions by size on the CPU. Units add no further graphs."""
 
     def net(units: bool) -> nn.Module:
         layers = [nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1)]

@@ -1,4 +1,4 @@
-"""Tools that look at a model with units from outside: copies, pickles, compilers, exporters, tracers, DDP."""
+"""Tools that take a whole model with units: copies, pickles, compilers, exporters, tracers, DDP."""
 
 from __future__ import annotations
 
@@ -77,6 +77,6 @@ def process_group(tmp_path: pathlib.Path) -> Iterator[None]:
 
 def test_distributed_data_parallel(in_blocks: nn.Module, x: torch.Tensor, process_group: None) -> None:
     parallel = nn.parallel.DistributedDataParallel(copy.deepcopy(in_blocks))
-    for _ in range(2):  # the second raises where a parameter had no part in the first
+    for _ in range(2):  # the second step raises if a parameter was unused in the first
         parallel(x).square().sum().backward()
     assert all(p.grad is not None for p in parallel.parameters())

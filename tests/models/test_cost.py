@@ -1,4 +1,4 @@
-"""What gates add to networks: the counts by hand, by timm's modules, by three counters, and on the docs' page."""
+"""The costs of gates: counts by hand, by timm's modules and by three counters, and the page of the documentation."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_the_page_holds_the_tables() -> None:
-    """docs/cost.md has what the command prints, and its sentences the ratios of those numbers."""
+    """docs/cost.md contains the output of the command, and its sentences have the ratios of these numbers."""
     pytest.importorskip("timm")
     command = [sys.executable, "-m", "steam_kernels.costs", "--model", "all", "--size", "224"]
     ran = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
@@ -56,7 +56,7 @@ def test_the_command_names_what_is_wrong() -> None:
 @pytest.mark.parametrize("channels", [16, 24, 64, 96, 160, 320, 2048])
 @pytest.mark.parametrize("gate", ["SE", "CBAM", "ECA"])
 def test_parameters_and_products_are_timms(gate: str, channels: int) -> None:
-    """Formulas against the modules: all parameters, and the FLOPs that are left when the elementwise ones are taken."""
+    """The formulas agree with the modules in all parameters, and in the FLOPs without the elementwise ones."""
     pytest.importorskip("timm")
     module = networks.timm_gate(gate, channels)
     assert module is not None
@@ -81,7 +81,7 @@ def test_gct_by_hand() -> None:
 
 @pytest.mark.parametrize("name,blocks", [("resnet18", 8), ("resnet50", 16), ("mobilenet_v2", 17)])
 def test_sites(name: str, blocks: int) -> None:
-    """Every block is a site of the other gates; STEAM's are insert_steam's."""
+    """Other gates have every block as a site, and STEAM has the sites of insert_steam."""
     measured = networks.network(name, 96)
     assert len(measured.blocks) == blocks
     with torch.device("meta"):
@@ -121,7 +121,7 @@ def with_and_without() -> tuple[torch.nn.Module, torch.nn.Module]:
 
 
 def expected(samples: int) -> int:
-    shapes = ((64, 16, 25), (128, 8, 13), (256, 4, 7), (512, 2, 4))  # of a 64 x 97 image
+    shapes = ((64, 16, 25), (128, 8, 13), (256, 4, 7), (512, 2, 4))  # the maps of a 64 x 97 image
     return samples * sum(steam_kernels.cost(*shape).flops for shape in shapes)
 
 
@@ -167,7 +167,7 @@ ODD = {"window": 4, "num_heads": 2, "channel_radius": 2, "spatial_neighbors": 8,
 
 @pytest.mark.parametrize("sites", ["adaptive", "blocks"])
 def test_thop(backend: str, sites: str) -> None:
-    """It says 0 for a unit that it has no rule for. With one, a network has its own count and that of its units."""
+    """Without a handle thop counts 0 for a unit. With it, the count of a network includes the units."""
     thop = pytest.importorskip("thop")
 
     def total(model: torch.nn.Module, *x: torch.Tensor, ops: Any = None) -> float:
@@ -190,7 +190,7 @@ def cost_of(*shape: int, **options: Any) -> int:
 
 @pytest.mark.parametrize("sites", ["adaptive", "blocks"])
 def test_torchinfo(backend: str, sites: str) -> None:
-    """It guesses by a unit's parameters, and leaves out a layer that has a unit behind it: both are put right."""
+    """torchinfo guesses the count of a unit, and leaves out a layer with a unit. The handle corrects both."""
     torchinfo = pytest.importorskip("torchinfo")
 
     def summary(model: torch.nn.Module, *size: int) -> Any:

@@ -1,4 +1,4 @@
-"""Two processes on gloo, started by torchrun: DDP and FSDP2 train as one process does on the joined batch."""
+"""DDP and FSDP2 on two gloo processes of torchrun train like one process with the joined batch."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_losses_and_gradients_are_those_of_one_process(
     expected_losses, expected, model = alone
     assert torch.allclose(torch.tensor(losses), torch.tensor(expected_losses), rtol=1e-5)
     assert expected_losses[0] != expected_losses[-1]
-    # every parameter has a gradient, those of the units too: none is unused
+    # Every parameter has a gradient, also those of the units.
     assert gradients.keys() == expected.keys() == dict(model.named_parameters()).keys()
     assert sum("steam" in name and g.abs().max() > 0 for name, g in gradients.items()) == 8
     for name, gradient in gradients.items():
@@ -69,14 +69,14 @@ def test_parameters_were_sharded(results: dict[str, Any]) -> None:
 
 
 def test_the_first_ranks_scale_is_that_of_all(results: dict[str, Any]) -> None:
-    """A checkpoint that one rank has loaded reaches the others with DDP's broadcast, and their calls."""
+    """If one rank has loaded a checkpoint, DDP's broadcast gives the scale to the calls of the other ranks."""
     assert results["first rank's scale"] == [[4.0, 4.0, 1.0]] * 2
 
 
 def test_distributed_checkpoint(
     folder: Path, results: dict[str, Any], alone: tuple[list[float], dict[str, torch.Tensor], nn.Module]
 ) -> None:
-    """What two processes saved, two others load, and so does one process into an ordinary network."""
+    """Two other processes load the checkpoint of two processes, and so does one process into an ordinary network."""
     assert torch.equal(results["saved"], results["loaded"])
     model = distributed_steps.network(identity_init=False)
     state = model.state_dict()

@@ -16,7 +16,7 @@ from tests.support import networks
 
 pytest.importorskip("torchvision")
 pytestmark = pytest.mark.xdist_group("export_networks")
-#: None of these was used to export; 33 is the least that torchvision's own ResNets can be exported with.
+#: No export used these sizes. 33 is the smallest side with which torchvision's own ResNets can be exported.
 SIZES = [(1, 64, 96), (3, 97, 65), (1, 128, 72), (4, 48, 81), (5, 33, 64)]
 
 
@@ -25,7 +25,7 @@ def dynamic(least: int) -> tuple[dict[int, Dim]]:
 
 
 def close(got: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Within 1e-5 of the largest output, or of 1."""
+    """Whether the error is within 1e-5 of the largest output, or of 1."""
     return bool((got - expected).abs().max() <= 1e-5 * max(1.0, expected.abs().max().item()))
 
 
@@ -48,7 +48,7 @@ def test_exported_resnet50(exported: tuple[nn.Module, ExportedProgram]) -> None:
         x = torch.randn(batch, 3, height, width)
         outputs.append(model(x))
         assert close(module(x), outputs[-1]), size
-    # the units and the images count: the outputs are neither one constant nor tiny
+    # The outputs depend on the units and the images: they are neither constant nor tiny.
     assert max(y.abs().max().item() for y in outputs) > 0.1 and outputs[1].std(0).max() > 1e-3
 
 
@@ -75,7 +75,7 @@ def test_onnx_of_resnet50(exported: tuple[nn.Module, ExportedProgram], tmp_path:
 @torch.no_grad()
 @pytest.mark.slow
 def test_aotinductor(tmp_path: Path) -> None:
-    """A package made ahead of time runs at sizes it was not made at. Two units: C++ of a whole ResNet takes minutes."""
+    """A package made ahead of time runs at new sizes. The network has two units, because a ResNet takes minutes."""
     units = (FusedSTEAM(8), FusedSTEAM(4, window=5))
     model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), units[0], nn.Conv2d(8, 4, 1), units[1])
     model = networks.strengthen(model).eval()
@@ -90,11 +90,11 @@ def test_aotinductor(tmp_path: Path) -> None:
 
 @torch.no_grad()
 def test_jit_trace_of_resnet18() -> None:
-    """A trace is of plain operators and serves sizes that it was not made at."""
+    """A trace contains plain operators and serves new sizes."""
     model = networks.settle(networks.resnet()).requires_grad_(False)
     x = torch.randn(2, 3, 64, 96)
     with warnings.catch_warnings():
-        # jit.trace calls itself deprecated, and warns of every size that it makes a constant
+        # jit.trace warns that it is deprecated, and for every size that it makes a constant.
         warnings.simplefilter("ignore")
         traced = torch.jit.trace(model, (x,), check_trace=False)
     assert "steam_kernels::" not in str(traced.inlined_graph)
@@ -104,9 +104,9 @@ def test_jit_trace_of_resnet18() -> None:
 
 
 def test_jit_script_is_refused() -> None:
-    """In one sentence that says what to take instead, wherever the unit is; a traced unit in its place is taken."""
+    """torch.jit.script raises an error that names the alternatives, for a unit at any depth. It takes a traced unit."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # jit.script and jit.trace call themselves deprecated
+        warnings.simplefilter("ignore")  # jit.script and jit.trace warn that they are deprecated
         for model in (FusedSTEAM(8), nn.Sequential(nn.Conv2d(3, 8, 1), FusedSTEAM(8)), networks.resnet()):
             with pytest.raises(
                 RuntimeError, match=r"torch\.jit\.script cannot compile a FusedSTEAM: use torch\.jit\.trace"

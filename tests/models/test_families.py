@@ -1,4 +1,4 @@
-"""insert_steam in the networks that it knows: every family in every placement."""
+"""insert_steam in networks of known blocks: every family in every placement."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def small_convnext() -> nn.Module:
     setting = [models.convnext.CNBlockConfig(8, 16, 3), models.convnext.CNBlockConfig(16, None, 2)]
     model = models.ConvNeXt(setting, layer_scale=0.5, num_classes=5)
     for p in model.parameters():
-        if p.dim() > 1:  # its own start is so small that gates do not depend on the map
+        if p.dim() > 1:  # with the usual initial weights the gates hardly depend on the map
             nn.init.normal_(p, std=p[0].numel() ** -0.5)
     return model
 
@@ -56,7 +56,7 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
 
 @pytest.mark.parametrize("name", list(FAMILIES))
 def test_every_family_in_every_placement(name: str) -> None:
-    """Each unit acts once on its channels, nothing is renamed, the identity is exact, and all of it can be undone."""
+    """Each unit acts once on its channels, no name changes, the identity is exact, and remove_steam undoes all."""
     model = FAMILIES[name]().eval()
     x = torch.randn(2, 3, 65, 97)
     state = {k: v.clone() for k, v in model.state_dict().items()}
@@ -89,7 +89,7 @@ def test_every_family_in_every_placement(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["mobilenet_v2", "mobilenet_v3", "shufflenet_v2", "efficientnet", "timm mobilenet_v4"])
 def test_every_resolution_has_a_unit(name: str) -> None:
-    """A stage ends where the next block halves the map, also where both have one width, as in MobileNetV2 x0.25."""
+    """A stage ends if the next block halves the map, even with the same width, as in MobileNetV2 x0.25."""
     model = FAMILIES[name]().eval()
     sizes: dict[str, tuple[int, ...]] = {}
     for block in families.find_blocks(model):
@@ -103,12 +103,12 @@ def test_every_resolution_has_a_unit(name: str) -> None:
 
 
 def before_skip(block: Any, unit: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """For a block of timm that ends with its addition: the branch is what the block adds."""
+    """The output of a timm block that ends with its addition. The branch is the term that the block adds."""
     skip = block.shortcut(x) if hasattr(block, "shortcut") else x if block.has_skip else torch.zeros(())
     return unit(block(x) - skip) + skip
 
 
-#: From the parts of a block and its unit to the block's output, by hand, for "blocks".
+#: Functions that compute a block with a unit by hand from the parts of the block, for "blocks".
 BY_HAND: dict[str, Callable[[Any, nn.Module, torch.Tensor], torch.Tensor]] = {
     "resnet": lambda b, unit, x: b.relu(
         unit(b.bn3(b.conv3(b.relu(b.bn2(b.conv2(b.relu(b.bn1(b.conv1(x)))))))))
@@ -173,7 +173,7 @@ def test_blocks_act_before_the_addition(name: str) -> None:
 
 
 def test_mobile_attention_acts_before_the_addition() -> None:
-    """The attention of MobileNetV4's hybrids, which are large; one block of one."""
+    """Tests one attention block of MobileNetV4's hybrids, because the whole networks are large."""
     blocks = pytest.importorskip("timm.models._efficientnet_blocks")
     plain = blocks.MobileAttention(16, 16, num_heads=2, use_multi_query=True, layer_scale_init_value=0.5).eval()
     block = insert_steam(copy.deepcopy(plain), "blocks")
@@ -208,11 +208,11 @@ def build(library: str, name: str) -> nn.Module:
 
 @pytest.mark.parametrize("library,rows", [("torchvision", 36), ("timm", 14)])
 def test_documented_counts(library: str, rows: int) -> None:
-    """The table of docs/models.md is what insert_steam does."""
+    """The table of docs/models.md has the counts of insert_steam."""
     documented = [row[1:] for row in DOCUMENTED if row[0] == library]
     assert len(documented) == rows
     for name, stages, *counts in documented:
-        # RegNet works out its widths with tensors, which it cannot do on the meta device
+        # RegNet computes its widths with tensors, which does not work on the meta device.
         with torch.device("cpu" if "regnet" in name else "meta"):
             model = build(library, name)
         assert "+".join(str(len(stage)) for stage in families.stages(model)) == stages.strip("–"), name
@@ -228,7 +228,7 @@ def test_documented_counts(library: str, rows: int) -> None:
 
 
 def test_a_timm_model_of_few_known_blocks_is_not_known() -> None:
-    """A GhostNet has one block that other timm models have too: a unit in it alone would pass for a placement."""
+    """A GhostNet has one known block. A unit in this block only would not be the placement that was asked for."""
     with torch.device("meta"):
         model = timm_model("ghostnet_050")
     for sites in ("adaptive", "stages"):
@@ -240,7 +240,7 @@ def test_a_timm_model_of_few_known_blocks_is_not_known() -> None:
 
 
 def test_timm_features_that_cannot_have_a_unit() -> None:
-    """A DenseNet's stages are ModuleDicts: the norm that takes their output has the unit."""
+    """The stages of a DenseNet are ModuleDicts, so the norm that takes their output has the unit."""
     model = timm_model("densenet121", num_classes=3).eval()
     x = torch.randn(1, 3, 64, 96)
     seen: dict[str, torch.Tensor] = {}

@@ -1,4 +1,4 @@
-"""insert_steam after any module: names and predicates, modules that tools make anew, and modules that are refused."""
+"""insert_steam after any module: names, predicates, modules that tools make anew, and modules that are refused."""
 
 from __future__ import annotations
 
@@ -137,8 +137,11 @@ def test_modules_that_cannot_have_a_unit() -> None:
 
 @pytest.mark.parametrize("sites", ["adaptive", "blocks"])
 def test_compiled_code_is_not_that_of_another_network(sites: str) -> None:
-    """TorchDynamo guards on classes and not on hooks: a network with units must not run the code of one without, be it
-    another one or the same before they were put in."""
+    """A network with units does not run code that was compiled for a network without units.
+
+    This holds for another network and for the same network before the insertion. TorchDynamo guards on classes, but not
+    on hooks.
+    """
     plain = models.ResNet(models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=3).eval()
     other = insert_steam(copy.deepcopy(plain), sites)
     x = torch.randn(2, 3, 33, 33)
@@ -153,7 +156,7 @@ def test_compiled_code_is_not_that_of_another_network(sites: str) -> None:
 
 
 def test_hooks_that_were_there_stay(caplog: pytest.LogCaptureFixture) -> None:
-    """They see the output as the unit leaves it, and afterwards what they saw before."""
+    """Existing hooks see the output of the unit, and after remove_steam the output of the module."""
     model = Net().eval()
     seen: list[torch.Tensor] = []
     model.layers[1].register_forward_hook(lambda m, args, y: seen.append(y))
@@ -172,7 +175,7 @@ def test_hooks_that_were_there_stay(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_a_replaced_forward_is_refused() -> None:
-    """It would be called in place of the class's, and the unit left out."""
+    """A replaced forward would be called instead of the class's forward, so the unit would not act."""
     model = Net()
     model.layers[1].forward = model.layers[1].forward
     with pytest.raises(ValueError, match=r"sites .*'layers\.1'.*forward"):
@@ -180,7 +183,7 @@ def test_a_replaced_forward_is_refused() -> None:
 
 
 def test_frozen_norms_of_a_detectors_backbone() -> None:
-    """FrozenBatchNorm2d is no norm of torch's, and has buffers alone: the unit's dtype is that of the block around."""
+    """FrozenBatchNorm2d is not a norm of torch and has only buffers, so the unit takes the dtype of its block."""
     norm = torchvision.ops.FrozenBatchNorm2d
     plain = models.ResNet(models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=3, norm_layer=norm).eval().double()
     model = insert_steam(copy.deepcopy(plain), "blocks", identity_init=True)
@@ -212,7 +215,7 @@ def test_convert_sync_batchnorm_comes_first() -> None:
 
 @pytest.mark.parametrize("tool", ["torch", "timm", "lightning"])
 def test_units_of_converted_norms_are_put_back(tool: str) -> None:
-    """A conversion makes new norms, and has the old ones' units as children that nothing calls."""
+    """A conversion makes new norms, which have the old units as children but do not call them."""
     if tool == "timm":
         convert = pytest.importorskip("timm.layers").convert_sync_batchnorm
         model = insert_steam(timm_model("efficientnet_lite0", num_classes=3), "blocks").eval()
@@ -229,7 +232,7 @@ def test_units_of_converted_norms_are_put_back(tool: str) -> None:
     assert steam_kernels.models.reattach_steam(converted) is converted
     assert list(steam_sites(converted)) == list(placed)
     assert all(isinstance(converted.get_submodule(name), nn.SyncBatchNorm) for name in placed)
-    # without a process group SyncBatchNorm is BatchNorm
+    # Without a process group SyncBatchNorm computes BatchNorm.
     assert torch.equal(converted(x), expected)
     assert steam_kernels.models.reattach_steam(converted) is converted and len(steam_sites(converted)) == len(placed)
     assert not units(remove_steam(converted))
@@ -242,7 +245,7 @@ def test_a_norm_that_is_the_model_is_converted_too() -> None:
 
 
 def test_layers_of_ones_own_are_not_put_back() -> None:
-    """What a model was built with under the name ``steam`` is called by the model itself, anywhere."""
+    """The model itself calls a layer ``steam`` that it was built with, so reattach_steam does not change it."""
     own = Net()
     own.both.steam = FusedSTEAM(8)
     assert steam_kernels.models.reattach_steam(own) is own and not steam_sites(own) and type(own.both) is Both
@@ -251,20 +254,20 @@ def test_layers_of_ones_own_are_not_put_back() -> None:
 
 
 class Wrapped(nn.Sequential):
-    """Stands for what DDP and FSDP make of a model: they are known by their names."""
+    """Stands in for the wrappers DDP and FSDP, which are recognised by their names."""
 
 
 Wrapped.__name__ = "DistributedDataParallel"
 
 
 def test_wrapped_models_are_refused() -> None:
-    """Their wrappers have taken the parameters: no gradient of a unit would be reduced."""
+    """The wrappers already have the parameters, so they would not reduce the gradients of a unit."""
     with pytest.raises(ValueError, match="must not be wrapped yet, got DistributedDataParallel"):
         insert_steam(Wrapped(nn.Conv2d(3, 4, 1)), ["0"])
 
 
 def test_modules_that_change_their_class_are_refused() -> None:
-    """A lazy module takes another class at its first call, a parametrized one when that is undone."""
+    """A lazy module changes its class at the first call, and a parametrized one when the parametrization is removed."""
     lazy = nn.Sequential(nn.LazyConv2d(4, 1))
     normed = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 1)))
     generated = nn.Sequential(torch.fx.symbolic_trace(nn.Conv2d(3, 4, 1)))
@@ -278,7 +281,7 @@ def test_modules_that_change_their_class_are_refused() -> None:
 
 
 def test_one_block_is_traced_by_itself() -> None:
-    """FX takes the arguments of its root from the signature of forward, which is the class's own."""
+    """FX reads the arguments of its root from forward's signature, so it must be that of the original class."""
     block = insert_steam(models.resnet.BasicBlock(4, 4).eval(), "blocks")
     x = torch.randn(1, 4, 9, 9)
     assert torch.equal(torch.fx.symbolic_trace(block)(x), block(x))
@@ -297,7 +300,7 @@ def test_a_pickle_of_ones_own() -> None:
 
 
 def test_a_known_network_is_not_placed_otherwise() -> None:
-    """Where a place between known blocks cannot have a unit, its name is the error; no dry run chooses others."""
+    """If a place between known blocks cannot have a unit, the error names it. No dry run chooses other places."""
     model = models.resnet18(weights=None)
     block = model.layer3[1]
     block.forward = functools.partial(type(block).forward, block)
@@ -306,7 +309,7 @@ def test_a_known_network_is_not_placed_otherwise() -> None:
 
 
 class Teacher(nn.Conv2d):
-    """A module of which there is one, as frozen encoders are kept."""
+    """A module that copies return itself, like a frozen encoder that is shared."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Teacher:
         return self

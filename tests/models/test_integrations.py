@@ -1,4 +1,4 @@
-"""Toolkits: each with the real package where it can be installed, else with a stub that says so in its name."""
+"""Each toolkit is tested with the real package if it can be installed, else with a stub whose name says so."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_mmengine_registry(registry: Any) -> None:
 
 
 def stub_of_build_plugin_layer(cfg: dict[str, Any], postfix: str = "", **given: Any) -> tuple[str, nn.Module]:
-    """A stub of mmcv.cnn.build_plugin_layer: the class from the registry of the scope, its ``_abbr_`` as the name."""
+    """A stub of mmcv.cnn.build_plugin_layer: it takes the class from the registry and the name from ``_abbr_``."""
     from mmengine.registry import MODELS
 
     options = dict(cfg)
@@ -55,7 +55,7 @@ def stub_of_build_plugin_layer(cfg: dict[str, Any], postfix: str = "", **given: 
 
 
 class StubOfMmdetBottleneck(nn.Module):
-    """A stub of what mmdet's ResNet bottleneck does with plugins after conv3: built, named, run before the addition."""
+    """A stub of mmdet's ResNet bottleneck, which builds plugins after conv3 and runs them before the addition."""
 
     def __init__(self, build_plugin_layer: Any, plugins: list[dict[str, Any]]) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ class StubOfMmdetBottleneck(nn.Module):
 
 @pytest.mark.parametrize("which", ["mmcv", "stub"])
 def test_mmdet_plugin(registry: Any, which: str) -> None:
-    """mmdet itself needs mmcv's compiled operators, which PyPI has as a source only: its block is a stub here."""
+    """The block is a stub, because mmdet needs mmcv's compiled operators, and PyPI has only their source."""
     if which == "mmcv":
         build_plugin_layer = pytest.importorskip(
             "mmcv.cnn", reason="mmcv (or mmcv-lite) is not installed"
@@ -97,7 +97,7 @@ def test_mmdet_plugin(registry: Any, which: str) -> None:
 
 @pytest.fixture
 def stub_of_detectron2(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """detectron2 is not on PyPI: its blocks are the stub in tests/support/stubs/detectron2, at their own names."""
+    """The stub in tests/support/stubs/detectron2 under the real names, because detectron2 is not on PyPI."""
     ours = "steam_kernels.integrations.detectron2"
     for name in [name for name in sys.modules if name.split(".")[0] == "detectron2" or name == ours]:
         monkeypatch.delitem(sys.modules, name)
@@ -161,7 +161,7 @@ head:
 
 @pytest.fixture
 def detection(tmp_path: pathlib.Path) -> dict[str, Any]:
-    """Options of Ultralytics' train() and val() for four random images with a box each."""
+    """The options of Ultralytics' train() and val() for four random images with one box each."""
     ultralytics = pytest.importorskip("ultralytics")
     image = pytest.importorskip("PIL.Image")
     ultralytics.settings.update({"sync": False})
@@ -179,7 +179,7 @@ def detection(tmp_path: pathlib.Path) -> dict[str, Any]:
     return options | {"device": "cpu", "workers": 0, "plots": False, "verbose": False}
 
 
-#: Of a training: one step an image, no check of mixed precision, which would fetch a network.
+#: Options of a training: one step for each image, and no check of mixed precision, which would download a network.
 TRAIN: dict[str, Any] = {"warmup_epochs": 0, "nbs": 2, "amp": False, "deterministic": False}
 
 
@@ -193,7 +193,7 @@ def changed(before: dict[str, torch.Tensor], model: nn.Module) -> bool:
 
 
 def test_ultralytics_yaml(tmp_path: pathlib.Path, detection: dict[str, Any]) -> None:
-    """A YOLO from YAML: one step of training and its validation, on images made here."""
+    """A YOLO from a YAML file trains one step and validates, on generated images."""
     import ultralytics
 
     importlib.import_module("steam_kernels.integrations.ultralytics")
@@ -212,7 +212,7 @@ def test_ultralytics_yaml(tmp_path: pathlib.Path, detection: dict[str, Any]) -> 
 
 
 def test_ultralytics_loading_sets_no_unit_in_place(tmp_path: pathlib.Path) -> None:
-    """It sets "inplace" wherever a module has such an attribute; a map that a later layer reads was overwritten."""
+    """Ultralytics sets "inplace" on modules that have it. A unit in place would overwrite a map that is read later."""
     ultralytics = pytest.importorskip("ultralytics")
     importlib.import_module("steam_kernels.integrations.ultralytics")
     net = "nc: 1\nbackbone:\n  - [-1, 1, Conv, [8, 3, 2]]\n  - [-1, 1, FusedSTEAM, []]\nhead:\n"
@@ -223,10 +223,10 @@ def test_ultralytics_loading_sets_no_unit_in_place(tmp_path: pathlib.Path) -> No
     x = torch.rand(1, 3, 64, 64)
     with torch.no_grad():
         assert torch.equal(loaded.eval()(x)[0], model.model.half().float().eval()(x)[0])
-    loaded.train()(x)  # with gradients, which a unit in place refuses
+    loaded.train()(x)  # a unit in place would refuse a call with gradients
 
 
-#: Sites in real networks: where each stage of the backbone ends, the neck, and inside a block.
+#: Sites in real networks: at the ends of the backbone's stages, in the neck, and inside a block.
 YOLOS = {
     "yolov8n": ["model.2", "model.4.m.0", "model.6", "model.9", "model.16"],
     "yolo11n": ["model.4", "model.6", "model.10"],
@@ -237,8 +237,10 @@ YOLOS = {
 
 @pytest.mark.parametrize("name", list(YOLOS))
 def test_ultralytics_training_keeps_units(name: str, tmp_path: pathlib.Path, detection: dict[str, Any]) -> None:
-    """Its trainer builds the network anew from its YAML file: the units are in what it trains, averages, saves and
-    validates, and in what it exports."""
+    """The trainer builds the network anew from its YAML file.
+
+    The network has the units in training, averaging, saving, validation and export.
+    """
     import ultralytics
 
     yolo = ultralytics.YOLO(f"{name}.yaml")
@@ -249,7 +251,7 @@ def test_ultralytics_training_keeps_units(name: str, tmp_path: pathlib.Path, det
     yolo.add_callback(
         "on_train_end", lambda trainer: seen.extend((changed(start, trainer.model), changed(start, trainer.ema.ema)))
     )
-    # MuSGD is what it takes by itself for long runs
+    # MuSGD is the default of Ultralytics for long runs.
     yolo.train(**detection, **TRAIN, epochs=1, name="train", optimizer="MuSGD" if name == "yolo26n" else "auto")
     assert seen == [True, True] and changed(start, yolo.model)
     for checkpoint in ("best.pt", "last.pt"):
@@ -260,7 +262,7 @@ def test_ultralytics_training_keeps_units(name: str, tmp_path: pathlib.Path, det
     calls: list[nn.Module] = []
     handles = [u.register_forward_hook(lambda u, a, y: calls.append(u)) for u in steam_sites(yolo.model).values()]
     yolo.val(**detection)
-    assert len(set(calls)) == len(YOLOS[name])  # of the copy that it validates
+    assert len(set(calls)) == len(YOLOS[name])  # the calls of the copy that is validated
     for handle in handles:
         handle.remove()
 
@@ -283,7 +285,7 @@ print(sorted(name for name, _ in yolo.model.named_modules() if name.endswith(".s
 
 
 def test_ultralytics_checkpoints_keep_units(tmp_path: pathlib.Path, detection: dict[str, Any]) -> None:
-    """Fine-tuned from a checkpoint by a process that knows Ultralytics alone, resumed, and as someone's weights."""
+    """Checkpoints keep units if a process that imports only Ultralytics fine-tunes, resumes or loads them."""
     import ultralytics
     from ultralytics.models.yolo.detect import DetectionTrainer
 
@@ -313,7 +315,7 @@ def test_ultralytics_checkpoints_keep_units(tmp_path: pathlib.Path, detection: d
         plain.load(folder / "best.pt")
     with pytest.raises(ValueError, match=r"weights .*\['model\.2', 'model\.9'\]"):
         DetectionTrainer(overrides={**detection, **TRAIN, "model": str(folder / "best.pt"), "name": "t"}).train()
-    plain.model.load(remove_steam(best.model))  # on purpose
+    plain.model.load(remove_steam(best.model))  # remove_steam drops the units deliberately
 
     best = ultralytics.YOLO(folder / "best.pt")
     overrides = {**detection, **TRAIN, "model": str(folder / "best.pt"), "epochs": 1, "name": "third"}
@@ -332,7 +334,7 @@ def test_ultralytics_checkpoints_keep_units(tmp_path: pathlib.Path, detection: d
 
 
 def test_an_ultralytics_that_is_not_known_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Inserting goes on, into any model; the warning says what this Ultralytics would do."""
+    """insert_steam still works, also in other models. The warning describes the effect on training."""
     import ultralytics.nn.tasks  # noqa: F401
 
     from steam_kernels.models import insert
@@ -346,7 +348,7 @@ def test_an_ultralytics_that_is_not_known_is_warned_of(monkeypatch: pytest.Monke
 
 
 def test_ultralytics_trainers_with_units_reach_other_processes() -> None:
-    """A training on several GPUs sends the trainer's class, made here, by cloudpickle."""
+    """A training on several GPUs sends the generated class of the trainer by cloudpickle."""
     cloudpickle = pytest.importorskip("cloudpickle")
     detect = pytest.importorskip("ultralytics.models.yolo.detect")
     from steam_kernels.integrations.ultralytics import keep_units
@@ -360,7 +362,7 @@ def test_ultralytics_trainers_with_units_reach_other_processes() -> None:
 
 @pytest.mark.parametrize("name", ["yolov8n", "yolov9t", "yolov10n", "yolo11n", "yolo12n", "yolo26n"])
 def test_ultralytics_every_layer_of_a_backbone_has_a_unit(name: str) -> None:
-    """Also where fuse() and an export put forward_fuse and forward_split in forward's place."""
+    """Units act also after fuse() and an export replace forward by forward_fuse and forward_split."""
     ultralytics = pytest.importorskip("ultralytics")
     model = networks.settle(ultralytics.YOLO(f"{name}.yaml").model)
     x = torch.rand(1, 3, 64, 96)
@@ -379,7 +381,7 @@ def test_ultralytics_every_layer_of_a_backbone_has_a_unit(name: str) -> None:
         model.fuse(verbose=False)
         for module in model.modules():
             if hasattr(module, "forward_split"):
-                module.forward = module.forward_split  # as the exporter does
+                module.forward = module.forward_split  # the exporter does the same
         calls.clear()
         got = model(x)[0]
     assert calls == list(steam_sites(model).values()) and len(calls) == len(sites)
@@ -387,7 +389,7 @@ def test_ultralytics_every_layer_of_a_backbone_has_a_unit(name: str) -> None:
 
 
 def test_ultralytics_sites_that_fuse_does_without_are_refused() -> None:
-    """fuse() makes a convolution anew, drops its norm, and a RepConv's branches."""
+    """fuse() makes a convolution anew, and drops its norm and the branches of a RepConv."""
     modules = pytest.importorskip("ultralytics.nn.modules")
     layers = nn.Sequential(modules.Conv(4, 4), modules.RepConv(4, 4))
     for name, owner in (("0.conv", "Conv"), ("0.bn", "Conv"), ("0.act", "Conv"), ("1.conv1.act", "RepConv")):
@@ -455,7 +457,7 @@ def test_lightning_fit(tmp_path: pathlib.Path) -> None:
 
 def test_lightning_sync_batchnorm(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lightning converts norms after the module is built and before on_fit_start, and converts them back at the end."""
-    # DDP would refuse SyncBatchNorm on a CPU; nothing is run through it here
+    # DDP refuses SyncBatchNorm on a CPU. This test does not run it, so the check is off.
     monkeypatch.setattr(nn.parallel.DistributedDataParallel, "_passing_sync_batchnorm_handle", lambda *_: None)
     lightning = pytest.importorskip("lightning")
     torchvision = pytest.importorskip("torchvision")

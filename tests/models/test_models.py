@@ -1,4 +1,4 @@
-"""insert_steam in a ResNet: where the units go, and that nothing else changes; the ready models."""
+"""insert_steam in a ResNet puts units at the right places and changes nothing else; and the ready models."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_other_resnets(name: str, where: list[str]) -> None:
 
 
 def test_units_act_on_their_blocks_outputs(any_backend: str) -> None:
-    """The model computes block, then unit, at each site: taken apart by hand."""
+    """At each site the model computes the block and then the unit, as computed by hand."""
     torch.manual_seed(0)
     plain = models.resnet18(weights=None).eval()
     model = insert_steam(copy.deepcopy(plain), backend=any_backend).eval()

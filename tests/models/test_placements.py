@@ -1,5 +1,4 @@
-"""The stages that a dry run finds where a network has a neck, a head that cannot run on the meta device, or maps that
-are not square."""
+"""The stages that a dry run finds in networks with a neck, a head that fails on the meta device, or oblong maps."""
 
 from __future__ import annotations
 
@@ -18,7 +17,7 @@ from tests.support import networks
 
 # ---- Ultralytics -----------------------------------------------------------------------------------------------------
 
-#: Where the stages of the backbone end: its stem, and what P2, P3, P4 and P5 (and P6) leave it by.
+#: The modules at the ends of the backbone's stages: the stem, and the modules that return P2, P3, P4, P5 (and P6).
 YOLOS: dict[str, list[int | str]] = {
     "yolov3": [0, 2, "4.1", "6.7", "8.7", 11],  # a row of several blocks is a Sequential
     "yolov5n": [0, 2, 4, 6, 9],
@@ -48,7 +47,7 @@ def yolo(name: str) -> Any:
 
 @pytest.mark.parametrize("name", list(YOLOS))
 def test_yolos_have_units_where_the_stages_of_their_backbone_end(name: str) -> None:
-    """None is in a branch of the neck, although that has maps of the same sizes; each unit acts once."""
+    """No unit is in a branch of the neck, although its maps have the same sizes. Each unit acts once."""
     model = yolo(name).model
     insert_steam(model, "stages")
     assert list(steam_sites(model)) == [f"model.{row}" for row in YOLOS[name]]
@@ -63,7 +62,7 @@ def test_yolos_have_units_where_the_stages_of_their_backbone_end(name: str) -> N
 
 @pytest.mark.parametrize("name", ["yolov8n", "yolo11n"])
 def test_a_yolo_with_units_by_name_trains_and_fuses(name: str) -> None:
-    """A step through the network's own loss reaches each unit, and fuse() keeps what the network computes."""
+    """A step with the network's own loss changes each unit, and fuse() does not change the results."""
     from ultralytics.cfg import get_cfg
 
     torch.manual_seed(0)
@@ -88,7 +87,7 @@ def test_a_yolo_with_units_by_name_trains_and_fuses(name: str) -> None:
     assert (fused - expected).abs().max() < 1e-3 * (plain - expected).abs().max()
 
 
-# ---- networks of the tests' own --------------------------------------------------------------------------------------
+# ---- networks made for the tests -------------------------------------------------------------------------------------
 
 
 def conv(channels: int, out: int, stride: Any = 1, side: int = 3) -> nn.Sequential:
@@ -96,7 +95,7 @@ def conv(channels: int, out: int, stride: Any = 1, side: int = 3) -> nn.Sequenti
 
 
 class Trunk(nn.Module):
-    """Three stages of two convolutions each; every stage's map is given."""
+    """Three stages of two convolutions each. It returns the map of every stage."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -110,12 +109,12 @@ class Trunk(nn.Module):
         return maps
 
 
-#: The last module of each of its stages, which is what can have a unit.
+#: The last module of each stage of the trunk, which can have a unit.
 ENDS = [f"trunk.stages.{stage}.1.2" for stage in range(3)]
 
 
 class Neck(nn.Module):
-    """A path aggregation network: from the smallest map up again, and down again."""
+    """A path aggregation network: from the smallest map up in resolution, and down again."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -133,7 +132,7 @@ class Neck(nn.Module):
 
 
 class Heads(nn.Module):
-    """A convolution on each map; ``then`` is done to their outputs, and may need numbers that a meta tensor has not."""
+    """A convolution on each map. ``then`` takes the outputs, and may need numbers, which a meta tensor lacks."""
 
     def __init__(self, then: Callable[[list[torch.Tensor]], Any], first: bool = False) -> None:
         super().__init__()
@@ -157,7 +156,7 @@ class Detector(nn.Module):
 
 
 class Classes(nn.Module):
-    """A head of one linear layer, which needs a number before."""
+    """A head that reads a number and then has one linear layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -211,14 +210,14 @@ HEADS: dict[str, Callable[[], nn.Module]] = {
 @pytest.mark.parametrize("neck", [None, Neck], ids=["no neck", "neck"])
 @pytest.mark.parametrize("head", list(HEADS))
 def test_a_detectors_units_are_in_its_backbone(head: str, neck: Callable[[], nn.Module] | None) -> None:
-    """Whatever its head does, and whether or not a neck goes up again and has maps of the same sizes."""
+    """The units are in the backbone for any head, also with a neck whose maps have the same sizes."""
     model = Detector(HEADS[head](), neck() if neck else None)
     assert list(steam_sites(insert_steam(model, "stages"))) == ENDS
     model(torch.rand(2, 3, 64, 64))
 
 
 class Flat(nn.Module):
-    """A detector in one row, whose last layer gives boxes: the pass fails behind it, in the network itself."""
+    """A detector as one sequence, whose last layer returns boxes. The pass fails after it, in the network itself."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -236,7 +235,7 @@ def test_the_layer_that_gives_boxes_has_no_unit() -> None:
 
 
 class Pyramid(nn.Module):
-    """A residual and a pooling on the smallest map, which goes into a larger one through a layer of another width."""
+    """A residual and a pooling on the smallest map, which enters a larger map through a layer of another width."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -252,12 +251,12 @@ class Pyramid(nn.Module):
 
 
 def test_what_keeps_the_last_map_is_of_its_stage() -> None:
-    """The pooling behind the blocks; no branch beside it, and not the layers that take the map into the neck."""
+    """The stage contains the pooling after the blocks, but no parallel branch and no layer that leads to the neck."""
     assert list(steam_sites(insert_steam(Pyramid(), "stages"))) == ["large.1.2", "pool.1.2"]
 
 
 class Gate(nn.Module):
-    """A gate from a map that is smaller than any of the network's stages."""
+    """A gate from a map that is smaller than the maps of all stages."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -270,14 +269,14 @@ class Gate(nn.Module):
 
 @pytest.mark.parametrize("neck", [None, Neck], ids=["no neck", "neck"])
 def test_a_gate_of_smaller_maps_is_no_stage(neck: Callable[[], nn.Module] | None) -> None:
-    """The stage that has it ends before it, as its map is a smaller one; the others are as without it."""
+    """The stage with the gate ends before the gate, because the gate's map is smaller. Other stages do not change."""
     model = Detector(Heads(said), neck() if neck else None)
     model.trunk.stages[0].append(Gate())
     assert list(steam_sites(insert_steam(model, "stages"))) == ENDS
 
 
 class FailsEarly(nn.Module):
-    """Needs a number in the middle of its backbone."""
+    """A network that reads a number in the middle of its backbone, so the pass fails there."""
 
     def __init__(self, stage: int) -> None:
         super().__init__()
@@ -300,13 +299,13 @@ class NeedsANumber(nn.Module):
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_a_network_that_fails_before_its_head_is_refused(stage: int) -> None:
-    """Layers that did not run may have stages of their own: the part that ran is no answer."""
+    """Layers that did not run may contain stages, so the stages of the part that ran are not used."""
     with pytest.raises(TypeError, match=r"no image of 3 channels passes .*meta tensors.*give sites as module names"):
         insert_steam(FailsEarly(stage), "stages")
 
 
 class OfSixtyFour(nn.Module):
-    """Runs as far as its head on any side; on its own side to the end."""
+    """A network that runs to its head for any side, and to the end only for side 64."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -325,7 +324,7 @@ def test_an_image_that_passes_is_preferred() -> None:
 
 
 class Text(nn.Module):
-    """A reader of lines: its later layers halve the height alone."""
+    """A text recogniser, whose later layers halve only the height."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -344,7 +343,7 @@ def test_maps_that_are_not_square() -> None:
 
 
 class Strips(nn.Module):
-    """Attention on the means of rows and of columns, whose maps are lines and no stage."""
+    """Attention on the means of rows and of columns. These maps are lines, so they are not a stage."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -362,7 +361,7 @@ def test_lines_are_no_stages() -> None:
 
 
 class Shared(nn.Module):
-    """A stage's last activation is called again elsewhere: by the row that holds it, or by the network itself."""
+    """A network that calls the last activation of a stage a second time, in the same sequence or elsewhere."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -388,7 +387,7 @@ def test_inference_mode_changes_no_placement() -> None:
 
 
 class Watcher:
-    """What hooks belong to: it cannot be copied."""
+    """An owner of hooks that cannot be copied."""
 
     def __init__(self) -> None:
         self.lock, self.seen = threading.Lock(), 0

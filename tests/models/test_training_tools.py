@@ -1,6 +1,6 @@
-"""Tools of training on networks with units: autocast, scalers, checkpointing, EMA, torch.func, dtypes, conversions.
+"""Training tools on networks with units: autocast, scalers, checkpointing, EMA, torch.func, dtypes, conversions.
 
-tests/unit/test_contexts.py has the same for one unit.
+tests/unit/test_contexts.py has the same tests for one unit.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def same(got: dict[str, Tensor], expected: dict[str, Tensor], rtol: float = 1e-4
 
 
 def test_autocast(any_backend: str) -> None:
-    """Units get bfloat16 maps from autocast's convolutions and give them back; their float32 parameters learn."""
+    """Units take bfloat16 maps from autocast's convolutions and return bfloat16. Their float32 parameters learn."""
     model = networks.resnet(backend=any_backend)
     seen: list[torch.dtype] = []
     for unit in units(model).values():
@@ -50,7 +50,7 @@ def test_autocast(any_backend: str) -> None:
     x, labels = torch.randn(*X), torch.tensor([1, 7])
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = nn.functional.cross_entropy(model(x), labels)
-    # BatchNorm gives back its input's dtype, so the whole path is bfloat16
+    # BatchNorm keeps the dtype of its input, so the whole path is bfloat16.
     assert seen == [torch.bfloat16] * 8
     found = gradients(model, loss)
     assert all(g.dtype == torch.float32 and g.isfinite().all() for g in found.values())
@@ -58,7 +58,7 @@ def test_autocast(any_backend: str) -> None:
 
 
 def test_grad_scaler_skips_a_step_that_overflows(any_backend: str) -> None:
-    """An overflow reaches the gradients as Inf or NaN: the step is left out and the scale halved."""
+    """An overflow makes gradients Inf or NaN, so the scaler skips the step and halves its scale."""
     model = networks.resnet(backend=any_backend)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
@@ -90,7 +90,7 @@ def test_half_and_bfloat16_models(any_backend: str, dtype: torch.dtype) -> None:
         low = model.half() if dtype == torch.float16 else model.bfloat16()
         got = low(x.to(dtype))
     assert all(unit.channel_weight.dtype == dtype for unit in units(low).values())
-    # twenty layers each round to dtype: their errors add up like a random walk, and are twice as large at the worst
+    # Twenty layers each round to dtype. The errors add up like a random walk, and the bound is twice its deviation.
     bound = 2 * 20**0.5 * torch.finfo(dtype).eps * expected.abs().max()
     assert got.dtype == dtype and (got.float() - expected).abs().max() <= bound
 
@@ -100,7 +100,7 @@ def test_half_and_bfloat16_models(any_backend: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpointed_stages(any_backend: str, reentrant: bool) -> None:
-    """Stages are run again in the backward pass, their units with them: the same bits, and the same gradients."""
+    """The backward pass runs the stages with their units again, and gives the same bits and the same gradients."""
     model = networks.resnet(backend=any_backend, norm=lambda channels: nn.GroupNorm(8, channels))
     x = torch.randn(*X)
     y = model(x)
@@ -187,7 +187,7 @@ def test_vmap_per_sample_gradients_and_ensemble(any_backend: str) -> None:
 
 
 def test_forward_mode(any_backend: str) -> None:
-    """A Jacobian-vector product of the network is the one of its reverse-mode gradient."""
+    """A Jacobian-vector product of the network agrees with its reverse-mode gradient."""
     model, x = small(any_backend), torch.randn(1, 3, 40, 33, dtype=torch.float64)
     direction = torch.randn_like(x)
     _, tangent = jvp(lambda x: model(x).square().sum(), (x,), (direction,))
@@ -200,13 +200,13 @@ def test_forward_mode(any_backend: str) -> None:
 
 
 def test_data_parallel(any_backend: str) -> None:
-    """Without GPUs DataParallel calls the module itself; its replicas, shallow copies, are tried for one unit."""
+    """Without GPUs DataParallel calls the module itself. A replica, which is a shallow copy, is tested for one unit."""
     model = networks.settle(networks.resnet(backend=any_backend, identity_init=True))
     x = torch.randn(*X)
     with torch.no_grad():
         assert torch.equal(nn.DataParallel(model)(x), model(x))
     unit = units(model)["layer1.1.steam"]
-    # what torch.nn.parallel.replicate does with each module, but for the broadcast, which needs GPUs
+    # This does the same as torch.nn.parallel.replicate, except for the broadcast, which needs GPUs.
     replica = unit._replicate_for_data_parallel()
     for name, parameter in unit._parameters.items():
         setattr(replica, name, parameter.detach().clone().requires_grad_())
@@ -225,12 +225,12 @@ def test_sync_batch_norm_conversion_leaves_units_alone() -> None:
     after = {name: (unit, unit.channel_weight) for name, unit in units(converted).items()}
     assert before == after and len(after) == 4
     assert any(isinstance(m, nn.SyncBatchNorm) for m in converted.modules())
-    # without a process group SyncBatchNorm is BatchNorm; across processes it needs GPUs
+    # Without a process group SyncBatchNorm computes BatchNorm. Several processes would need GPUs.
     assert torch.equal(converted(x), expected)
 
 
 def test_quantisation_aware_preparation_leaves_units_in_float() -> None:
-    """prepare_qat_fx puts fake quantisers around a unit, and neither into it nor in its weights' place."""
+    """prepare_qat_fx puts fake quantisers around a unit. It puts none into the unit or in place of the weights."""
     from torch.ao.quantization import get_default_qat_qconfig_mapping
     from torch.ao.quantization.quantize_fx import prepare_qat_fx
 
@@ -251,7 +251,7 @@ def test_quantisation_aware_preparation_leaves_units_in_float() -> None:
 
 
 def test_quantisation_aware_preparation_leaves_norms_with_units_in_float() -> None:
-    """With "blocks" a unit sits on a norm: neither is fused into the convolution before it, nor quantised."""
+    """With "blocks" a norm has the unit. Norm and unit are neither fused into the convolution nor quantised."""
     from torch.ao.quantization import get_default_qat_qconfig_mapping
     from torch.ao.quantization.quantize_fx import prepare_qat_fx
     from torchvision import models
@@ -279,7 +279,7 @@ def test_quantisation_aware_preparation_leaves_norms_with_units_in_float() -> No
 
 @pytest.mark.parametrize("sites", ["adaptive", "stages", "blocks"])
 def test_lora_beside_units(sites: str) -> None:
-    """peft's adapters on convolutions: units stay, learn among modules_to_save, and merging keeps both."""
+    """With peft's adapters on convolutions, units stay and learn as modules_to_save, and merging keeps both."""
     peft = pytest.importorskip("peft")
     x = torch.randn(*X)
     model = networks.settle(networks.resnet(sites=sites))
@@ -314,7 +314,7 @@ def test_lora_beside_a_convolution_with_a_unit() -> None:
 
 
 def test_placements_by_name_leave_convolutions_alone() -> None:
-    """Adapters go to convolutions and linear layers: no placement by name puts a unit on one, where it has a choice."""
+    """Adapters need convolutions and linear layers, so placements by name put units on other modules if possible."""
     from torchvision import models
 
     for name in (
@@ -332,5 +332,5 @@ def test_placements_by_name_leave_convolutions_alone() -> None:
             with torch.device("meta"):
                 model = getattr(models, name)(weights=None)
             hosts = [model.get_submodule(site) for site in steam_sites(insert_steam(model, sites))]
-            # MaxViT's stem ends in a bare convolution
+            # The stem of MaxViT ends in a convolution without a norm.
             assert sum(isinstance(host, (nn.Conv2d, nn.Linear)) for host in hosts) == (name == "maxvit_t")

@@ -1,4 +1,4 @@
-"""insert_steam in networks that it does not know: stages by a pass on the meta device."""
+"""insert_steam in networks of unknown blocks, whose stages a dry run on the meta device finds."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def small_maxvit() -> nn.Module:
     return models.MaxVit((64, 64), 8, 2, [8, 16], [2, 1], 8, 0.0, num_classes=5)
 
 
-#: Networks of unknown blocks, the side of their images, and where their stages end.
+#: Networks of unknown blocks, the side of their images, and the last modules of their stages.
 UNKNOWN: dict[str, tuple[Callable[[], nn.Module], int, list[str]]] = {
     "alexnet": (lambda: models.alexnet(num_classes=5), 96, ["features.1", "features.4", "features.11", "features.12"]),
     "densenet": (
@@ -77,7 +77,7 @@ def two(channels: int, out: int, stride: int = 1) -> nn.Sequential:
 
 
 class UNet(nn.Module):
-    """Its later maps of each size depend on others too: stages are those on the way down."""
+    """A network whose later maps of each size depend on other maps too. Its stages are only on the way down."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ class UNet(nn.Module):
 
 
 class OfOneSize(nn.Module):
-    """Takes images of 32 x 32 alone, and its own number of channels."""
+    """A network that takes only images of 32 x 32."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -111,7 +111,7 @@ class OfOneSize(nn.Module):
 
 
 class Mixed(nn.Module):
-    """Two branches, the second of which ends last; and a fall inside of one module, by both."""
+    """Two branches, of which the second ends last. Both lower the resolution inside one module."""
 
     def __init__(self, stride: int) -> None:
         super().__init__()
@@ -132,7 +132,7 @@ class Branches(nn.Module):
 
 @pytest.mark.parametrize("name", list(UNKNOWN))
 def test_stages_of_a_network_that_is_not_known(name: str) -> None:
-    """They end where the resolution falls. The dry run leaves the model as it is, and each unit acts once."""
+    """Stages end where the resolution falls. The dry run does not change the model, and each unit acts once."""
     make, side, names = UNKNOWN[name]
     model = make()
     modes = {name: module.training for name, module in model.named_modules()}
@@ -161,17 +161,17 @@ def test_stages_of_a_network_that_is_not_known(name: str) -> None:
         unit.register_forward_hook(lambda unit, args, y: calls.append(unit))
     got = outputs(model(x))
     assert all(map(torch.equal, got, expected)) and calls == list(steam_sites(model).values())
-    got[0].square().sum().backward()  # each has a part in what comes out
+    got[0].square().sum().backward()  # the output depends on each unit
     assert all(unit.spatial_weight.grad.abs().max() > 0 for unit in steam_sites(model).values())
 
 
-#: RegNet works out its widths with tensors, which it cannot do on the meta device, and its larger ones are large.
+#: RegNet computes its widths with tensors, which does not work on the meta device, so its large networks are left out.
 CLASSIFIERS = [n for n in models.list_models(module=models) if not re.fullmatch(r"regnet.*_(3_2|8|16|32|128)gf", n)]
 
 
 @pytest.mark.parametrize("name", CLASSIFIERS)
 def test_every_classifier_of_torchvision(name: str) -> None:
-    """Has a unit after each stage, which is called once; those that have no stages of maps are refused."""
+    """Each classifier has a unit after each stage, which is called once. Classifiers without stages are refused."""
     options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
     with torch.device("cpu" if "regnet" in name else "meta"):
         model = models.get_model(name, weights=None, **options).eval()

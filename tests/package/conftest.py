@@ -12,7 +12,7 @@ from tests.support.build import ROOT, write_torch
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    """A copy of what the build reads, beside a stand-in for torch that is found but not imported for real."""
+    """A copy of the files that the build reads, next to a stub of torch that can be found."""
     copy = tmp_path / "tree"
     copy.mkdir()
     for name in ("setup.py", "pyproject.toml", "CMakeLists.txt", "README.md", "LICENSE", "MANIFEST.in"):

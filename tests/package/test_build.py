@@ -1,4 +1,4 @@
-"""The native build: what its environment variables do, what the compilers are told, what the libraries let out."""
+"""The native build: its environment variables, the flags of the compilers, the exported symbols of the libraries."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ MARCH = {"avx512": "-march=x86-64-v4", "avx2": "-march=x86-64-v3"}
 
 
 def report(tree: Path) -> list[str]:
-    """What the build said of each library."""
+    """The build's report of each library."""
     return (tree / "steam_kernels" / "_build.txt").read_text().splitlines()
 
 
 def empty_sources(tree: Path) -> None:
-    """Sources that compile in no time, and libraries of the stand-in that can be linked."""
+    """Replaces the sources by ones that compile quickly, and makes libraries of the stub that can be linked."""
     for folder in ("cpu", "cuda"):
         for source in (tree / "csrc" / folder).glob("*.c*"):
             source.write_text("")
@@ -186,7 +186,7 @@ def test_cuda_library_is_built_for_the_architectures_asked_for(tree: Path) -> No
     assert "arch=compute_80,code=[sm_80]" in commands and "arch=compute_90,code=[compute_90,sm_90]" in commands
     assert "compute_75" not in commands
 
-    # the next build is told nothing, and takes the default: every major one, the newest as PTX too
+    # The next build has no variable and takes the default: every major architecture, and the newest also as PTX.
     for source in (tree / "csrc" / "cuda").glob("*.cu"):
         source.write_text("int broken = ;\n")
     setup_py(tree, "build_ext", "--inplace")
@@ -202,7 +202,7 @@ def test_cuda_library_is_built_for_the_architectures_asked_for(tree: Path) -> No
 
 
 def configure(build_dir: Path, **env: str) -> tuple[str, dict[str, list[str]]]:
-    """CMake without torch: what it printed, and for each target and source the words of the compiler's command."""
+    """Configures CMake without torch. Returns its output, and the words of the compile command by target and source."""
     command = [tool("cmake"), "-S", str(ROOT), "-B", str(build_dir), "-G", "Ninja"]
     command += [f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}", "-DSTEAM_CUDA=OFF"]
     done = subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True, timeout=120)
@@ -315,7 +315,7 @@ def test_built_objects_leak_nothing(check_symbols: ModuleType) -> None:
 
 
 def built(library: Path) -> Path:
-    """The library, where there is one whose symbols can be read."""
+    """The path of the library. Skips the test if it is not built or its symbols cannot be read."""
     if not library.is_file():
         pytest.skip(f"{library.name} was not built in this tree")
     if sys.platform != "linux":
@@ -333,7 +333,7 @@ def test_library_depends_on_torch_alone_and_finds_it_in_the_process(library: Pat
     dynamic = subprocess.run(readelf, check=True, capture_output=True, text=True).stdout
     assert not re.search(r"\((RPATH|RUNPATH)\)", dynamic)
     needed = re.findall(r"\(NEEDED\).*\[(.+)\]", dynamic)
-    # CUDA's runtime is inside the library, whatever version torch has
+    # The library contains CUDA's runtime, so it does not depend on the version that torch has.
     others = ("libtorch", "libc10", "libpython", "libcu", "libnv")
     assert sorted(name for name in needed if name.startswith(others)) == torch
 

@@ -40,7 +40,7 @@ def with_cuda() -> bool:
 
 @pytest.fixture(scope="module")
 def prefix(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the package is installed, from the objects of the package's own build."""
+    """The folder of the installed CMake package, made from the objects of the Python package's build."""
     target = tmp_path_factory.mktemp("prefix")
     libraries = ["steam_cpu_kernels"] + ["steam_cuda_kernels"] * with_cuda()
     with open(BUILD_DIR / "test.lock", "w") as lock:
@@ -151,7 +151,7 @@ def test_the_cuda_library_links_and_names_kernel_and_shape_without_a_gpu(prefix:
     assert lines[6:] == ["1 num_heads must divide embed_dim, got 3 and 8", "1 scale must be finite, got inf"]
 
 
-# No language and so no compiler; what is asked for, by a machine that has a CUDA toolkit or has none.
+# The project enables no language, so it needs no compiler. It finds components with or without a CUDA toolkit.
 FIND = """
 cmake_minimum_required(VERSION 3.18...4.0)
 project(find LANGUAGES NONE)
@@ -180,7 +180,7 @@ def test_the_cuda_component_says_that_it_needs_the_toolkit(prefix: Path, tmp_pat
 
 
 def found(asked: str, prefix: Path, folder: Path) -> str:
-    """What CMake says of this find_package where there is no CUDA toolkit."""
+    """CMake's output for this find_package without a CUDA toolkit."""
     (folder / "CMakeLists.txt").write_text(FIND.format(asked=asked))
     no_cuda = "-DCMAKE_DISABLE_FIND_PACKAGE_CUDAToolkit=TRUE"
     ninja = f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}"
@@ -225,7 +225,7 @@ class Parallel(ctypes.Structure):
 
 @pytest.fixture(scope="module")
 def library(prefix: Path) -> ctypes.CDLL:
-    """The installed static library as one that this process can load."""
+    """The installed static library, linked as a shared library that this process can load."""
     archive = prefix / "lib" / "libsteam_cpu_kernels.a"
     shared = prefix / "libsteam_test.so"
     whole = ("-Wl,--whole-archive", archive, "-Wl,--no-whole-archive")
@@ -251,7 +251,7 @@ def call(function: Callable[..., int], args: Any, parallel: Parallel | None = No
 def forward_backward(
     library: ctypes.CDLL, case: Case, inputs: dict[str, Tensor], dy: Tensor, parallel: Parallel | None = None
 ) -> dict[str, Tensor]:
-    """All outputs of the C interface, by the names of ``cases.forward_backward``; memory starts as NaN."""
+    """All outputs of the C interface by the names of ``cases.forward_backward``. Memory is NaN before the call."""
     problem, relu = problem_of(case), case.tail.endswith("relu")
 
     def nan(like: Tensor) -> Tensor:
@@ -385,7 +385,7 @@ def test_other_bad_arguments_are_named(library: ctypes.CDLL) -> None:
 def test_no_memory_is_a_status_and_leaves_the_library_usable(library: ctypes.CDLL) -> None:
     buffer = ctypes.create_string_buffer(4096)
     problem = problem_of(Case(batch=1, space=(1, 1)))
-    problem.channels = 2**55  # whose tokens alone have no room
+    problem.channels = 2**55  # the tokens alone exceed the memory
     pointers = {name: ctypes.addressof(buffer) for name in (*WEIGHTS, "dy", "x", "y", "saved", "dx")}
     said = r"there is no memory for \d+ bytes of working space, needed for x of shape \(1, 36028797018963968, 1, 1\)"
     never = Run(lambda *_: pytest.fail("a task ran"))
@@ -402,7 +402,7 @@ def test_no_memory_is_a_status_and_leaves_the_library_usable(library: ctypes.CDL
 
 
 def test_a_batch_of_none_needs_no_memory(library: ctypes.CDLL) -> None:
-    """However large one sample of it would be."""
+    """An empty batch needs no memory, for any size of a sample."""
     problem = problem_of(Case(batch=0, space=(1, 1)))
     problem.channels = 2**55
     weights = {name: (ctypes.c_float * 32)(*range(32)) for name in WEIGHTS}
@@ -415,7 +415,7 @@ def test_a_batch_of_none_needs_no_memory(library: ctypes.CDLL) -> None:
 
 
 def test_a_task_may_make_a_call_of_its_own(library: ctypes.CDLL) -> None:
-    """As a pool does whose waiting thread takes up other work: memory of the outer call is not the inner one's."""
+    """A task may make a call, as a pool whose waiting thread takes other work. The calls do not share memory."""
     outer, inner = Case(space=(40, 40), channels=64, batch=3), Case(space=(9, 8), channels=6, layout="nhwc")
     (x, dy), (inner_x, inner_dy) = cases.make(outer), cases.make(inner)
     expected = forward_backward(library, outer, x, dy)
@@ -434,7 +434,7 @@ def test_a_task_may_make_a_call_of_its_own(library: ctypes.CDLL) -> None:
 
 @pytest.mark.parametrize("flush", [False, True])
 def test_the_users_threads_take_the_callers_floating_point_mode(library: ctypes.CDLL, flush: bool) -> None:
-    """And have their own again afterwards."""
+    """The user's threads have the caller's mode during a call, and their own mode again afterwards."""
     case = Case(space=(40, 40), channels=64, batch=3)
     inputs, dy = cases.make(case)
     tiny = torch.finfo(torch.float32).tiny

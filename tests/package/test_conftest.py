@@ -1,4 +1,4 @@
-"""What tests/conftest.py promises of every run: clean environment variables, and results well within their bounds."""
+"""Tests of tests/conftest.py: clean environment variables, and results well within their bounds."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LEFT = "STEAM_TEST_LEFT"
 os.environ[f"{LEFT}_BY_AN_IMPORT"] = os.environ[f"{LEFT}_BY_A_TEST"] = "1"
 
 
-@pytest.mark.xdist_group("environment")  # one worker runs both, in this order
+@pytest.mark.xdist_group("environment")  # one worker runs both tests in this order
 def test_variables_that_an_import_set_are_gone() -> None:
     assert not [name for name in os.environ if name.startswith(LEFT)]
     os.environ[f"{LEFT}_BY_A_TEST"] = "1"
@@ -40,7 +40,7 @@ def test_result():
 
 @pytest.mark.parametrize("error,code", [(0.6, 0), (0.61, 1), (1.0, 1), (1.01, 1)])
 def test_a_result_near_its_bound_fails_the_run(error: float, code: int, tmp_path: Path) -> None:
-    """The run that began the record fails, with a sentence for each such result; one that was told nothing does not."""
+    """The run that began the record fails with a sentence for each such result. A run without a record passes."""
     path, record = tmp_path / "test_planted.py", tmp_path / "ratios.jsonl"
     path.write_text(RUN.format(error=error))
     command = [sys.executable, "-m", "pytest", "-p", "tests.conftest", "-p", "no:cacheprovider", "-q", str(path)]
@@ -56,5 +56,5 @@ def test_a_result_near_its_bound_fails_the_run(error: float, code: int, tmp_path
     said = f"FAILED: {100 * error:.1f} % of a bound, 60 % is allowed: a planted result in "
     assert (said in done.stdout) == (0.6 < error <= 1)
     assert run().returncode == (error > 1)
-    # Begun by another run, which judges it.
+    # Another run began the record and judges it.
     assert run(**{tolerances.RECORD: str(record), f"{tolerances.RECORD}_BEGUN": str(record)}).returncode == (error > 1)

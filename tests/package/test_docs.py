@@ -1,4 +1,4 @@
-"""The pages name files, headings and folders that exist."""
+"""All files, headings and folders that the pages name exist."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *s
 
 
 def prose(page: Path) -> str:
-    """A page without its blocks of code."""
+    """The text of a page without its blocks of code."""
     return re.sub(r"(?ms)^```.*?^```$", "", page.read_text())
 
 

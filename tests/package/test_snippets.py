@@ -1,7 +1,7 @@
-"""The Python of the documentation runs as it stands.
+"""The Python code of the documentation runs without changes.
 
-A comment ``<!-- needs: package -->`` above a block names what it imports besides torch and this package. Where that is
-missing, the block runs on the stub of that name in tests/support/stubs, if there is one, and is skipped otherwise.
+A comment ``<!-- needs: package -->`` above a block names the packages that it imports besides torch and this package.
+If a package is missing, the block runs with the stub of that name in tests/support/stubs. Without a stub it is skipped.
 """
 
 from __future__ import annotations
@@ -63,12 +63,12 @@ def test_snippet(snippet: Snippet, tmp_path: pathlib.Path, monkeypatch: pytest.M
     stubs = [name for name in snippet.needs if importlib.util.find_spec(name) is None]
     for name in stubs:
         if not (STUBS / name).is_dir():
-            pytest.importorskip(name)  # fails in CI
+            pytest.importorskip(name)  # a missing package fails in CI
     if stubs:
         monkeypatch.syspath_prepend(str(STUBS))
     before = set(sys.modules)
     try:
-        # Blank lines first, so that a traceback names the line of the page.
+        # The blank lines make a traceback show the line of the page.
         exec(compile("\n" * snippet.line + snippet.code, snippet.page, "exec"), {"__name__": "__main__"})
     finally:
         for module in set(sys.modules) - before:

@@ -1,4 +1,4 @@
-"""examples/train_digits.py: its data, that a run goes on where it stopped, and that fused and reference train alike."""
+"""Tests of examples/train_digits.py: the data, resumed runs, and equal training with fused and reference units."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.xdist_group("train_digits")
 
 @pytest.fixture(scope="module")
 def digits() -> Iterator[ModuleType]:
-    """The example as a module; the digits are read once."""
+    """The example as a module, which reads the digits only once."""
     spec = importlib.util.spec_from_file_location("train_digits", ROOT / "examples" / "train_digits.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -33,10 +33,10 @@ def digits() -> Iterator[ModuleType]:
 
 
 def test_split_comes_before_composing(digits: ModuleType) -> None:
-    """No digit of the test is in training, and every class is there equally often."""
+    """No digit of the test set is in training, and all classes have the same number of digits."""
     (train, train_labels), (test, test_labels) = digits.split(digits.Plan())
     assert len(train) == 4000 and len(test) == 1000
-    # Equal images within the data set would be seen here too: there are none.
+    # This would fail if the data set had equal images, but it has none.
     assert not {v.tobytes() for v in train} & {v.tobytes() for v in test}
     assert set(np.bincount(train_labels)) == {400} and set(np.bincount(test_labels)) == {100}
 
@@ -82,7 +82,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
         folder.mkdir()
     digits.train(plan, whole, float("inf"))
     for done in range(plan.epochs):
-        # The clock: one epoch starts before the deadline, the next one after it.
+        # By this clock one epoch starts before the deadline, and the next one after it.
         clock = iter([0.0] + [2.0] * 9)
         with monkeypatch.context() as patch:
             patch.setattr(digits.time, "monotonic", lambda clock=clock: next(clock))
@@ -98,7 +98,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
 
 
 def test_fused_and_reference_train_alike(digits: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Within the bound, which is small against the loss; and a unit that computes something else is out of it."""
+    """Both train alike within a bound that is small against the loss. A unit with other results exceeds the bound."""
     plan = replace(digits.Plan.quick(), batch=16, compared_steps=6)
     compared = digits.compare(plan)
     assert max(compared["bound"]) < 1e-2 < 2 < min(compared["reference"])
@@ -117,7 +117,7 @@ def test_fused_and_reference_train_alike(digits: ModuleType, monkeypatch: pytest
 
 
 def test_quick_run(tmp_path: Path) -> None:
-    """The whole program: results, pictures, and a folder of other settings refused."""
+    """The whole program writes results and pictures, and refuses a folder with other settings."""
     command = [sys.executable, "examples/train_digits.py", "--out", str(tmp_path)]
     done = subprocess.run([*command, "--quick"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
@@ -134,7 +134,7 @@ def test_quick_run(tmp_path: Path) -> None:
 
 
 def test_page_is_of_the_committed_run(digits: ModuleType) -> None:
-    """The table of docs/training.md is that of the committed results, which are those of the full plan."""
+    """The table of docs/training.md has the committed results, which are from the full plan."""
     result = json.loads((ROOT / "benchmarks" / "results" / "train_digits.json").read_text())
     assert digits.markdown(result["rows"]) in (ROOT / "docs" / "training.md").read_text()
     plan = digits.Plan()

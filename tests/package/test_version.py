@@ -1,4 +1,4 @@
-"""The version stands in steam_kernels/__init__.py alone, and all that is built from the tree takes it from there."""
+"""Only steam_kernels/__init__.py states the version, and everything that is built from the tree reads it there."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ def test_no_other_file_of_the_build_or_the_package_has_the_version() -> None:
 
 def test_the_changelog_describes_the_version() -> None:
     titles = re.findall(r"(?m)^## \[?([^]\n ]+)", (ROOT / "CHANGELOG.md").read_text())
-    assert steam_kernels.__version__ in titles[:2]  # the first may be Unreleased
+    assert steam_kernels.__version__ in titles[:2]  # the first title may be Unreleased
 
 
 def test_the_sdist_and_the_wheel_built_from_it_have_the_version(tree: Path) -> None:
-    """Without a torch that can be imported, as in an isolated build."""
+    """The build works without a torch that can be imported, as in an isolated build."""
     plant(tree)
     (tree.parent / "modules" / "torch" / "__init__.py").write_text("raise ImportError")
     done = setup_py(tree, "sdist", STEAM_KERNELS_BUILD="skip")
@@ -48,7 +48,7 @@ def test_the_sdist_and_the_wheel_built_from_it_have_the_version(tree: Path) -> N
     with tarfile.open(archive) as packed:
         packed.extractall(tree / "unpacked", filter="data")
     unpacked = tree / "unpacked" / f"steam_kernels-{PLANTED}"
-    shutil.copytree(tree.parent / "modules", unpacked.parent / "modules")  # setup_py looks for torch beside its tree
+    shutil.copytree(tree.parent / "modules", unpacked.parent / "modules")  # setup_py finds the stub of torch there
     done = setup_py(unpacked, "bdist_wheel", STEAM_KERNELS_BUILD="skip")
     assert done.returncode == 0, done.stderr
     assert [wheel.name for wheel in (unpacked / "dist").iterdir()] == [f"steam_kernels-{PLANTED}-py3-none-any.whl"]

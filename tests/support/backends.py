@@ -8,7 +8,7 @@ import steam_kernels
 
 
 def usable_backends() -> list[str]:
-    """Every backend with kernels of its own that can run here; the interpreter, which is slow, has tests of its own."""
+    """The backends with kernels that can run here. Triton's slow interpreter is left out and has separate tests."""
     slow = ("triton", "reference") if os.environ.get("TRITON_INTERPRET") == "1" else ("reference",)
     return [name for name, why in steam_kernels.available_backends().items() if not why and name not in slow]
 

@@ -16,7 +16,7 @@ BUILD_DIR = ROOT / "build" / "cmake"
 
 
 def tool(*names: str) -> str:
-    """The first of these programs that is there; a test that needs one is skipped where none is."""
+    """The first of these programs that is installed. Skips the test if none is."""
     for name in names:
         found = shutil.which(name, path=sysconfig.get_path("scripts")) or shutil.which(name)
         if found:
@@ -32,7 +32,7 @@ def write_torch(tree: Path, source: str) -> None:
     (torch / "__init__.py").write_text(source)
 
 
-# What whoever runs the tests may have set for a build of their own.
+# The variables of the environment that would change the build.
 BUILD_VARIABLES = ("STEAM_KERNELS_BUILD", "STEAM_KERNELS_CUDA", "CMAKE_CUDA_ARCHITECTURES", "CUDAFLAGS")
 
 

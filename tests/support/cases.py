@@ -1,4 +1,4 @@
-"""Units to test: a designed sample of shapes, grids, options, dtypes and layouts, and their inputs."""
+"""The cases of the tests: a designed sample of shapes, grids, options, dtypes and layouts, and their inputs."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ DENSE_LAYOUTS = ("nchw", "nhwc", "offset_nchw", "offset_nhwc")
 
 @dataclass(frozen=True)
 class Case:
-    """One call of the unit. ``grid`` is an int, a pair, None (7) or a string "w<n>" for a window of n."""
+    """One call of the unit. ``grid`` is an int, a pair, None (7), or a string "w<n>" for a window of n pixels."""
 
     space: tuple[int, int] = (14, 14)
     channels: int = 8
@@ -80,7 +80,7 @@ class Case:
 
     @property
     def options(self) -> dict[str, Any]:
-        """Keyword arguments of ``steam`` and of the oracle."""
+        """The keyword arguments of ``steam`` and of the oracle."""
         out: dict[str, Any] = {
             "num_heads": self.attention[1],
             "channel_radius": self.radius,
@@ -116,7 +116,7 @@ class Case:
 
 
 def lay_out(values: Tensor, layout: str) -> Tensor:
-    """The same values (N, C, H, W) in another layout; what lies around a slice is NaN."""
+    """The same values (N, C, H, W) in another layout. The memory around a slice is NaN."""
     n, c, h, w = values.shape
     nan = float("nan")
     if layout == "nchw":
@@ -124,7 +124,7 @@ def lay_out(values: Tensor, layout: str) -> Tensor:
     if layout == "nhwc":
         return values.clone(memory_format=torch.channels_last)
     if layout in ("offset_nchw", "offset_nhwc"):
-        # one element past an aligned address
+        # The map begins one element past an aligned address.
         out = values.new_full((values.numel() + 1,), nan)[1:]
         out = out.view(n, c, h, w) if layout == "offset_nchw" else out.view(n, h, w, c).permute(0, 3, 1, 2)
     elif layout == "channel_slice":
@@ -148,9 +148,9 @@ def other_format(layout: str) -> str:
 def make(
     case: Case, *, mean: float = 0.5, spread: float = 1.0, weight_scale: float = 0.7
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Inputs by the names of ``steam``'s arguments, and dy.
+    """The inputs by the names of ``steam``'s arguments, and dy.
 
-    A residual keeps the sum away from 0, so that the ReLU's mask does not depend on rounding.
+    The residual keeps the sum away from 0, so that the ReLU's mask does not depend on rounding.
     """
     generator = torch.Generator().manual_seed(1000 + case.seed)
 
@@ -212,13 +212,13 @@ def exact_by_oracle(case: Case, inputs: dict[str, Tensor], dy: Tensor) -> dict[s
 def bounds_of(
     case: Case, inputs: dict[str, Tensor], dy: Tensor, truth: dict[str, Tensor] | None = None
 ) -> tolerances.Judge:
-    """What the rule allows for one case; ``truth`` is the reference's where it is not given."""
+    """The bounds of one case. ``truth`` defaults to the results of the reference in float64."""
     truth = exact(case, inputs, dy) if truth is None else truth
     return tolerances.judge(truth, {**inputs, "dy": dy}, case.options)
 
 
 def check(case: Case, backend: str, inputs: dict[str, Tensor], dy: Tensor) -> None:
-    """One case through ``steam_kernels.steam`` against the rule: output, every gradient, inputs untouched."""
+    """Runs one case by ``steam_kernels.steam`` and checks the output, every gradient, and that inputs are unchanged."""
     bounds = bounds_of(case, inputs, dy)
     before = {k: v.clone() for k, v in inputs.items()} | {"dy": dy.clone()}
     got = forward_backward(steam_kernels.steam, inputs, dy, backend=backend, **case.options)
@@ -268,11 +268,11 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "tail": ("none", "relu", "residual", "residual_relu", "x_relu", "other_relu"),
     "dy_layout": ("same", "other", "expanded"),
 }
-LARGEST = 400_000  # elements of x, in the sample; larger maps are listed by hand
+LARGEST = 400_000  # the most elements of x in the sample; larger maps are listed by hand
 
 
 def all_pairs(factors: dict[str, tuple[Any, ...]] | None = None) -> list[Case]:
-    """Cases in which every feasible pair of values of two factors occurs (greedy, seeded)."""
+    """Cases that contain every feasible pair of values of two factors. The search is greedy and seeded."""
     rng = random.Random(7)
     factors = FACTORS if factors is None else factors
     names = list(factors)
@@ -291,7 +291,7 @@ def all_pairs(factors: dict[str, tuple[Any, ...]] | None = None) -> list[Case]:
             missing.add((a, i, b, j))
     rows = []
     while missing:
-        # start from a pair still missing, fill the rest at random, keep the best of a few
+        # Each row starts from a missing pair. The rest is random, and the best of a few rows is kept.
         a, i, b, j = min(missing, key=lambda m: hash(m) ^ len(rows))
         best, gain = None, 0
         for _ in range(24):
@@ -346,7 +346,7 @@ def random_cases(count: int, seed: int, largest_nodes: int = 90) -> list[Case]:
     return cases
 
 
-#: Cases of few numbers, for finite differences.
+#: Cases with few numbers, for finite differences.
 SMALL = [
     Case(space=(5, 4), channels=3, grid=(2, 3)),
     Case(space=(4, 5), channels=5, grid=(3, 2), order="parallel", neighbors=8, radius=2, layout="nhwc"),

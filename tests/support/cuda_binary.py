@@ -1,10 +1,10 @@
-"""What nvcc made of the CUDA kernels: registers, shared memory, spills and wide accesses, from the build's objects.
+"""Figures of the compiled CUDA kernels: registers, shared memory, spills and wide accesses, from the build's objects.
 
     python -m tests.support.cuda_binary             prints the table; fails if a kernel spills, or if a figure is
                                                     worse than the recorded one of the same nvcc
     python -m tests.support.cuda_binary --record    records the figures and writes docs/cuda_verification.md's table
 
-No GPU is needed, and none of the figures is a speed. cuobjdump and nvdisasm are the PATH's, or those of triton's wheel.
+No GPU is needed, and no figure is a speed. cuobjdump and nvdisasm come from the PATH or from triton's wheel.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ TARGETS = (75, 80, 90, 100, 120)
 
 
 class Figures(NamedTuple):
-    """Of one kernel on one target."""
+    """The figures of one kernel on one target."""
 
     registers: int
-    #: Bytes that every block has; what a launch adds depends on the call.
+    #: The shared memory of every block in bytes. A launch adds more, depending on the call.
     static_shared: int
     #: Instructions that load from or store to local memory.
     spills: int
-    #: Of the bytes that the global loads and stores in the code move, the percentage in 128-bit accesses.
+    #: The percentage of 128-bit accesses in the bytes that global loads and stores in the code move.
     wide: int
 
     def worse_than(self, budget: Figures) -> list[str]:
@@ -46,12 +46,12 @@ class Figures(NamedTuple):
         return more + ["wide"] * (self.wide < budget.wide)
 
 
-#: Kernel -> target -> figures.
+#: The figures by kernel and target.
 Table = dict[str, dict[int, Figures]]
 
 
 def tool(name: str) -> str | None:
-    """A program of the PATH, or of triton's wheel."""
+    """The path of a program from the PATH or from triton's wheel."""
     triton = importlib.util.find_spec("triton")
     places = triton.submodule_search_locations if triton and triton.submodule_search_locations else []
     wheel = [str(Path(place) / "backends" / "nvidia" / "bin") for place in places]
@@ -59,7 +59,7 @@ def tool(name: str) -> str | None:
 
 
 def why_not() -> str:
-    """ "" where the build's objects can be read, else why not."""
+    """ "" if the build's objects can be read, else the reason."""
     if missing := [name for name in ("cuobjdump", "nvdisasm", "c++filt") if tool(name) is None]:
         return f"{', '.join(missing)}: not found on the PATH or in triton's wheel"
     if missing := [name for name in SOURCES if not (OBJECTS / f"{name}.cu.o").is_file()]:
@@ -74,7 +74,7 @@ def run(name: str, *arguments: str | Path, **options: str | Path) -> str:
 
 
 def short_names(mangled: Iterable[str]) -> dict[str, str]:
-    """Mangled names of kernels as `kernel<arguments>`."""
+    """The mangled names of kernels in the short form `kernel<arguments>`."""
     names = list(mangled)
     lines = run("c++filt", *names).splitlines() if names else []
     found = [
@@ -87,7 +87,7 @@ def short_names(mangled: Iterable[str]) -> dict[str, str]:
 
 
 def read_code(code: str) -> dict[str, tuple[int, int]]:
-    """Mangled kernel -> spills and percentage of wide bytes, from what nvdisasm prints."""
+    """Spills and the percentage of wide bytes by mangled kernel name, from the output of nvdisasm."""
     out = {}
     for section in re.split(r"^\s*\.section\s+\.text\.", code, flags=re.MULTILINE)[1:]:
         name = re.split(r"[,\s]", section, maxsplit=1)[0]
@@ -103,7 +103,7 @@ def read_code(code: str) -> dict[str, tuple[int, int]]:
 
 
 def read_objects(paths: Iterable[Path]) -> Table:
-    """The figures of every kernel and target in object files, but for those of the kernel that only probes a device."""
+    """The figures of every kernel and target in object files, without the kernel that only probes a device."""
     table: Table = defaultdict(dict)
     for path in paths:
         with tempfile.TemporaryDirectory() as folder:
@@ -124,7 +124,7 @@ def read_objects(paths: Iterable[Path]) -> Table:
 
 
 def compiler() -> str:
-    """The nvcc that made the objects, as in 13.0.88."""
+    """The version of the nvcc that made the objects, such as 13.0.88."""
     described = (ROOT / "build" / "cmake" / "CMakeCache.txt").read_text()
     found = re.search(r"^STEAM_NVCC_VERSION:INTERNAL=(.*)$", described, flags=re.MULTILINE)
     assert found is not None, "CMake did not write down nvcc's version"
@@ -132,14 +132,14 @@ def compiler() -> str:
 
 
 def recorded() -> tuple[str, Table]:
-    """The nvcc of the recorded figures, and these."""
+    """The nvcc version of the recorded figures, and the figures."""
     content = json.loads(BUDGETS.read_text())
     kernels = content["kernels"]
     return content["nvcc"], {k: {int(t): Figures(*f) for t, f in row.items()} for k, row in kernels.items()}
 
 
 def spilling(table: Mapping[str, Mapping[int, Figures]]) -> list[str]:
-    """Every kernel and target with spills: none is recorded, so that no version of nvcc is forgiven any."""
+    """Every kernel and target with spills. No spills are recorded, so no version of nvcc may spill."""
     return sorted(
         f"{kernel} on sm_{target}: {figures.spills} spills"
         for kernel, row in table.items()
@@ -149,13 +149,13 @@ def spilling(table: Mapping[str, Mapping[int, Figures]]) -> list[str]:
 
 
 def complaints(table: Mapping[str, Mapping[int, Figures]], budgets: Mapping[str, Mapping[int, Figures]]) -> list[str]:
-    """Every kernel that the budgets lack, or the objects, and every figure that is worse than recorded."""
+    """A complaint for each kernel that only the objects or only the budgets have, and for each worse figure."""
     out = [f"{kernel}: no figures are recorded" for kernel in table if kernel not in budgets]
     out += [f"{kernel}: recorded, but not in the objects" for kernel in budgets if kernel not in table]
     for kernel in table.keys() & budgets.keys():
         for target, figures in table[kernel].items():
             if target not in budgets[kernel]:
-                continue  # built for one that is not of the matrix
+                continue  # the build has a target that is not recorded
             budget = budgets[kernel][target]
             out += [
                 f"{kernel} on sm_{target}: {name} {getattr(figures, name)}, recorded {getattr(budget, name)}"
@@ -165,7 +165,7 @@ def complaints(table: Mapping[str, Mapping[int, Figures]], budgets: Mapping[str,
 
 
 def markdown(table: Table, nvcc: str) -> str:
-    """A row for each kernel, a column for each target: registers, spills where there are any, wide percentage."""
+    """A table with a row for each kernel and a column for each target: registers, spills if any, wide percentage."""
     targets = sorted({target for row in table.values() for target in row})
     lines = [f"nvcc {nvcc}. Registers of a thread · percentage of bytes in 128-bit accesses.", ""]
     lines += ["| kernel | " + " | ".join(f"sm_{t}" for t in targets) + " |", "|---|" + "---|" * len(targets)]
@@ -182,7 +182,7 @@ BEGIN, END = "<!-- figures -->\n", "<!-- end of figures -->\n"
 
 
 def page_with(table: Table, nvcc: str) -> str:
-    """The documentation's page with these figures in their place."""
+    """The text of the documentation page with these figures."""
     before, rest = PAGE.read_text().split(BEGIN)
     return before + BEGIN + markdown(table, nvcc) + END + rest.split(END)[1]
 

@@ -1,8 +1,8 @@
-"""One process of two, started by torchrun: training steps under DDP and FSDP2, and a distributed checkpoint.
+"""One of two processes that torchrun starts: training steps under DDP and FSDP2, and a distributed checkpoint.
 
     torchrun --nproc-per-node 2 -m tests.support.distributed_steps FOLDER
 
-Rank 0 writes FOLDER/results.pt, for tests/models/test_distributed.py to compare with one process.
+Rank 0 writes FOLDER/results.pt. tests/models/test_distributed.py compares it with the results of one process.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ BATCH, STEPS = 4, 3
 
 
 def network(identity_init: bool = True) -> nn.Module:
-    """A ResNet-18 with units and GroupNorm, whose statistics do not depend on who else is in the batch.
+    """A ResNet-18 with units and GroupNorm, whose statistics do not depend on the other samples of the batch.
 
-    The units' weights are drawn anew, so ``identity_init`` only sets their scale, which a checkpoint has to carry.
+    The units' weights are drawn anew, so ``identity_init`` sets only the scale. A checkpoint must contain the scale.
     """
     torch.manual_seed(0)
     return networks.resnet(norm=lambda channels: nn.GroupNorm(8, channels), identity_init=identity_init)
@@ -41,7 +41,7 @@ def batch(step: int) -> tuple[Tensor, Tensor]:
 
 
 def train(model: nn.Module, own: slice) -> tuple[list[float], dict[str, Tensor]]:
-    """SGD on this process's part of each batch: the losses, and the gradients of the first step."""
+    """Trains by SGD on this process's part of each batch. Returns the losses and the gradients of the first step."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     losses, gradients = [], {}
     for step in range(STEPS):
@@ -65,7 +65,7 @@ def full(t: Tensor) -> Tensor:
 
 
 def sharded(identity_init: bool = True) -> nn.Module:
-    """The network under FSDP2: each residual block, its unit with it, is one group of parameters."""
+    """The network under FSDP2. Each residual block with its unit is one group of parameters."""
     model = network(identity_init)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for stage in (model.layer1, model.layer2, model.layer3, model.layer4):
@@ -75,9 +75,9 @@ def sharded(identity_init: bool = True) -> nn.Module:
 
 
 def scales_of_all(rank: int, world: int) -> list[list[float]]:
-    """The scale of each rank as a buffer and as a float, and whether calls have it.
+    """The scale of each rank as a buffer and as a float, and whether calls use it.
 
-    The first alone has loaded a checkpoint when DDP sends its buffers to all.
+    Only the first rank has loaded a checkpoint when DDP sends its buffers to all ranks.
     """
     unit = FusedSTEAM()
     if rank == 0:
@@ -96,7 +96,7 @@ def main(folder: Path) -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
     own = slice(rank * BATCH // world, (rank + 1) * BATCH // world)
     results: dict[str, object] = {"world": world}
-    # find_unused_parameters is off: DDP itself raises at the second step where a parameter had no part in the first.
+    # find_unused_parameters is off, so DDP raises at the second step if a parameter was unused in the first.
     losses, gradients = train(DistributedDataParallel(network()), own)
     results["ddp"] = losses, {name.removeprefix("module."): g for name, g in gradients.items()}
 

@@ -1,4 +1,4 @@
-"""What a thread has of its own (working memory, a floating-point mode), tried in a new one."""
+"""Runs a call in a new thread, which has fresh working memory and its own floating-point mode."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 
 def in_a_thread(call: Callable[[], None]) -> None:
-    """Runs it in a new thread, whose helpers are new too; what it raises is raised here."""
+    """Runs ``call`` in a new thread with new helper threads, and raises its exception here."""
     errors: list[BaseException] = []
 
     def target() -> None:

@@ -1,4 +1,4 @@
-"""Networks for the tests of models and tools: random weights, gates that gate, outputs of ordinary size."""
+"""Networks for the tests of models and tools. Their weights are random, and their gates change the outputs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from steam_kernels import FusedSTEAM, insert_steam
 
 
 def resnet(name: str = "resnet18", *, units: bool = True, norm: Any = None, **options: Any) -> nn.Module:
-    """A torchvision ResNet with units whose weights are large enough to matter, in training mode."""
+    """A torchvision ResNet in training mode. The weights of its units are large enough to change the outputs."""
     from torchvision import models
 
     model = getattr(models, name)(weights=None, norm_layer=norm, num_classes=10)
@@ -23,7 +23,7 @@ def resnet(name: str = "resnet18", *, units: bool = True, norm: Any = None, **op
 
 
 def strengthen(model: nn.Module) -> nn.Module:
-    """Draws the units' weights with a deviation of one."""
+    """Draws the weights of the units from the standard normal distribution."""
     for unit in model.modules():
         if isinstance(unit, FusedSTEAM):
             nn.init.normal_(unit.channel_weight)
@@ -33,7 +33,7 @@ def strengthen(model: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def settle(model: nn.Module, side: int = 64) -> nn.Module:
-    """Gives the batch normalisations statistics of random images, so that activations keep their size; sets eval()."""
+    """Sets batch normalisations' statistics from random images, so that activations keep their size; sets eval()."""
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     for norm in norms:
         norm.momentum = 1.0
@@ -44,15 +44,15 @@ def settle(model: nn.Module, side: int = 64) -> nn.Module:
 
 
 def timm_model(name: str, **options: Any) -> nn.Module:
-    """A timm model with random weights; skips the test without timm."""
+    """A timm model with random weights. Skips the test without timm."""
     return pytest.importorskip("timm").create_model(name, pretrained=False, **options)
 
 
 def units(model: torch.nn.Module) -> dict[str, FusedSTEAM]:
-    """The layers of a model that are units, by name."""
+    """The units of a model by name."""
     return {name: m for name, m in model.named_modules() if isinstance(m, FusedSTEAM)}
 
 
 def outputs(y: Any) -> list[torch.Tensor]:
-    """What a network returned, as a list of tensors."""
+    """The output of a network as a list of tensors."""
     return [y] if isinstance(y, torch.Tensor) else list(y.values() if isinstance(y, dict) else y)

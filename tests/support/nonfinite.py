@@ -1,6 +1,6 @@
 """Checks of maps with NaN and Inf, and of finite maps so large that products of two of their numbers overflow.
 
-Every backend with kernels is tested by them.
+The tests of every backend with kernels use these checks.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ VALUES = [float("nan"), float("inf"), float("-inf")]
 
 
 def classes(t: torch.Tensor) -> torch.Tensor:
-    """0 finite, 1 NaN, 2 +Inf, 3 -Inf."""
+    """The class of each number: 0 for finite, 1 for NaN, 2 for +Inf, 3 for -Inf."""
     return t.isnan() * 1 + (t == float("inf")) * 2 + (t == float("-inf")) * 3
 
 
 def compare(case: Case, backend: str, inputs: dict[str, torch.Tensor], dy: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The pattern of non-finite values is the reference's, and finite values where it has some are near."""
+    """Checks that non-finite values are in the same places as in the reference, and that finite values are near."""
     got = cases.forward_backward(steam_kernels.steam, inputs, dy, backend=backend, **case.options)
     expected = cases.forward_backward(reference.steam, inputs, dy, **case.options)
     for name, value in got.items():
@@ -60,7 +60,7 @@ def one_bad_value_in_x(case: Case, backend: str, value: float) -> None:
 
 
 def one_bad_value_in_dy(case: Case, backend: str, value: float) -> None:
-    """What a gradient scaler looks for: an overflow in dy shows in dx of that sample and leaves the others alone."""
+    """An overflow in dy appears in dx of its sample, as a gradient scaler needs, and does not change other samples."""
     inputs, dy = cases.make(case)
     good = cases.forward_backward(steam_kernels.steam, inputs, dy, backend=backend, **case.options)
     spot = (1, case.channels // 2, -1, 0)
@@ -76,7 +76,7 @@ def one_bad_value_in_dy(case: Case, backend: str, value: float) -> None:
 
 
 def nan_spreads_only_along_the_graphs(backend: str, space: tuple[int, int], grid: tuple[int, int], layout: str) -> None:
-    """Parallel order: a NaN in one cell reaches its channel's and its cell's neighbours, no farther."""
+    """In parallel order, a NaN in one cell reaches only the neighbours of its channel and of its cell."""
     case = Case(space=space, channels=12, batch=1, grid=grid, layout=layout, order="parallel")
     inputs, _ = cases.make(case)
     inputs["x"][0, 5, 0, 0] = float("nan")
@@ -89,7 +89,7 @@ def nan_spreads_only_along_the_graphs(backend: str, space: tuple[int, int], grid
 
 
 def relu_keeps_nan(backend: str, layout: str) -> None:
-    """relu(NaN) is NaN, as torch has it: a broken activation must not turn into zeros."""
+    """relu(NaN) is NaN, as in torch. Otherwise a broken activation would become zeros."""
     case = Case(space=(14, 14), channels=6, batch=2, layout=layout, tail="residual_relu")
     inputs, dy = cases.make(case)
     inputs["residual"][0, 3, 2, 1] = float("nan")
@@ -104,7 +104,7 @@ def float16_overflow_in_y_is_inf(backend: str) -> None:
     inputs, _ = cases.make(case, mean=40000.0, spread=1.0, weight_scale=0.0)
     inputs["x"][0] *= 1.5
     y = steam_kernels.steam(**inputs, backend=backend, **case.options)
-    # zero weights: both gates are 1/2 and the unit is the identity
+    # With zero weights both gates are 1/2, and the scale of 4 makes the unit the identity.
     assert torch.equal(y, inputs["x"])
     case = case.but(scale=8.0)
     assert torch.isinf(steam_kernels.steam(**inputs, backend=backend, **case.options)).all()
@@ -112,7 +112,8 @@ def float16_overflow_in_y_is_inf(backend: str) -> None:
 
 F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
 
-# The sums over a map's pixels are in range, and scores of its tokens are not, from 1e20 (1e155 in float64) on.
+# The sums over a map's pixels are in range at all magnitudes. The scores of its tokens are out of range from 1e20
+# (1e155 in float64) on.
 MAGNITUDES = [(F32, 1e10), (F32, 1e20), (F32, 1e30), (F32, 1e36), (BF16, 1e20), (BF16, 1e36)]
 
 MAGNITUDES += [(F64, 1e100), (F64, 1e200), (F64, 1e300)]
@@ -134,8 +135,11 @@ def make_large(case: Case, magnitude: float) -> tuple[dict[str, torch.Tensor], t
 
 
 def exact(case: Case, inputs: dict[str, torch.Tensor], dy: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The loop oracle's results, whose float64 holds the squares of float32; those of float64 maps by their powers of
-    two: gates as saturated as these are the same at 2^-k x, and y is 2^k times as large."""
+    """The results of the loop oracle.
+
+    Its float64 can represent the squares of float32 numbers. Float64 maps are first multiplied by a power of two, 2^-k.
+    Gates as saturated as these are the same for 2^-k x, and y is 2^k times as large.
+    """
     if case.dtype != F64:
         return cases.exact_by_oracle(case, inputs, dy)
     shift = 2.0 ** -round(math.log2(inputs["x"].abs().max().item() / 1e100))
@@ -145,7 +149,7 @@ def exact(case: Case, inputs: dict[str, torch.Tensor], dy: torch.Tensor) -> dict
 
 
 def finite_maps_of_any_size(case: Case, dtype: torch.dtype, magnitude: float, any_backend: str) -> None:
-    """Scores beyond the range of the dtype, of both signs: gates of 0 and 1, and gradients by the rule."""
+    """Scores of both signs are beyond the dtype's range. Gates are 0 and 1, and gradients are within the bounds."""
     case = case.but(dtype=dtype)
     inputs, dy = make_large(case, magnitude)
     truth = exact(case, inputs, dy)
@@ -158,8 +162,10 @@ def finite_maps_of_any_size(case: Case, dtype: torch.dtype, magnitude: float, an
 def finite_maps_of_any_size_through_open_gates(
     case: Case, dtype: torch.dtype, magnitude: float, any_backend: str
 ) -> None:
-    """Output rows of zero: gates of 1/2 however large the tokens are, a y of the size of x, and no gradient through
-    tokens, whose own is out of range."""
+    """With zero output rows the gates are 1/2 for tokens of any size, and y has the size of x.
+
+    No gradient flows through the tokens, although the tokens' own derivatives are out of range.
+    """
     case = case.but(dtype=dtype)
     inputs, dy = make_large(case, magnitude)
     for name in ("channel_weight", "spatial_weight"):

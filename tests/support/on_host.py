@@ -1,6 +1,7 @@
 """The CUDA kernels on this machine's memory: builds cuda_on_host with a host compiler and runs it as a backend.
 
-The runner is a process that takes one call after another over pipes; when a call kills it, what it said is the error.
+The runner is a process that takes one call after another over pipes. If a call kills the process, its output is the
+error message.
 
     python -m tests.support.on_host     writes docs/cuda_verification.md's table of shared memory
 """
@@ -34,11 +35,11 @@ KERNELS = ROOT / "csrc" / "cuda"
 BUILD = ROOT / "build" / "cuda_on_host"
 
 FLAGS = ["-std=c++20", "-O1", "-g1", "-DSTEAM_CUDA_ON_HOST", "-fno-strict-aliasing", "-Wno-unknown-pragmas"]
-#: Variant -> compiler flags and environment.
+#: The compiler flags and the environment of each variant.
 VARIANTS: dict[str, tuple[list[str], dict[str, str]]] = {
     "plain": ([], {}),
     "address": (
-        # GCC's "undefined" does not hold the conversions
+        # GCC's "undefined" does not include float-cast-overflow.
         ["-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover=all", "-fno-sanitize=vptr"],
         {"ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0", "UBSAN_OPTIONS": "print_stacktrace=1"},
     ),
@@ -63,20 +64,20 @@ ABSENT, READ, WRITTEN, IS_X = range(4)
 
 
 class Failed(Exception):
-    """The runner said that a call failed, or died of it."""
+    """The runner reported that a call failed, or a call killed it."""
 
 
 def compiler() -> str | None:
-    """GCC, whose names for the sanitizers the header knows."""
+    """The path of GCC, or None. The header knows only GCC's names of the sanitizers."""
     return shutil.which("g++") if sys.platform == "linux" else None
 
 
-#: The runner with the kernels behind it.
+#: The sources of the runner and the kernels.
 RUNNER = (SHIM / "runner.cpp", KERNELS / "forward.cu", KERNELS / "backward.cu")
 
 
 def build(variant: str, sources: Sequence[Path] = RUNNER) -> Path:
-    """A program in one of the VARIANTS, compiled where it is not there yet."""
+    """Compiles a program in one of the VARIANTS, unless it exists already."""
     cxx = compiler()
     assert cxx is not None
     flags = [*FLAGS, *VARIANTS[variant][0], f"-I{SHIM}", f"-I{KERNELS}"]
@@ -102,7 +103,7 @@ def build(variant: str, sources: Sequence[Path] = RUNNER) -> Path:
 
 
 def made(target: Path, command: list[str]) -> Path:
-    """``target``, from a compiler's run where it is not there: by one process, and whole or not at all."""
+    """Makes ``target`` by a compiler, unless it exists. Only one process does so, and no partial file remains."""
     with open(target.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not target.exists():
@@ -114,7 +115,7 @@ def made(target: Path, command: list[str]) -> Path:
 
 
 class Problem(ctypes.Structure):
-    """csrc/common/problem.h."""
+    """The struct of csrc/common/problem.h."""
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("samples", "channels", "height", "width", "grid_h", "grid_w", "radius")),
@@ -143,7 +144,7 @@ class Call(ctypes.Structure):
 
 
 def raw(t: Tensor) -> bytes:
-    """A dense tensor's memory, in its own order."""
+    """The bytes of a dense tensor in the order of its memory."""
     flat = t.detach().as_strided((t.numel(),), (1,))
     return ctypes.string_at(flat.data_ptr(), flat.numel() * flat.element_size()) if t.numel() else b""
 
@@ -162,16 +163,17 @@ class Launch(NamedTuple):
 
 @dataclass
 class Host:
-    """The kernels of one variant. What a call leaves open is set here."""
+    """The kernels of one variant. The attributes set options that a call does not have."""
 
     variant: str = "plain"
     sources: Sequence[Path] = RUNNER
     seed: int = 1
     shared_memory_limit: int = 99 << 10
-    failing_launch: int = 0  # counted from 1; 0: none
-    #: Results lie beside a 16-byte boundary as their inputs do, as C's callers may have it; else on one, as torch's.
+    failing_launch: int = 0  # counted from 1; 0 is none
+    #: Whether results have the same offset from a 16-byte boundary as their inputs, which C callers may have. Otherwise
+    #: results are aligned, as in torch.
     keeps_phase: bool = False
-    launched: list[Launch] = field(default_factory=list)  # by the last call
+    launched: list[Launch] = field(default_factory=list)  # the launches of the last call
     _process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
     _log: Any = field(default=None, repr=False)
 
@@ -204,7 +206,7 @@ class Host:
         return data
 
     def call(self, problem: Problem, weight_dtype: torch.dtype, backward: bool, **arrays: tuple[int, Tensor]) -> None:
-        """One call; the tensors with the role WRITTEN are filled."""
+        """Runs one call, which fills the tensors with the role WRITTEN."""
         call = Call(problem, DTYPES[weight_dtype], backward, self.seed, self.shared_memory_limit, self.failing_launch)
         data = []
         for k, name in enumerate(ARRAYS):
@@ -217,7 +219,7 @@ class Host:
         self._exchange(call, data, results)
 
     def plan(self, problem: Problem, backward: bool) -> list[Launch]:
-        """The launches of a call with a gradient for every input, none of which is run: any size will do."""
+        """The launches of a call with a gradient for every input. No launch is run, so any size is possible."""
         call = Call(problem, problem.dtype, backward, self.seed, self.shared_memory_limit, 0, True)
         for k, name in enumerate(ARRAYS):
             if name not in ("residual", "dresidual"):
@@ -329,7 +331,7 @@ class Host:
         return tuple(results)
 
     def poisoned_like(self, t: Tensor) -> Tensor:
-        """As ``empty_like``, full of NaN, where ``keeps_phase`` says."""
+        """Like ``empty_like``, but full of NaN and at the address that ``keeps_phase`` asks for."""
         offset = t.data_ptr() % 16 // t.element_size() if self.keeps_phase else 0
         room = t.new_full((t.numel() + 16 + offset,), float("nan"))
         return room[offset:].as_strided(t.shape, torch.empty_like(t).stride())
@@ -342,7 +344,7 @@ def problem_of(x: Tensor, weight: Tensor, grid: Sequence[int], *options: Any) ->
 
 
 def problem_at(case: Case) -> Problem:
-    """As problem_of, of tensors that nobody makes."""
+    """Like problem_of, but without making the tensors."""
     return Problem(
         *case.shape,
         *case.resolved_grid,
@@ -362,7 +364,7 @@ PAGE = ROOT / "docs" / "cuda_verification.md"
 BEGIN, END = "<!-- shared memory -->\n", "<!-- end of shared memory -->\n"
 #: The ends of a ResNet-50's four stages at 224 x 224.
 STAGES = ((256, 56, 56), (512, 28, 28), (1024, 14, 14), (2048, 7, 7))
-#: Launches of a walk -> what they are.
+#: The names of the launches of a walk.
 WALKS = {
     (False, 1): ("whole",),
     (False, 2): ("graph", "gate"),
@@ -374,7 +376,7 @@ WALKS = {
 
 
 def shared_memory(host: Host) -> str:
-    """A row for each stage, dtype and memory order: the dynamic shared memory of a block of each launch."""
+    """A table of the dynamic shared memory per block of each launch, by stage, dtype and memory order."""
     lines = ["| x of a sample | dtype | order | forwards | backwards |", "|---|---|---|---|---|"]
     for channels, height, width in STAGES:
         for dtype in (torch.float32, torch.bfloat16):
@@ -390,7 +392,7 @@ def shared_memory(host: Host) -> str:
 
 
 def page_with(table: str) -> str:
-    """The documentation's page with this table in its place."""
+    """The text of the documentation page with this table."""
     before, rest = PAGE.read_text().split(BEGIN)
     return before + BEGIN + table + END + rest.split(END)[1]
 

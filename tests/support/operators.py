@@ -1,4 +1,4 @@
-"""Calls of the operators as the dispatcher takes them."""
+"""Direct calls of the operators through the dispatcher."""
 
 from __future__ import annotations
 

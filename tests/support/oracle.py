@@ -1,8 +1,8 @@
-"""One STEAM unit in float64, spelled out: loops over samples, pixels, nodes, neighbours and heads.
+"""The loop oracle: one STEAM unit in float64, as loops over samples, pixels, nodes, neighbours and heads.
 
-Independent of the package: it shares no code with ``steam_kernels`` and keeps the naive multi-head form (query,
-key and value vectors of width d for every node, a softmax over an explicit list of neighbours), which the
-kernels never compute. Gradients come from autograd on float64. Slow on purpose; meant for small shapes.
+The oracle shares no code with ``steam_kernels``. It computes the naive multi-head form: query, key and value vectors of
+width d for every node, and a softmax over an explicit list of neighbours. The kernels never compute this form.
+Gradients come from autograd in float64. The oracle is slow and meant for small shapes.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def cell_of(r: int, q: int, height: int, width: int, gh: int, gw: int) -> int:
 
 
 def ring_neighbors(nodes: int, radius: int, self_loops: bool) -> list[list[int]]:
-    """For each channel: the other channels at a ring distance of 1..radius, itself if asked for or if alone."""
+    """For each channel: the other channels at a ring distance of 1..radius, and itself with self loops or if alone."""
     lists = []
     for i in range(nodes):
         near = [j for j in range(nodes) if j != i and min((i - j) % nodes, (j - i) % nodes) <= radius]
@@ -44,7 +44,7 @@ def ring_neighbors(nodes: int, radius: int, self_loops: bool) -> list[list[int]]
 
 
 def lattice_neighbors(gh: int, gw: int, neighbors: int, self_loops: bool) -> list[list[int]]:
-    """For each cell: the 4 or 8 cells around it that exist, itself if asked for or if alone."""
+    """For each cell: the 4 or 8 cells around it that exist, and itself with self loops or if alone."""
     lists = []
     for i in range(gh):
         for j in range(gw):
@@ -61,7 +61,7 @@ def lattice_neighbors(gh: int, gw: int, neighbors: int, self_loops: bool) -> lis
 
 
 def transform(t: Tensor, neighborhoods: list[list[int]], weight: Tensor, heads: int) -> Tensor:
-    """The multi-head graph transform of node scalars ``t`` (n,) with rows ``weight`` (4, d): pre-activations (n,)."""
+    """The pre-activations (n,) of the multi-head graph transform of node scalars ``t`` (n,) by ``weight`` (4, d)."""
     d = weight.shape[1]
     width = d // heads
     nodes = t.unbind(0)
@@ -74,7 +74,7 @@ def transform(t: Tensor, neighborhoods: list[list[int]], weight: Tensor, heads: 
         for w_q, w_k, w_v, w_o in per_head:
             query = w_q * nodes[i]
             scores = [torch.dot(query, w_k * nodes[j]) / math.sqrt(width) for j in near]
-            # shifting by a constant changes no softmax; it keeps exp in range
+            # Subtracting the largest score keeps exp in range and does not change the softmax.
             top = max(s.item() for s in scores)
             powers = [torch.exp(s - top) for s in scores]
             total = sum(powers[1:], start=powers[0])
@@ -103,7 +103,7 @@ def gates(
     self_loops: bool = True,
     order: str = "sequential",
 ) -> tuple[Tensor, Tensor, tuple[int, int]]:
-    """Channel gate (C,), spatial gate (gh * gw,) and grid of one sample (C, H, W)."""
+    """The channel gate (C,), the spatial gate (gh * gw,) and the grid of one sample (C, H, W)."""
     channels, height, width = sample.shape
     gh, gw = resolve_grid(height, width, grid_size, window)
     members: list[list[Tensor]] = [[] for _ in range(gh * gw)]
@@ -133,7 +133,7 @@ def unit(
     activation: str | None = None,
     **options: object,
 ) -> Tensor:
-    """The unit's output (N, C, H, W) in float64; arguments as ``steam_kernels.steam``."""
+    """The unit's output (N, C, H, W) in float64. The arguments are those of ``steam_kernels.steam``."""
     x, channel_weight, spatial_weight = (v.to(torch.float64) for v in (x, channel_weight, spatial_weight))
     _, channels, height, width = x.shape
     out = []
@@ -160,7 +160,7 @@ def gradients(
     residual: Tensor | None = None,
     **options: object,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The output and the gradients of ``(dy * y).sum()``, all float64, by name."""
+    """The output and the gradients of ``(dy * y).sum()`` by name, in float64."""
     given = {"x": x, "channel_weight": channel_weight, "spatial_weight": spatial_weight}
     if residual is not None:
         given["residual"] = residual

@@ -1,4 +1,4 @@
-"""Fresh memory that holds NaN, so that a result that was never written is seen."""
+"""Fills fresh memory with NaN, so that tests notice a result that was never written."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ M_PERTURB = -6
 
 
 def poison_memory() -> bool:
-    """Has every allocation of this process come back as NaN until it is written, those of the C++ kernels included.
+    """Fills every allocation of this process with NaN, also the allocations of the C++ kernels.
 
-    glibc fills what malloc returns with the complement of this byte: 0xFF, a NaN in every floating dtype. The
-    value is kept as an int, so that 0x100 is "on" although its low byte is 0.
-    A block of less than 1 KB may come from the thread's cache of freed ones instead, and then hold what it held.
+    glibc fills the memory that malloc returns with the complement of this byte: 0xFF, a NaN in every floating dtype.
+    glibc keeps the value as an int, so 0x100 turns the filling on although its low byte is 0. A block of less than 1 KB
+    may come from the thread's cache of freed blocks; then it keeps its old content.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     return mallopt is not None and mallopt(M_PERTURB, 0x100) == 1 and bool(torch.empty(100_000).isnan().all())

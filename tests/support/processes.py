@@ -1,4 +1,4 @@
-"""Python in a process of its own, on this package or on a copy of it."""
+"""Runs Python code in a separate process, with this package or a copy of it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tensors of the same shape in every form that memory can have, and the operators called with them."""
+"""Tensors of the same shape in many memory forms, and calls of the operators with them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from tests.support import cases
 from tests.support.cases import Case
 
-#: The operators' inputs by name, in the order of ``forward`` and of ``backward``.
+#: The names of the operators' inputs, in the order of ``forward`` and of ``backward``.
 FORWARD = ("x", "channel_weight", "spatial_weight", "residual")
 BACKWARD = ("dy", "x", "y", "channel_weight", "spatial_weight", "saved")
 NEEDS = (True, True, True, True)
@@ -46,7 +46,7 @@ def _offset(values: Tensor) -> Tensor:
 
 
 def _flat(values: Tensor) -> Tensor:
-    """A view of a flat buffer whose last axis varies slowest, with gaps."""
+    """A view of a flat buffer with gaps, in which the last axis has the largest stride."""
     strides, reach = [], 2
     for size in values.shape:
         strides.append(reach)
@@ -62,7 +62,7 @@ def _channels_last(values: Tensor) -> Tensor:
     return values.clone(memory_format=torch.channels_last) if values.dim() == 4 else values.clone()
 
 
-#: How a tensor's values may lie. The values stay but in "expanded ...", which repeats the first of an axis.
+#: The memory forms of a tensor. All keep the values, except "expanded ...", which repeats the first value of an axis.
 FORMS: dict[str, Callable[[Tensor], Tensor]] = {
     "contiguous": lambda v: v.clone(memory_format=torch.contiguous_format),
     "channels_last": _channels_last,
@@ -90,9 +90,10 @@ def operator(prefix: str, name: str) -> Any:
 def run_operators(
     prefix: str, case: Case, inputs: dict[str, Tensor], dy: Tensor, form: dict[str, Callable[[Tensor], Tensor]]
 ) -> tuple[dict[str, Tensor], list[tuple[Any, tuple[Any, ...], tuple[Tensor, ...]]]]:
-    """``forward`` and ``backward`` with a residual and a ReLU: results by name, and each call with what it returned.
+    """Runs ``forward`` and ``backward`` with a residual and a ReLU.
 
-    ``form`` gives "y" and "saved" another form on the way from one operator to the other.
+    Returns the results by name, and each call with its results. ``form`` changes the forms of "y" and "saved" between
+    the operators.
     """
     forward, backward = operator(prefix, "forward"), operator(prefix, "backward")
     arguments = (*(inputs[name] for name in FORWARD), True, *case.operator_options)
@@ -109,7 +110,7 @@ def run_operators(
 
 
 def formed(case: Case, form: dict[str, Callable[[Tensor], Tensor]]) -> tuple[dict[str, Tensor], Tensor]:
-    """The inputs of a case and dy, each in its form."""
+    """The inputs of a case and dy, each in the form that ``form`` names."""
     inputs, dy = cases.make(case)
     inputs = {name: form.get(name, torch.clone)(value) for name, value in inputs.items()}
     return inputs, form.get("dy", torch.clone)(dy)

@@ -1,42 +1,43 @@
-"""The one rule by which results are judged.
+"""The rule that judges all results.
 
     largest error against float64  <=  DEVIATIONS / sqrt(3) * R  +  one rounding to the result's dtype
 
-The right side follows from the case: its inputs, options and dtypes. No run in the judged dtype has a part in it, so
-it is the same on every machine, for any number of threads and any instruction set.
+The right side depends only on the case: its inputs, options and dtypes. It uses no run in the judged dtype. So it is
+the same on every machine, for any number of threads and any instruction set.
 
-**One rounding.** A result is rounded once to its dtype, of precision eps: by at most eps/2 of its size. The bound has
-twice that, eps of the largest magnitude, and at least the smallest subnormal number. Where one tensor is x and
-residual, autograd rounds the unit's dx before it adds the residual's gradient, and rounds the sum: two such terms.
+**One rounding.** A result is rounded once to its dtype of precision eps. The error is at most eps/2 of its size. The
+bound allows twice as much: eps of the largest magnitude, and at least the smallest subnormal number. If one tensor is
+both x and residual, autograd rounds the unit's dx, adds the residual's gradient and rounds the sum. The bound then has
+two such terms.
 
-**R: what roundings on the way do.** Let u = eps/2 of the accumulation dtype (float32; float64 for float64 x). An
-operation returns its exact result times (1 + e) with |e| <= u. To first order the results change by J e, where e has a
-component for each operation and J is the results' Jacobian in them. The worst case, the sum of u |J|, grows with the
-number of operations, where errors grow with its root, so it would let mistakes pass. Rounding errors are near
-independent random numbers, at most as wide as uniform ones in (-u, u), whose deviation is u / sqrt(3). With random
-signs s in e's place,
+**R: the effect of roundings inside the computation.** Let u = eps/2 of the accumulation dtype (float32; float64 for
+float64 x). An operation returns its exact result times (1 + e) with |e| <= u. To first order the results change by J e,
+where e has a component for each operation, and J is the Jacobian of the results with respect to e. The worst case, the
+sum of u |J|, grows with the number of operations, but real errors grow with its root. A bound by the worst case would
+therefore miss mistakes. Rounding errors behave almost like independent random numbers. Their deviation is at most
+u / sqrt(3), the one of uniform numbers in (-u, u). With random signs s instead of e,
 
     R = sqrt(mean over draws of s of (largest u |J s| over the elements of a result)^2)
 
-is therefore at least sqrt(3) deviations of a result's largest error. The bound is DEVIATIONS = 6 of them, and a result
-at 60 % of it (``LIMIT``, where CI fails) is 3.6 of them away.
+is therefore at least sqrt(3) deviations of a result's largest error. The bound is DEVIATIONS = 6 deviations. A result
+at 60 % of the bound (``LIMIT``, above which CI fails) has an error of 3.6 deviations.
 
-J s is a difference quotient in float64: ``Unit`` computes a unit by the equations of docs/math.md with each operation
-moved by STEP, which is far larger than float64's rounding and small enough for the quotient to be the derivative. m
-operations in a row are one with sqrt(m) STEP. It begins at the sums over cells and ends at what a pixel is multiplied
-by and what is added to it, so a draw costs what the graphs cost, and not the map. In a cell dx is linear in dy, so
-that its largest change is at an extreme of dy.
+J s is a difference quotient in float64. ``Unit`` computes a unit by the equations of docs/math.md, and moves the result
+of each operation by STEP. STEP is far larger than float64's rounding, and small enough that the quotient is the
+derivative. m operations in a row count as one with sqrt(m) STEP. The computation begins at the sums over cells. It ends
+at the factor and the shift of each pixel. So a draw costs as much as the graphs, and not as much as the map. In a cell
+dx is linear in dy, so the largest change of dx is at an extreme of dy.
 
-*Sums.* No order of summation is promised. Pairs, lanes and blocks round partial sums. Of n terms t_k a partial sum is
-at most about hypot(sum of t_k, root of the sum of t_k^2): the one is large where the terms have one sign, the other
-where their signs are random. The last partial sums are the largest, so a sum counts as SUM = 2 operations of that
-size, and each term as what it is made of. One running sum over many pixels does not stay within that, and should not.
+*Sums.* No order of summation is promised. Pairs, lanes and blocks round partial sums. A partial sum of n terms t_k is
+at most about hypot(sum of t_k, root of the sum of t_k^2). The first is large if the terms have one sign, and the second
+if their signs are random. The last partial sums are the largest, so a sum counts as SUM = 2 operations of that size.
+The operations inside each term count separately. One running sum over many pixels exceeds this, and it should.
 
-*Draws.* One draw decides by luck: where a result hangs on few numbers it is below a tenth of its deviation 8 times in
-100. The root of DRAWS = 32 squares is within 12 % of the limit in two cases of three, and below half of it once in a
-hundred thousand. Problems of many numbers have 16. The signs are the same in every run.
+*Draws.* A single draw depends on luck. If a result depends on few numbers, one draw is below a tenth of its deviation 8
+times in 100. The root of DRAWS = 32 squares is within 12 % of the limit in two cases of three, and below half of it
+once in a hundred thousand. Problems with many numbers have 16 draws. The signs are the same in every run.
 
-Where x is float64 the truth is a run with such errors too, and R counts twice.
+If x is float64, the truth itself is a run with such errors, so R counts twice.
 """
 
 from __future__ import annotations
@@ -55,28 +56,28 @@ from torch import Tensor
 
 from steam_kernels import config, reference
 
-#: How many deviations of a rounding error, uniform in (-u, u), are allowed.
+#: The number of allowed deviations of a rounding error that is uniform in (-u, u).
 DEVIATIONS = 6.0
 DRAWS, DRAWS_OF_LARGE = 32, 16
 STEP = 2.0**-30
-#: The share of a bound beyond which a run that records its comparisons fails.
+#: A run that records its comparisons fails above this share of a bound.
 LIMIT = 0.6
-#: Numbers of a draw from which on a problem is large; and those that are in memory at a time.
+#: A problem is large from this count of numbers in a draw on. CHUNK is the count of numbers in memory at a time.
 LARGE = 2**20
 CHUNK = 2**21
-#: Operations that a sum counts as.
+#: The number of operations that a sum counts as.
 SUM = 2
 
 Tensors = Mapping[str, Tensor]
 
 # ---- judging ---------------------------------------------------------------------------------------------------------
 
-#: Names a file: every comparison then appends to it what it found, as a line of JSON.
+#: The environment variable that names a file. If set, every comparison appends its result as a line of JSON.
 RECORD = "STEAM_KERNELS_TEST_RATIOS"
 
 
 def within(error: float, bound: float, what: str) -> bool:
-    """Whether an error is within its bound; a comparison that counts in what ``RECORD`` is for."""
+    """Whether an error is within its bound. The comparison is recorded if ``RECORD`` is set."""
     if path := os.environ.get(RECORD):
         test = os.environ.get("PYTEST_CURRENT_TEST", "").rpartition(" ")[0]
         ratio = error / bound if bound > 0 else float(error > 0)
@@ -88,17 +89,17 @@ def within(error: float, bound: float, what: str) -> bool:
 
 
 def summary(lines: list[str], rows: int = 10) -> list[str]:
-    """The comparisons nearest to their bounds, of lines that ``within`` wrote."""
+    """The comparisons nearest to their bounds, from the lines that ``within`` wrote."""
     found = sorted((json.loads(line) for line in lines), key=lambda f: -f["ratio"])
     out = [f"{len(found)} comparisons; the largest shares of a bound:"]
     return out + [f"{100 * f['ratio']:5.1f} %  {f['what']}  {f['test']}" for f in found[:rows]]
 
 
 def too_near(lines: list[str]) -> list[str]:
-    """A sentence for each accepted comparison above ``LIMIT`` of its bound, of lines that ``within`` wrote.
+    """A sentence for each accepted comparison above ``LIMIT`` of its bound, from the lines that ``within`` wrote.
 
-    Such a result is not wrong. It says that the derivation of the bound lacks an operation, or that a kernel loses more
-    digits than it should, before another machine or another case is out of bounds.
+    Such a result is not wrong. But either the derivation of the bound lacks an operation, or a kernel loses more digits
+    than it should. The limit shows this before another machine or another case exceeds the bound.
     """
     near = [found for found in map(json.loads, lines) if LIMIT < found["ratio"] <= 1]
     return [
@@ -109,13 +110,13 @@ def too_near(lines: list[str]) -> list[str]:
 
 @dataclass
 class Judge:
-    """Float64 truth and bound of every result of one case."""
+    """The float64 truth and the bound of every result of one case."""
 
     truth: dict[str, Tensor]
     bounds: dict[str, float]
 
     def check(self, results: Tensors, label: str = "") -> None:
-        """Fail with every result that is out of bounds, its error and its bound."""
+        """Raises AssertionError with the error and the bound of every result that is out of bounds."""
         assert set(results) == set(self.truth), f"{label}: results {sorted(results)}, expected {sorted(self.truth)}"
         wrong = []
         for name, value in results.items():
@@ -133,20 +134,20 @@ class Judge:
 
 
 def largest_error(value: Tensor, expected: Tensor) -> float:
-    """Largest absolute error; NaN where only one of the two is NaN."""
+    """The largest absolute error. It is NaN if a number is NaN in only one of the two tensors."""
     if expected.numel() == 0:
         return 0.0
     return (value.detach().to(torch.float64) - expected).abs().max().item()
 
 
 def to_float64(tensors: Tensors) -> dict[str, Tensor]:
-    """Detached float64 copies; a tensor given twice stays one."""
+    """Detached float64 copies. A tensor that occurs twice has one copy."""
     copies: dict[int, Tensor] = {}
     return {k: copies.setdefault(id(v), v.detach().to(torch.float64)) for k, v in tensors.items()}
 
 
 def rounding(value: Tensor, dtype: torch.dtype) -> float:
-    """Twice what one rounding to ``dtype`` may do: eps of the largest magnitude, at least the smallest subnormal."""
+    """Twice the error of one rounding to ``dtype``: eps of the largest magnitude, at least the smallest subnormal."""
     info = torch.finfo(dtype)
     if value.numel() == 0:
         return 0.0
@@ -157,8 +158,8 @@ def judge(truth: Mapping[str, Tensor], inputs: Tensors, options: Mapping[str, An
     """The bounds of a case.
 
     Args:
-        truth: the float64 results by name, "y" and "d" + an input's name; "y" is among them.
-        inputs: the arguments of ``steam`` by name as they were given, in the dtypes that are judged, and "dy".
+        truth: the float64 results by name. It contains "y" and may contain "d" + an input's name.
+        inputs: the arguments of ``steam`` by name, in the dtypes that are judged, and "dy".
         options: the keyword arguments of ``steam``.
     """
     x = inputs["x"]
@@ -175,7 +176,7 @@ def judge(truth: Mapping[str, Tensor], inputs: Tensors, options: Mapping[str, An
 
 
 def masked(truth: Tensors, inputs: Tensors, options: Mapping[str, Any]) -> Tensor:
-    """dy in float64 as it arrives before a ReLU, on the CPU."""
+    """dy after the mask of the ReLU, in float64 on the CPU."""
     dy = inputs["dy"].detach().cpu().to(torch.float64)
     return dy.where(truth["y"].cpu() > 0, 0) if options.get("activation") == "relu" else dy
 
@@ -184,14 +185,14 @@ def masked(truth: Tensors, inputs: Tensors, options: Mapping[str, Any]) -> Tenso
 
 
 class Exact:
-    """Operations without roundings. Tensors have an axis of draws before all others."""
+    """Operations without roundings. The first axis of a tensor is the axis of draws."""
 
     def __call__(self, value: Tensor, roundings: float = 1) -> Tensor:
-        """What as many operations return whose exact results are ``value``."""
+        """The result of ``roundings`` operations whose exact result is ``value``."""
         return self.near(value, value, roundings)
 
     def near(self, value: Tensor, size: Tensor, roundings: float = SUM) -> Tensor:
-        """``value`` with roundings of ``size``."""
+        """``value`` with ``roundings`` roundings of numbers of ``size``."""
         return value
 
     def sum(self, terms: Tensor, *dims: int) -> Tensor:
@@ -200,7 +201,7 @@ class Exact:
 
 
 class Rounded(Exact):
-    """The same, each result moved by STEP of its size with a random sign, as many times as there are draws."""
+    """Operations that move each result by STEP of its size with a random sign, independently in each draw."""
 
     def __init__(self, draws: int, signs: Signs) -> None:
         self.draws, self.signs = draws, signs
@@ -210,7 +211,7 @@ class Rounded(Exact):
 
 
 class Signs:
-    """Random signs, the same ones from the start on, on every machine."""
+    """Random signs. The sequence is the same on every machine."""
 
     def __init__(self) -> None:
         self.at = 0
@@ -226,13 +227,13 @@ class Signs:
 
 @functools.lru_cache(maxsize=1)
 def _signs(chunks: int) -> Tensor:
-    """At least so many CHUNKs; their period is a prime, which no shape has as a factor."""
+    """At least ``chunks`` CHUNKs of signs. Their period is a prime that is a factor of no shape."""
     generator = torch.Generator().manual_seed(0)
     signs = torch.randint(0, 2, (1_000_003,), generator=generator).to(torch.float64) * 2 - 1
     return signs.repeat(3 * chunks)
 
 
-# ---- a unit in it ----------------------------------------------------------------------------------------------------
+# ---- a unit ----------------------------------------------------------------------------------------------------------
 
 
 def spread_of(truth: Tensors, inputs: Tensors, options: Mapping[str, Any]) -> dict[str, float]:
@@ -254,10 +255,10 @@ def spread_of(truth: Tensors, inputs: Tensors, options: Mapping[str, Any]) -> di
 
 
 class Unit:
-    """One case, in float64: what of its maps the graphs see, and the operations from there to what pixels get.
+    """One case in float64: the sums of its maps over cells, and the operations from these sums to the results.
 
-    Letters are those of docs/math.md. Its results are "gate" and "rest", with y = gate * x and dx = gate * dy + rest,
-    and the gradients of the weights.
+    The letters are those of docs/math.md. The results are "gate" and "rest", with y = gate * x and dx = gate * dy +
+    rest, and the gradients of the weights.
     """
 
     def __init__(self, truth: Tensors, inputs: Tensors, options: Mapping[str, Any]) -> None:
@@ -275,7 +276,7 @@ class Unit:
         self.counts = reference.cell_counts((height, width), self.grid, self.channel_weight).flatten()
         edges = max(self.ring[0].numel(), self.lattice[0].numel()) * self.options.num_heads
         self.size = samples * max(edges, self.channels * self.counts.numel())
-        # of each cell: sums over its pixels, the root of the sums of squares, and extremes
+        # For each cell: the sums over its pixels, the roots of the sums of squares, and the extremes.
         self.parts: dict[str, Tensor] = {}
         found = [self._summarise(truth, inputs, options, slice(k, k + 1)) for k in range(samples)]
         for name in found[0]:
@@ -298,21 +299,21 @@ class Unit:
         return out
 
     def largest(self, name: str, moved: Tensors) -> Tensor:
-        """``(draws,)``: the largest change of a result over its elements."""
+        """``(draws,)``: the largest change of a result's elements."""
         parts = self.parts
         if name == "y":
             change = moved["gate"].abs() * parts["x_size"]
         elif name == "dx":
             ends = [(moved["gate"] * parts[k] + moved["rest"]).abs() for k in ("dy_min", "dy_max")]
             change = torch.maximum(*ends)
-        elif name == "dresidual":  # dy, or 0
+        elif name == "dresidual":  # dresidual is dy or 0
             change = torch.zeros_like(moved["gate"])
         else:
             change = moved[name].abs()
         return change.flatten(1).amax(1)
 
     def run(self, r: Exact) -> dict[str, Tensor]:
-        """The results with operations rounded by ``r``; shapes are (draws, N, C, cells) or less."""
+        """The results with operations rounded by ``r``. Shapes are (draws, N, C, cells), or have fewer axes."""
         heads, scale = self.options.num_heads, self.options.scale
         p = r.near(self.parts["p"], self.parts["p_size"])
         z = r(r.sum(p, 3) / self.pixels)
@@ -322,7 +323,7 @@ class Unit:
         u = r(r.sum(r(g_c[..., None] * pooled) if self.options.sequential else pooled, 2) / self.channels)
         spatial = Transform(r, u, self.spatial_weight, heads, self.lattice)
         g_s, slope_s = gates(r, spatial.o)
-        # two products, and a third with the pixel
+        # The gate takes two products, and a third one multiplies the pixel.
         out = {"gate": r(scale * g_c[..., None] * g_s[:, :, None], 3)}
         if "r" not in self.parts:
             return out
@@ -340,13 +341,13 @@ class Unit:
 
 
 def gates(r: Exact, o: Tensor) -> tuple[Tensor, Tensor]:
-    """sigma(o), and its derivative sigma(o) sigma(-o): an exponential, a sum and a division each."""
+    """sigma(o) and its derivative sigma(o) sigma(-o). Each sigma takes an exponential, a sum and a division."""
     open_, closed = r(torch.sigmoid(o), 3), r(torch.sigmoid(-o), 3)
     return open_, r(open_ * closed)
 
 
 class Transform:
-    """The graph transform of tokens (draws, N, n) by rows (4, d), collapsed, and its gradients."""
+    """The collapsed graph transform of tokens (draws, N, n) by rows (4, d), and its gradients."""
 
     def __init__(self, r: Exact, t: Tensor, weight: Tensor, heads: int, graph: reference.Graph) -> None:
         self.r, self.t, self.weight = r, t, weight.unflatten(1, (heads, -1))
@@ -373,7 +374,7 @@ class Transform:
         return edges.masked_fill(self.outside[..., None], 0)
 
     def backward(self, d_o: Tensor) -> tuple[Tensor, Tensor]:
-        """From the gradient of o to those of the tokens and of the rows."""
+        """The gradients of the tokens and of the rows, from the gradient of o."""
         r = self.r
         centred = r(self.delta - self.mean[:, :, :, None])
         variance = r.sum(r(self.alpha * centred.square(), 2), 3)
@@ -392,7 +393,7 @@ class Transform:
 
 
 def by_cell(t: Tensor, grid: tuple[int, int], how: str) -> Tensor:
-    """(N, C, H, W) to (N, C, gh * gw): the "sum", the smallest ("amin") or the largest ("amax") of each cell."""
+    """(N, C, H, W) to (N, C, gh * gw): the "sum", the smallest ("amin") or the largest ("amax") number of each cell."""
     for dim, cells in ((3, grid[1]), (2, grid[0])):
         first, end = (ends.tolist() for ends in reference.cell_bounds(t.shape[dim], cells, t.device))
         parts = [getattr(t.narrow(dim, a, b - a), how)(dim) for a, b in zip(first, end, strict=True)]

@@ -1,4 +1,4 @@
-"""Which backend runs, the sentence why another cannot, and life without the compiled library or Triton."""
+"""The choice of the backend, the reason why a backend cannot run, and calls without the compiled library or Triton."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ VARIANTS = ("avx512", "avx2", "generic")
 
 
 def test_without_compiled_library(without_library: Path) -> None:
-    """Import, forward, backward, in place: all by the reference; asked for by name, the reason is the error."""
+    """The import and all calls work by the reference. A call that names the cpu backend raises the reason."""
     text = output(
         SMOKE
         + f"assert steam_kernels.__file__.startswith({str(without_library)!r}), steam_kernels.__file__\n"
@@ -58,7 +58,7 @@ def warnings_of(code: str, path: Path, **environment: str) -> list[str]:
     "call", ["unit(x); unit(x)", "torch.compile(unit, fullgraph=True, backend='eager')(x); unit(x)"]
 )
 def test_the_reference_does_not_run_in_silence(without_library: Path, call: str) -> None:
-    """One warning a process: which backend is missing, why, and the line that mends it."""
+    """A process warns once. The warning names the missing backend, the reason and the command that helps."""
     (found,) = warnings_of(call, without_library)
     assert "cpu: libsteam_cpu.so is not in" in found and "never built" in found
     assert found.endswith("python -m pip install --no-build-isolation --no-deps --force-reinstall PATH_OF_THE_SOURCES")
@@ -77,7 +77,7 @@ def test_no_warning_where_the_reference_was_asked_for_or_kernels_run(without_lib
 
 
 def test_a_source_tree_that_hides_the_installed_package(without_library: Path, tmp_path: Path) -> None:
-    """The warning and env_report say where the other one is."""
+    """The warning and env_report give the folder of the installed package."""
     shutil.copytree(without_library / "steam_kernels", tmp_path / "steam_kernels")
     metadata = tmp_path / "steam_kernels-0.1.0.dist-info"
     metadata.mkdir()
@@ -124,7 +124,7 @@ def test_unknown_cpu_variant_is_a_reason(backend: str, variant: str) -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_forced_cpu_variant(backend: str, variant: str) -> None:
-    """It runs, or the reason names it and what there is; nothing else is run in its place."""
+    """A forced variant runs, or the reason names it and the available variants. No other variant runs instead."""
     text = output(
         "import steam_kernels, torch\nfrom steam_kernels.backends import native\n"
         "reason = steam_kernels.available_backends()['cpu']\nprint(reason)\nprint(native.CPU.variant)\n"
@@ -143,7 +143,7 @@ def test_forced_cpu_variant(backend: str, variant: str) -> None:
 
 @pytest.mark.kernels
 def test_kernel_tests_run_the_variant_asked_for(backend: str) -> None:
-    """When the tests are repeated for a variant, it is that one that runs."""
+    """When the tests are repeated for a variant, this variant runs."""
     from steam_kernels.backends import native
 
     asked = os.environ.get("STEAM_KERNELS_CPU")
@@ -152,7 +152,7 @@ def test_kernel_tests_run_the_variant_asked_for(backend: str) -> None:
 
 
 def test_variants_agree(backend: str) -> None:
-    """All variants that this processor has give the same result, to rounding."""
+    """All variants that this processor supports give the same result, up to rounding."""
     code = (
         "import torch, steam_kernels\nif steam_kernels.available_backends()['cpu']:\n    raise SystemExit\n"
         "torch.manual_seed(0)\nunit = steam_kernels.FusedSTEAM(backend='cpu')\n"
@@ -213,7 +213,7 @@ def test_named_backend_that_cannot_run_this_call(backend: str) -> None:
 
 
 def test_automatic_choice_runs_the_kernels(backend: str) -> None:
-    """With no name given, a CPU call runs the fused operators, both ways."""
+    """Without a named backend, a CPU call runs the fused operators, forward and backward."""
     from torch.profiler import profile
 
     unit, x = FusedSTEAM(), torch.randn(1, 3, 8, 8, requires_grad=True)
@@ -243,7 +243,7 @@ def test_env_report() -> None:
 
 @pytest.mark.parametrize("name", ["cpu", "cuda"])
 def test_a_library_of_other_schemas_is_a_reason(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its operators would read arguments that have another meaning."""
+    """A library with other schemas is not used, because its operators would read wrong arguments."""
     load, library = getattr(native, f"load_{name}"), getattr(native, name.upper())
     if library.reason:
         pytest.skip(library.reason)

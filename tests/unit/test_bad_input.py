@@ -1,4 +1,4 @@
-"""Wrong arguments: one ValueError or TypeError naming the argument, the value and what is allowed, before any work."""
+"""Wrong arguments raise a ValueError or TypeError before any work. It names argument, value and allowed values."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def zeros(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu") 
     return torch.zeros(shape, dtype=dtype, device=device)
 
 
-# changed argument(s), error, pieces that the message must hold: the argument, the value, what is allowed
+# Each entry: the changed arguments, the error, and parts of the message: the argument, the value, the allowed values.
 OPTIONS: list[tuple[dict[str, Any], type[Exception], tuple[str, ...]]] = [
     ({"num_heads": 3}, ValueError, ("num_heads", "3", "8")),
     ({"num_heads": 0}, ValueError, ("num_heads", "0", "at least 1")),
@@ -155,7 +155,7 @@ def test_attention_maps_check_x() -> None:
 
 
 def test_nothing_is_written_before_the_checks() -> None:
-    """In place, with a wrong residual: x has its bits and its version."""
+    """A call in place with a wrong residual changes neither the bits nor the version of x."""
     x = X.clone()
     version = x._version
     for wrong in (X[:1], X.double()):
@@ -172,7 +172,7 @@ def test_options_are_keywords() -> None:
 
 
 def test_bad_input_is_bad_each_time() -> None:
-    """An error is not remembered as a good description, nor a good one as an error."""
+    """The cache of options returns no wrong options as valid, and no valid options as wrong."""
     for _ in range(3):
         with pytest.raises(TypeError, match="num_heads"):
             steam_kernels.steam(X, W, W, num_heads=True)

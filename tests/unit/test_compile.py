@@ -11,12 +11,12 @@ from steam_kernels import FusedSTEAM
 from tests.support import cases
 from tests.support.cases import Case
 
-# no size equals another one of the call, which the compiler would take for a rule
+# All sizes of a call differ, because the compiler would assume that equal sizes are always equal.
 SIZES = [(2, 9, 12), (3, 14, 10), (5, 21, 33), (7, 6, 50)]
 
 
 def compiled(function: object, **options: object) -> object:
-    # "aot_eager" runs the same graph capture, functionalisation and joint graph as Inductor, without a C++ compiler
+    # "aot_eager" does the same graph capture, functionalisation and joint graph as Inductor, without a C++ compiler.
     return torch.compile(function, fullgraph=True, **options)  # type: ignore[call-overload]
 
 
@@ -30,7 +30,7 @@ def compiled(function: object, **options: object) -> object:
     ],
 )
 def test_compiled_gradients_at_changing_sizes(backend: str, compiler: str, tail: str, layout: str) -> None:
-    """fullgraph, dynamic: y and every gradient have the bits of the eager call, at sizes not seen before too."""
+    """With fullgraph and dynamic sizes, y and every gradient have the bits of the eager call, also at new sizes."""
 
     def call(x: torch.Tensor, cw: torch.Tensor, sw: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
         activation = "relu" if tail.endswith("relu") else None
@@ -53,7 +53,7 @@ def test_compiled_gradients_at_changing_sizes(backend: str, compiler: str, tail:
 
 @pytest.mark.parametrize("dynamic", [True, False, None])
 def test_graphs_are_few(backend: str, dynamic: bool | None) -> None:
-    """Sizes that change do not recompile without end: one graph for all of them with dynamic=True."""
+    """Changing sizes recompile only a few times. With dynamic=True one graph serves all sizes."""
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
 
     def call(x: torch.Tensor) -> torch.Tensor:
@@ -86,7 +86,7 @@ def test_module_in_a_network(backend: str, mode: str) -> None:
 
 
 def test_training_step_of_a_network(backend: str) -> None:
-    """Frozen parameters, a dy from another layout, and an optimiser: the compiled step is the eager one."""
+    """With frozen parameters, a dy in another layout and an optimiser, the compiled step equals the eager step."""
     torch.manual_seed(0)
     net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), FusedSTEAM(8, backend=backend), torch.nn.Conv2d(8, 4, 1))
     net[1].channel_weight.requires_grad_(False)
@@ -101,7 +101,7 @@ def test_training_step_of_a_network(backend: str) -> None:
 
 
 def test_steam_operators_are_in_the_graph(backend: str) -> None:
-    """The compiled graph holds the fused operators, and not the reference's many."""
+    """The compiled graph contains the fused operators, not the many operators of the reference."""
     seen: list[str] = []
 
     def look(graph: torch.fx.GraphModule, _: object) -> object:

@@ -1,7 +1,7 @@
-"""Inductor chooses the memory format: no copy of a map before or behind a unit, and no memory for one.
+"""Inductor chooses the memory format. It makes no copy of a map before or after a unit, and needs no memory for one.
 
-Inductor runs convolutions of an NCHW network in channels_last. An operator that insists on the traced strides makes it
-transpose each map before the unit and again behind it. What is read here is the code that Inductor generates.
+Inductor runs the convolutions of an NCHW network in channels_last. An operator that requires the traced strides would
+make Inductor transpose each map before and after the unit. These tests read the code that Inductor generates.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tests.support import networks
 
 @pytest.fixture(autouse=True)
 def _no_cache() -> Iterator[None]:
-    """The operators' tags are no part of the key by which Inductor finds code that it generated before."""
+    """Inductor's cache is off, because its key does not contain the tags of the operators."""
     with torch.compiler.config.patch(force_disable_caches=True):
         yield
 
@@ -31,7 +31,7 @@ def body(code: str) -> list[str]:
 
 
 def copies(code: str) -> list[str]:
-    """Kernels that Inductor generated on behalf of the operators: those that change a map's strides for one."""
+    """The kernels of Inductor that change the strides of a map for an operator."""
     found, origin = [], ""
     for line in map(str.strip, body(code)):
         if line.startswith("#"):
@@ -44,7 +44,7 @@ def copies(code: str) -> list[str]:
 
 
 def outputs(code: str, name: str) -> list[str]:
-    """The first result of each call of an operator."""
+    """The names of the first result of each call of an operator."""
     text = "\n".join(body(code))
     return [
         re.search(rf"(\w+) = {call}\[0\]", text)[1]  # type: ignore[index]
@@ -53,17 +53,17 @@ def outputs(code: str, name: str) -> list[str]:
 
 
 def convolved(code: str) -> set[str]:
-    """What the convolutions read."""
+    """The inputs of the convolutions."""
     return set(re.findall(r"extern_kernels\.convolution\((\w+),", "\n".join(body(code))))
 
 
 class Network(nn.Module):
-    """Convolutions with a unit between each two: plain, behind a normalisation, and with a residual and a ReLU."""
+    """Convolutions with units between them: a plain one, one after a normalisation, one with a residual and a ReLU."""
 
     def __init__(self, backend: str) -> None:
         super().__init__()
         self.first, self.second, self.third, self.last = (
-            # a bias before a normalisation would have no gradient but rounding
+            # The gradient of a bias before a normalisation would be only rounding errors.
             nn.Conv2d(a, b, 3, padding=1, bias=i != 1)
             for i, (a, b) in enumerate(((3, 16), (16, 16), (16, 16), (16, 4)))
         )
@@ -107,7 +107,7 @@ def test_no_copies_in_training(backend: str) -> None:
 
 @pytest.mark.parametrize("grad", [False, True])
 def test_tail_of_two_memory_formats(backend: str, grad: bool) -> None:
-    """The compiler runs the convolution in channels_last, and the residual comes in NCHW (and the other way round)."""
+    """The compiler runs the convolution in channels_last and the residual is in NCHW, and the other way round."""
     convolution, unit = nn.Conv2d(3, 16, 3, padding=1), FusedSTEAM(16, activation="relu", backend=backend)
     networks.strengthen(unit)
 
@@ -130,7 +130,7 @@ def test_tail_of_two_memory_formats(backend: str, grad: bool) -> None:
 
 
 def peak(function: Callable[[], object]) -> int:
-    """Bytes that torch held at most beyond those at the start."""
+    """The peak of the bytes that torch holds, minus the bytes at the start."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         function()
     held = largest = 0
@@ -143,7 +143,7 @@ def peak(function: Callable[[], object]) -> int:
 
 @pytest.mark.slow
 def test_resnet50_at_inference(backend: str) -> None:
-    """Four units' outputs are read by convolutions, the last by the mean; the peak of memory is that without units."""
+    """Convolutions read four units' outputs, and the mean reads the last. Units do not raise the peak of memory."""
     pytest.importorskip("torchvision")
     x, peaks = torch.randn(2, 3, 96, 96), []
     for units in (True, False):

@@ -1,4 +1,4 @@
-"""Autocast, checkpointing, function transforms, FX and tracing: each works, or says so in one clear error."""
+"""Autocast, checkpointing, function transforms, FX and tracing work, or raise a clear error."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.support.cases import Case
 @pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("cast", [torch.bfloat16, torch.float16])
 def test_autocast_changes_nothing(any_backend: str, cast: torch.dtype, x_dtype: torch.dtype) -> None:
-    """Same bits and dtypes in and out of autocast, backward too; nothing inside is run in the autocast dtype."""
+    """Bits and dtypes are the same inside and outside autocast, also backward. Nothing runs in the autocast dtype."""
     case = Case(space=(9, 8), channels=6, dtype=x_dtype, tail="residual_relu")
     inputs, dy = cases.make(case)
     plain = cases.forward_backward(steam_kernels.steam, inputs, dy, backend=any_backend, **case.options)
@@ -32,7 +32,7 @@ def test_autocast_changes_nothing(any_backend: str, cast: torch.dtype, x_dtype: 
 
 
 def test_autocast_network(any_backend: str) -> None:
-    """The normal case: a convolution hands the unit a bfloat16 map, its parameters are float32."""
+    """The usual case: a convolution gives the unit a bfloat16 map, and the parameters are float32."""
     conv, unit = torch.nn.Conv2d(3, 8, 3), FusedSTEAM(8, backend=any_backend)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = unit(conv(torch.randn(2, 3, 12, 12)))
@@ -44,7 +44,7 @@ def test_autocast_network(any_backend: str) -> None:
 
 @pytest.mark.parametrize("cast", [torch.bfloat16])
 def test_export_form_under_autocast(cast: torch.dtype) -> None:
-    """The export form's matrix products do not fall to the autocast dtype."""
+    """The matrix products of the export form do not run in the autocast dtype."""
     unit = FusedSTEAM(6).eval()
     x = 100 + torch.randn(2, 6, 9, 8)
 
@@ -101,7 +101,7 @@ def test_functorch_grad(any_backend: str) -> None:
 
 
 def test_per_sample_gradients(any_backend: str) -> None:
-    """vmap(grad): the usual per-sample gradients equal those of samples run one by one."""
+    """Per-sample gradients by vmap(grad) equal the gradients of single samples."""
     inputs, _ = cases.make(Case(space=(5, 4), channels=3, batch=3, dtype=torch.float64, weights="x"))
     x, cw, sw = inputs.values()
 
@@ -135,7 +135,7 @@ def test_functorch_grad_compiled(backend: str) -> None:
 
 
 def test_forward_mode(any_backend: str) -> None:
-    """Jacobian-vector products agree with reverse mode, by functorch and by dual numbers."""
+    """Jacobian-vector products by functorch and by dual numbers agree with reverse mode."""
     inputs, dy = cases.make(Case(space=(5, 4), channels=3, dtype=torch.float64, weights="x"))
     x, cw, sw = inputs.values()
     direction = torch.randn_like(x)
@@ -182,12 +182,12 @@ def test_fx_symbolic_trace_has_a_leaf(backend: str) -> None:
 @pytest.mark.parametrize("options", [{}, {"window": 4, "self_loops": False}, {"grid_size": (2, 9)}], ids=str)
 @pytest.mark.parametrize("example", [(12, 12), (1, 3)])
 def test_jit_trace(backend: str, example: tuple[int, int], options: dict[str, Any]) -> None:
-    """A trace holds plain operators and serves maps of every size and batch, smaller and larger than it was made at."""
+    """A trace contains plain operators and serves every size and batch, smaller and larger than at tracing."""
     unit = FusedSTEAM(6, backend=backend, **options).eval().requires_grad_(False)
     torch.nn.init.normal_(unit.spatial_weight)
     x = torch.randn(2, 6, *example)
     with warnings.catch_warnings():
-        # jit.trace calls itself deprecated, and warns of every size that it makes a constant
+        # jit.trace warns that it is deprecated, and for every size that it makes a constant.
         warnings.simplefilter("ignore")
         traced = torch.jit.trace(unit, (x,), check_trace=False)
     assert "steam_kernels::" not in str(traced.inlined_graph) and "aten::mul" in str(traced.inlined_graph)
@@ -204,7 +204,7 @@ def test_deepcopy_of_a_traced_network(backend: str) -> None:
 
 
 def test_reference_steam_is_twice_a_module() -> None:
-    """reference.STEAM and FusedSTEAM share weights by state_dict, and results within the rounding of float64."""
+    """reference.STEAM and FusedSTEAM have the same state_dict, and their float64 results differ only by rounding."""
     fused, plain = FusedSTEAM(dtype=torch.float64), reference.STEAM(dtype=torch.float64)
     plain.load_state_dict(fused.state_dict())
     x = torch.randn(2, 5, 9, 8, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""torch.export: plain ATen operators, dynamic batch and size, the module's own results at sizes not seen before."""
+"""torch.export gives plain ATen operators, dynamic batch and sizes, and the module's results at new sizes."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_other_dtypes(dtype: torch.dtype) -> None:
 
 
 def test_small_maps_keep_their_own_grid() -> None:
-    """A static export at a map smaller than the grid."""
+    """A static export with a map that is smaller than the grid."""
     unit = FusedSTEAM(3).eval()
     x = torch.randn(2, 3, 4, 5)
     assert torch.allclose(torch.export.export(unit, (x,)).module()(x), unit(x), rtol=1e-4, atol=1e-6)
@@ -75,7 +75,7 @@ def test_small_maps_keep_their_own_grid() -> None:
 
 @pytest.mark.parametrize("options", [{}, {"window": 4, "self_loops": False}], ids=str)
 def test_decompositions(options: dict[str, Any]) -> None:
-    """The exported graph survives the core decompositions, as ONNX and ahead-of-time compilers apply them."""
+    """The exported graph keeps its results after the core decompositions of ONNX and ahead-of-time compilers."""
     unit = FusedSTEAM(6, **options).eval()
     dims = {0: Dim("batch", min=1, max=64), 2: Dim("height", min=7, max=512), 3: Dim("width", min=7, max=512)}
     program = torch.export.export(unit, (torch.randn(2, 6, 16, 18),), dynamic_shapes=(dims,)).run_decompositions()
@@ -87,7 +87,7 @@ def test_decompositions(options: dict[str, Any]) -> None:
 
 
 def test_network() -> None:
-    """Units between convolutions: the sizes that reach them are expressions of the input's."""
+    """With units between convolutions, the sizes of a unit's map are expressions of the input's sizes."""
     net = torch.nn.Sequential(
         torch.nn.Conv2d(3, 8, 3, stride=2, padding=1), FusedSTEAM(8), torch.nn.Conv2d(8, 4, 1), FusedSTEAM(window=5)
     ).eval()

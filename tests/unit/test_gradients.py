@@ -1,4 +1,4 @@
-"""First and second derivatives against finite differences, and gradients only where they are asked for."""
+"""First and second derivatives agree with finite differences. Only the requested gradients are computed."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_gradgradcheck(case: Case, any_backend: str) -> None:
 
 @pytest.mark.parametrize("tail", ["none", "residual_relu"])
 def test_gradient_penalty_counts(any_backend: str, tail: str) -> None:
-    """A penalty on |dx| reaches the weights, with the finite difference's value; dy requires no grad there."""
+    """The gradient of a penalty on |dx| at the weights equals the finite difference. dy requires no gradient."""
     case = Case(space=(6, 6), channels=4, dtype=torch.float64, weights="x", tail=tail)
     inputs, _ = cases.make(case)
 
@@ -63,11 +63,11 @@ def test_gradient_penalty_counts(any_backend: str, tail: str) -> None:
     assert math.isclose(difference.item(), (gradient * direction).sum().item(), rel_tol=1e-5)
 
 
-# ---- inputs that hang together ---------------------------------------------------------------------------------------
+# ---- dependent inputs ------------------------------------------------------------------------------------------------
 
 
 def _connected(a: str, b: str, how: str, leaf: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The arguments of a call in which b is a, or depends on it."""
+    """The arguments of a call in which the input ``b`` is ``a`` or depends on ``a``."""
     given = dict(leaf)
     if how == "same":
         given[b] = given[a]
@@ -90,7 +90,7 @@ CONNECTED = [
 
 
 def _first_and_second(backend: str, call: Any, leaf: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-    """All first gradients by a graph that can be differentiated again, and all of a penalty on them."""
+    """All first gradients with create_graph, and all gradients of a penalty on the first gradients."""
     asked = list(leaf.values())
     y = call(backend)
     weight = torch.linspace(0.5, 1.5, y.numel(), dtype=y.dtype).view_as(y)
@@ -101,14 +101,14 @@ def _first_and_second(backend: str, call: Any, leaf: dict[str, torch.Tensor]) ->
 
 
 def _agree(backend: str, call: Any, leaf: dict[str, torch.Tensor]) -> None:
-    """The backend's gradients are the reference's, with a graph and without one."""
+    """The backend's gradients equal those of the reference, with and without create_graph."""
     expected = _first_and_second("reference", call, leaf)
     got = _first_and_second(backend, call, leaf)
     y = call(backend)
     weight = torch.linspace(0.5, 1.5, y.numel(), dtype=y.dtype).view_as(y)
     plain = torch.autograd.grad((weight * y.square()).sum(), list(leaf.values()), allow_unused=True)
     got += [torch.zeros(()) if g is None else g for g in plain]
-    # Each derivative goes through some fifty dependent roundings in float64, and sums a hundred numbers of its size.
+    # Each derivative has about fifty dependent roundings in float64, and sums a hundred numbers of its size.
     for a, b in zip(got, expected + expected[: len(plain)], strict=True):
         size = max(1.0, b.abs().max().item())
         assert (a - b).abs().max().item() <= 100 * torch.finfo(torch.float64).eps * size
@@ -160,7 +160,7 @@ NAMES = ("x", "channel_weight", "spatial_weight", "residual")
     "wanted", [s for n in range(5) for s in itertools.combinations(NAMES, n)], ids=lambda s: "+".join(s) or "none"
 )
 def test_each_subset_of_inputs(any_backend: str, wanted: tuple[str, ...], tail: str) -> None:
-    """Frozen inputs get None, y has the bits that it has when all are asked for, and what is asked for is right."""
+    """Frozen inputs get None, y has the same bits as with all gradients, and the requested gradients are right."""
     case = Case(space=(9, 8), channels=6, batch=3, tail=tail)
     inputs, dy = cases.make(case)
     everything = cases.forward_backward(steam_kernels.steam, inputs, dy, backend=any_backend, **case.options)
@@ -182,7 +182,7 @@ def test_each_subset_of_inputs(any_backend: str, wanted: tuple[str, ...], tail: 
 
 @pytest.mark.kernels
 def test_gradients_accumulate(backend: str) -> None:
-    """Two uses of one unit add up; the inputs of the first are not disturbed by the second."""
+    """The gradients of two calls of one unit add up. The second call does not change the inputs of the first."""
     case = Case(space=(9, 8), channels=6)
     inputs, dy = cases.make(case)
     one = cases.forward_backward(steam_kernels.steam, inputs, dy, backend=backend, **case.options)
@@ -196,7 +196,7 @@ def test_gradients_accumulate(backend: str) -> None:
 @pytest.mark.kernels
 @pytest.mark.parametrize("weights", [torch.float32, torch.float16])
 def test_training_step_in_half_precision(backend: str, weights: torch.dtype) -> None:
-    """float16 maps, float32 or float16 parameters: parameter gradients have the parameters' dtype and are not zero."""
+    """With float16 maps and float32 or float16 parameters, parameter gradients have the right dtype and are nonzero."""
     case = Case(space=(14, 14), channels=8, dtype=torch.float16, weights="x" if weights == torch.float16 else "float32")
     inputs, dy = cases.make(case)
     got = cases.forward_backward(steam_kernels.steam, inputs, dy, backend=backend, **case.options)
@@ -205,7 +205,7 @@ def test_training_step_in_half_precision(backend: str, weights: torch.dtype) -> 
 
 
 def test_version_counter_guards_saved_x(backend: str) -> None:
-    """Changing x between forward and backward is an error, not a wrong gradient."""
+    """Changing x between forward and backward raises an error and gives no wrong gradient."""
     case = Case(space=(9, 8), channels=6)
     inputs, dy = cases.make(case)
     x = inputs["x"].requires_grad_()

@@ -1,4 +1,4 @@
-"""inplace=True: y in x's memory where no gradient is recorded, an error that leaves x alone where one is."""
+"""inplace=True writes y into x if autograd does not record. Otherwise it raises an error and leaves x unchanged."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ CASES = [
         ("nhwc", torch.float16, "other_relu"),
     )
 ]
-# larger than what goes past the cache
+# These maps are so large that outputs are written past the cache.
 CASES += [
     Case(space=(57, 61), channels=35, batch=36, layout="offset_nchw", tail="residual_relu"),
     Case(space=(57, 61), channels=35, batch=36, layout="nhwc"),
@@ -106,7 +106,7 @@ def test_expanded_x_is_an_error(any_backend: str) -> None:
 
 
 def test_who_saved_x_hears_of_it(any_backend: str) -> None:
-    """Overwriting a tensor that an earlier operation saved raises in that one's backward, as an in-place ReLU does."""
+    """If y overwrites a tensor that an earlier operation saved, its backward raises, as with an in-place ReLU."""
     inputs, _ = cases.make(Case(channels=6))
     weight = torch.randn(2, 6, 14, 14, requires_grad=True)
     x = inputs["x"]

@@ -1,4 +1,4 @@
-"""FusedSTEAM as a layer: parameters, state, copies, repr, attention maps, window, backend."""
+"""Tests of FusedSTEAM as a layer: parameters, state, copies, repr, attention maps, window, backend."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CLASSES = [FusedSTEAM, reference.STEAM]
 @pytest.mark.parametrize("cls", CLASSES)
 @pytest.mark.parametrize("d", [8, 16, 64])
 def test_parameters(cls: type[FusedSTEAM], d: int) -> None:
-    """8 d numbers; query, key and value rows fill (-1, 1), output rows (-1/sqrt(d), 1/sqrt(d))."""
+    """There are 8 d numbers. Query, key and value rows fill (-1, 1), output rows (-1/sqrt(d), 1/sqrt(d))."""
     units = [cls(embed_dim=d, num_heads=4) for _ in range(400)]
     assert sum(p.numel() for p in units[0].parameters()) == 8 * d
     for name in ("channel_weight", "spatial_weight"):
@@ -50,7 +50,7 @@ def test_state_dict_is_shared(cls: type[FusedSTEAM]) -> None:
 
 
 def test_scale_travels(any_backend: str) -> None:
-    """Through a file, into a unit made without identity_init, and back; strict loading has no complaint."""
+    """The scale goes through a file into a unit without identity_init and back, with strict loading."""
     unit = FusedSTEAM(identity_init=True, backend=any_backend)
     buffer = io.BytesIO()
     torch.save(unit.state_dict(), buffer)
@@ -71,7 +71,7 @@ def test_scale_travels(any_backend: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
 def test_identity_init_changes_nothing(any_backend: str, dtype: torch.dtype, layout: str) -> None:
-    """To the bit, forward; and the output rows get a gradient, so that it can learn."""
+    """Forward keeps every bit of x. The output rows get a gradient, so the unit can learn."""
     unit = FusedSTEAM(identity_init=True, backend=any_backend)
     inputs, dy = cases.make(Case(space=(14, 14), channels=20, dtype=dtype, layout=layout))
     y = unit(inputs["x"])
@@ -171,7 +171,7 @@ def test_attention_maps_are_float32_and_differentiable(dtype: torch.dtype) -> No
 
 
 def test_attention_maps_make_the_output(any_backend: str) -> None:
-    """y = scale * x * channel gate * own cell's spatial gate."""
+    """y is scale * x * channel gate * spatial gate of the pixel's cell."""
     unit = FusedSTEAM(identity_init=True, grid_size=(2, 4), backend=any_backend)
     for weight in (unit.channel_weight, unit.spatial_weight):
         torch.nn.init.normal_(weight)
@@ -246,7 +246,7 @@ def test_backend_may_be_set_later() -> None:
 
 
 def test_options_may_be_set_later(any_backend: str) -> None:
-    """Each is checked when it is set, and the next call has it."""
+    """Setting an option checks it, and the next call uses it."""
     unit, x = FusedSTEAM(6, backend=any_backend).double(), torch.randn(2, 6, 9, 8, dtype=torch.float64)
     for name, value, wrong in (
         ("num_heads", 2, 0),
@@ -271,7 +271,7 @@ def test_options_may_be_set_later(any_backend: str) -> None:
 
 
 def test_inplace_may_be_set_later_but_tools_do_not_find_it() -> None:
-    """Ultralytics sets ``inplace`` at loading on each module that has it, and maps of a unit may be read again."""
+    """Ultralytics sets ``inplace`` on each module that has it, but another module may read the unit's input."""
     unit, x = FusedSTEAM(6).requires_grad_(False), torch.randn(2, 6, 9, 8)
     assert not hasattr(unit, "inplace") and unit(x) is not x
     unit.inplace = True

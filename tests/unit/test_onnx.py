@@ -1,8 +1,8 @@
-"""ONNX graphs equal the unit, in onnxruntime: every size, grid and window, both exporters, static and dynamic sizes.
+"""ONNX graphs in onnxruntime equal the unit, for both exporters, with static and dynamic sizes, grids and windows.
 
-The legacy exporter (``dynamo=False``) writes down a trace, whose sizes are tensors; the other one an exported program,
-whose sizes are symbols. What either writes otherwise than Python computes it shows here: a division of negative
-integers, a size that became a number.
+The legacy exporter (``dynamo=False``) converts a trace, in which sizes are tensors. The other exporter converts an
+exported program, in which sizes are symbols. These tests show differences from Python, such as a division of negative
+integers or a size that became a constant.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from tests.support.tolerances import judge, to_float64
 pytest.importorskip("onnxscript")
 onnxruntime = pytest.importorskip("onnxruntime")
 
-# torch warns of what a trace leaves out, and that it is deprecated.
+# torch warns that a trace makes values constant, and that tracing is deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-#: Divided by most grids, odd, prime, ragged, smaller than a grid on one or both axes, and the smallest.
+#: Sizes that most grids divide, odd, prime and ragged sizes, sizes below a grid on one or both axes, and the smallest.
 SIZES = [(14, 28), (13, 13), (17, 23), (24, 13), (5, 26), (5, 3), (1, 9), (1, 1)]
-#: Channels and options; every option meets a grid and a window.
+#: Channels and options. Every option occurs with a grid and with a window.
 UNITS: list[tuple[int, dict[str, Any]]] = [
     (8, {}),
     (8, {"window": 4}),
@@ -50,7 +50,7 @@ def make(channels: int | None, options: dict[str, Any], dtype: torch.dtype = tor
 
 
 def inputs(unit: FusedSTEAM, channels: int, size: tuple[int, int], dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    """x, and a residual where the unit has a tail; tokens far from zero, as a ReLU leaves them."""
+    """x, and a residual if the unit has a tail. The tokens are far from zero, as after a ReLU."""
     x = (torch.randn(2, channels, *size) + 2).to(dtype)
     return [x] if unit.activation is None else [x, torch.randn(2, channels, *size).to(dtype)]
 
@@ -80,7 +80,7 @@ def export(
     opset: int | None = None,
     least: int = 1,
 ) -> Session:
-    """The model by one of the exporters; ``axes`` are the dynamic ones of every input, of sizes from ``least`` on."""
+    """Exports the model. ``axes`` are the dynamic axes of every input, with sizes from ``least`` on."""
     buffer = io.BytesIO()
     names = ["x", "residual"][: len(example)]
     if exporter == "legacy":
@@ -112,7 +112,7 @@ def export(
 
 
 def check(unit: FusedSTEAM, given: list[Tensor], y: Tensor, label: object, scale: float = 1.0) -> None:
-    """By the rule of tests/support/tolerances.py, against float64."""
+    """Checks ``y`` against float64 by the rule of tests/support/tolerances.py."""
     x = given[0]
     options: dict[str, Any] = {
         name: getattr(unit, name)
@@ -126,12 +126,12 @@ def check(unit: FusedSTEAM, given: list[Tensor], y: Tensor, label: object, scale
     judge(truth, values, options).check({"y": y}, str(label))
 
 
-#: An export by dynamo takes seconds: most are for `make test-slow`.
+#: An export by dynamo takes seconds, so most run only in `make test-slow`.
 SLOWLY = ["legacy", pytest.param("dynamo", marks=pytest.mark.slow)]
 
 
 def every_unit(quick: int) -> list[Any]:
-    """Every unit by both exporters, the first ``quick`` of dynamo's in the quick tests."""
+    """Every unit with both exporters. The quick tests have only the first ``quick`` units with dynamo."""
     return [
         pytest.param(exporter, *unit, marks=[pytest.mark.slow] if exporter == "dynamo" and i >= quick else [])
         for exporter in EXPORTERS
@@ -150,7 +150,7 @@ def test_static_sizes(exporter: str, channels: int, options: dict[str, Any]) -> 
 
 @pytest.mark.parametrize("exporter,channels,options", every_unit(2))
 def test_dynamic_sizes(exporter: str, channels: int, options: dict[str, Any]) -> None:
-    """Exported at a size of several cells: right at every other, where the grid is another too."""
+    """A graph that is exported at one size is right at every other size, also if the grid differs."""
     unit = make(channels, options)
     model = export(exporter, unit, inputs(unit, channels, (24, 26)), AXES)
     for size in [(24, 26), *SIZES]:
@@ -161,7 +161,7 @@ def test_dynamic_sizes(exporter: str, channels: int, options: dict[str, Any]) ->
 @pytest.mark.parametrize("example", [(13, 30), (1, 9)])
 @pytest.mark.parametrize("channels,options", UNITS)
 def test_dynamic_sizes_from_a_small_example(channels: int, options: dict[str, Any], example: tuple[int, int]) -> None:
-    """Fewer cells in the example than later: a trace must not have the example's grid, nor its lone cells."""
+    """The example has fewer cells than later maps. The trace must not keep its grid or its cells without neighbours."""
     unit = make(channels, options)
     model = export("legacy", unit, inputs(unit, channels, example), AXES)
     for size in SIZES:
@@ -173,7 +173,7 @@ def test_dynamic_sizes_from_a_small_example(channels: int, options: dict[str, An
 @pytest.mark.parametrize("example", [(5, 3), (13, 30), (1, 9)])
 @pytest.mark.parametrize("channels,options", UNITS)
 def test_small_examples_are_right_or_refused(channels: int, options: dict[str, Any], example: tuple[int, int]) -> None:
-    """torch.export makes sizes of one pixel or cell constants: other sizes are refused then, never computed wrong."""
+    """torch.export makes sizes of one pixel or cell constants. The graph then refuses other sizes and is right."""
     unit = make(channels, options)
     try:
         model = export("dynamo", unit, inputs(unit, channels, example), AXES)
@@ -206,7 +206,7 @@ def test_opsets(exporter: str, opset: int, axes: dict[int, str] | None) -> None:
 
 
 class Scaled(nn.Module):
-    """A unit times a number that float32 does not hold."""
+    """A unit times a number that float32 cannot represent."""
 
     scale = 1.1
 
@@ -230,7 +230,7 @@ class Scaled(nn.Module):
     ],
 )
 def test_dtypes(exporter: str, dtype: torch.dtype, own: bool) -> None:
-    """Constants too: the exporter of ``dynamo=True`` rounds a Python float to float32, whatever it multiplies."""
+    """Constants have the right dtype too. With ``dynamo=True`` the exporter rounds any Python float to float32."""
     unit = make(6, {}, dtype if own else torch.float32)
     model = export(exporter, Scaled(unit), inputs(unit, 6, (13, 17), dtype), AXES)
     for size in [(13, 17), (4, 30)]:
@@ -242,7 +242,7 @@ def test_dtypes(exporter: str, dtype: torch.dtype, own: bool) -> None:
 @pytest.mark.parametrize("radius", [1, 2])
 @pytest.mark.parametrize("self_loops", [True, False])
 def test_dynamic_channels(channels: int, radius: int, self_loops: bool) -> None:
-    """A ring smaller than its neighbourhood, in the example or later."""
+    """The ring may be smaller than its neighbourhood, in the example or in later maps."""
     unit = make(None, {"channel_radius": radius, "self_loops": self_loops})
     model = export("legacy", unit, inputs(unit, channels, (9, 8)), {1: "channels"})
     for other in (1, 2, 3, 4, 5, 9):
@@ -274,7 +274,7 @@ def test_example_layouts(exporter: str, layout: str) -> None:
 
 @pytest.mark.parametrize("exporter", SLOWLY)
 def test_network(exporter: str) -> None:
-    """Units behind convolutions, pooling and other units: their sizes are computed in the graph."""
+    """Units follow convolutions, pooling and other units, and the graph computes their sizes."""
     torch.manual_seed(0)
     layers: list[nn.Module] = [nn.Conv2d(3, 8, 3, stride=2, padding=1), make(8, {}), nn.Conv2d(8, 6, 3, padding=1)]
     layers += [make(6, {"window": 3}), make(6, {"self_loops": False}), nn.MaxPool2d(2), make(6, {"order": "parallel"})]
@@ -284,5 +284,5 @@ def test_network(exporter: str) -> None:
         x = torch.randn(batch, 3, height, width)
         truth = nn.Sequential(*layers).double()(x.double())
         net.float()
-        # Four units and two convolutions in float32: a few dozen roundings of eps / 2, each of the largest value.
+        # Four units and two convolutions in float32 have a few dozen roundings of eps / 2, each of the largest value.
         assert (model([x]) - truth).abs().max() <= 16 * torch.finfo(torch.float32).eps * truth.abs().max()

@@ -1,4 +1,4 @@
-"""The dispatcher's view: schemas, fakes and their strides, meta tensors, FLOP counts."""
+"""Tests of the operators: schemas, fakes and their strides, meta tensors, FLOP counts."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_fake_outputs_have_the_real_strides(
 
 @pytest.mark.parametrize("layout", ["nchw", "nhwc", "column_slice"])
 def test_meta_tensors(layout: str) -> None:
-    """Shapes, dtypes and strides of y and the gradients without data."""
+    """y and the gradients have the right shapes, dtypes and strides without data."""
     case = Case(space=(9, 8), channels=6, layout=layout, tail="residual_relu")
     inputs, dy = cases.make(case)
     expected = cases.forward_backward(steam_kernels.steam, inputs, dy, **case.options)
@@ -87,7 +87,7 @@ def test_meta_tensors(layout: str) -> None:
 
 
 def test_flops_of_both_directions(backend: str) -> None:
-    """FlopCounterMode counts the operators, by the formula of cost(), once per sample."""
+    """FlopCounterMode counts the operators by the formula of cost(), once per sample."""
     case = Case(space=(28, 28), channels=64, batch=3)
     inputs, dy = cases.make(case)
     x = inputs["x"].requires_grad_()
@@ -102,7 +102,7 @@ def test_flops_of_both_directions(backend: str) -> None:
 
 
 def test_cost_by_hand() -> None:
-    """Parameters are 8 d; bytes are the maps'; FLOPs are a few per element where the graphs are small beside it."""
+    """The parameters are 8 d, the bytes those of the maps, and the FLOPs a few per element if the graphs are small."""
     for d in (8, 16):
         assert steam_kernels.cost(256, 56, 56, embed_dim=d).parameters == 8 * d
     numel = 256 * 56 * 56
@@ -113,7 +113,7 @@ def test_cost_by_hand() -> None:
     assert 2 * numel <= plain.flops <= 2.5 * numel
     assert 5 * numel <= plain.backward_flops <= 6 * numel
     assert tail.flops == plain.flops + numel
-    # an edge more for every channel: two more in a wider ring
+    # A radius of 2 gives two more edges for every channel.
     assert steam_kernels.cost(256, 56, 56, channel_radius=2).flops - plain.flops == 2 * 256 * 4 * 6
     for wrong, error in (({"channels": 0}, ValueError), ({"width": 1.5}, TypeError), ({"heads": 2}, TypeError)):
         with pytest.raises(error):

@@ -1,4 +1,4 @@
-"""The reference is the unit as defined: against the loop oracle, and against its own collapsed form."""
+"""The reference agrees with the loop oracle and with the collapsed form of the graph transform."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_matches_oracle(case: Case) -> None:
 
 
 def neighborhoods(index: torch.Tensor, inside: torch.Tensor) -> list[list[int]]:
-    """Each node's neighbours that count, in order."""
+    """For each node, the neighbours that count, in order."""
     return [
         sorted(i for i, ok in zip(*row, strict=True) if ok) for row in zip(index.tolist(), inside.tolist(), strict=True)
     ]
@@ -60,7 +60,7 @@ def test_lattice_is_the_oracles(grid: tuple[int, int], neighbors: int, self_loop
 
 @pytest.mark.parametrize("heads,d", [(1, 8), (2, 8), (4, 8), (8, 8), (4, 16), (1, 3)])
 def test_heads_collapse_to_two_numbers_each(heads: int, d: int) -> None:
-    """score = a t_i t_j and o = sum_k b_k m_i, with a = <w_q, w_k> / sqrt(d_h), b = <w_v, w_o> per head."""
+    """With a = <w_q, w_k> / sqrt(d_h) and b = <w_v, w_o> per head, score = a t_i t_j and o = sum_k b_k m_i."""
     generator = torch.Generator().manual_seed(d + heads)
     t = torch.randn(3, 11, generator=generator, dtype=torch.float64)
     weight = torch.randn(4, d, generator=generator, dtype=torch.float64)
@@ -95,7 +95,7 @@ def test_cells_partition_the_axis(size: int, cells: int) -> None:
 
 @pytest.mark.parametrize("case", cases.all_pairs()[::13], ids=lambda c: c.id)
 def test_half_and_single_precision_stay_near_float64(case: Case) -> None:
-    """The reference keeps the rule that it judges by, in the dtypes in which its own results are not the truth."""
+    """The reference in lower precision stays within the bounds, whose truth is the reference in float64."""
     if case.dtype == torch.float64:
         case = case.but(dtype=torch.float32)
     inputs, dy = cases.make(case)

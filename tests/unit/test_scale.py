@@ -1,4 +1,4 @@
-"""The unit's scale: a buffer to whatever walks over tensors, a float to the call; never lost, never read in vain."""
+"""The unit's scale is a buffer for tools and a float for the call. It is never lost and never read needlessly."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ State = dict[str, Tensor]
 
 
 class Net(nn.Module):
-    """A convolution and a unit; with a scale of 4 and output rows of 0 the unit returns what it is given."""
+    """A convolution and a unit. With a scale of 4 and zero output rows the unit is the identity."""
 
     def __init__(self, identity_init: bool = False) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ def is_identity(model: Net) -> bool:
 
 
 class Reads:
-    """Reads the buffer, and counts."""
+    """Reads the buffer and counts the reads."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -53,7 +53,7 @@ class Reads:
 
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> Reads:
-    """Counts what would be read from a GPU: buffers count as being on one, where reading is a synchronisation."""
+    """Counts reads as if all buffers were on a GPU, where each read is a synchronisation."""
     found = Reads()
     monkeypatch.setattr(scale, "_read", found)
     monkeypatch.setattr(scale, "_on_host", lambda buffer: False)
@@ -198,19 +198,19 @@ WAYS: dict[str, Callable[[State, Path], Net]] = {
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.filterwarnings("ignore:torch.distributed is")
 def test_loading_into_a_network_without_it(way: str, tmp_path: Path) -> None:
-    """A network made without ``identity_init`` has the scale of the weights that it gets, whoever brings them."""
+    """A network without ``identity_init`` takes the scale of the weights that any tool loads."""
     model = WAYS[way](Net(identity_init=True).state_dict(), tmp_path)
     assert is_identity(model)
 
 
 def test_checkpoints_of_older_versions(tmp_path: Path) -> None:
-    """A scale of 0 dimensions on the CPU, in a state_dict that knew it as no buffer; and modules pickled whole."""
+    """Older state_dicts have no scale buffer or a CPU scalar, and older versions pickled whole modules."""
     state = Net(identity_init=True).state_dict()
     old = {name: value for name, value in state.items() if name != "unit.scale"}
     model = Net()
     model.load_state_dict(old | {"unit.scale": torch.tensor(4.0)}, strict=True)
     assert is_identity(model)
-    model.load_state_dict(old, strict=True)  # trained where there was no scale
+    model.load_state_dict(old, strict=True)  # the weights were trained without a scale
     assert model.unit.scale == 1.0 == model.unit.host_scale()
 
     unit = FusedSTEAM(identity_init=True)
@@ -229,7 +229,7 @@ def test_checkpoints_of_older_versions(tmp_path: Path) -> None:
 
 
 def test_weights_of_a_network_without_units_leave_it_alone() -> None:
-    """``strict=False`` names the parameters alone as missing, and the unit stays the identity."""
+    """``strict=False`` reports only the parameters as missing, and the unit stays the identity."""
     model = Net(identity_init=True)
     found = model.load_state_dict({k: v for k, v in model.state_dict().items() if "unit" not in k}, strict=False)
     assert found.missing_keys == ["unit.channel_weight", "unit.spatial_weight"] and is_identity(model)
@@ -267,7 +267,7 @@ CONVERSIONS: dict[str, Callable[[Net], Net]] = {
 
 
 def _written(write: Callable[[Tensor], object] = lambda scale: scale.fill_(4.0)) -> Net:
-    """A network with the weights of the identity, whose scale alone was made otherwise and then written."""
+    """A network with the weights of the identity. Its scale was 1 first, and ``write`` then wrote the buffer."""
     model = Net(identity_init=True)
     model.unit.scale = 1.0  # type: ignore[assignment]
     model(torch.randn(*X))
@@ -277,7 +277,7 @@ def _written(write: Callable[[Tensor], object] = lambda scale: scale.fill_(4.0))
 
 
 def _filled(model: Net) -> Net:
-    """As after ``reset_parameters`` of an initialiser that knows parameters alone."""
+    """The network after an initialiser that resets only parameters."""
     for name, parameter in model.named_parameters():
         nn.init.zeros_(parameter) if "unit" in name else nn.init.ones_(parameter)
     return model
@@ -300,7 +300,7 @@ def test_conversions_keep_it(way: str) -> None:
 
 @pytest.mark.parametrize("decay", [0.9, 0.99, 0.999, 0.9999])
 def test_averages_keep_it(decay: float) -> None:
-    """PyTorch's with and without buffers, timm's two, and Ultralytics'."""
+    """The averages of PyTorch (with and without buffers), timm (two kinds) and Ultralytics keep the scale."""
     model = Net(identity_init=True)
     averages = [
         AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True),
@@ -317,7 +317,7 @@ def test_averages_keep_it(decay: float) -> None:
         assert is_identity(average.float())
 
 
-# ---- no reading in vain ----------------------------------------------------------------------------------------------
+# ---- no needless reads -----------------------------------------------------------------------------------------------
 
 
 def test_a_buffer_that_does_not_change_is_not_read(reads: Reads) -> None:
@@ -343,14 +343,14 @@ def test_replicas_of_data_parallel_are_not_read(reads: Reads) -> None:
 
 
 class Broadcasting:
-    """What the module asks of the DistributedDataParallel in whose call it is."""
+    """Stands in for the DistributedDataParallel whose call runs, as far as the module asks it."""
 
     def will_sync_module_buffers(self) -> bool:
         return True
 
 
 def test_broadcasts_of_each_call_are_not_read_from_a_gpu(reads: Reads, monkeypatch: pytest.MonkeyPatch) -> None:
-    """DDP's first broadcast is read, those of each call are not, and another change beside one is."""
+    """The module reads DDP's first broadcast and any other change, but not the broadcasts of each call."""
     unit, x = FusedSTEAM(), torch.randn(*X)
 
     def broadcast(value: float) -> None:
@@ -364,10 +364,10 @@ def test_broadcasts_of_each_call_are_not_read_from_a_gpu(reads: Reads, monkeypat
         monkeypatch.setattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None)
         return unit.host_scale()
 
-    broadcast(4.0)  # when DDP is made, the first rank having loaded a checkpoint
+    broadcast(4.0)  # DDP is made after the first rank has loaded a checkpoint
     assert call() == 4.0 and reads.count == 1
     assert [call() for _ in range(5)] == [4.0] * 5 and reads.count == 1
-    broadcast(2.0)  # somebody loads another checkpoint in place
+    broadcast(2.0)  # another checkpoint is loaded in place
     assert call() == 2.0 and reads.count == 2
 
 
@@ -375,7 +375,7 @@ def test_broadcasts_of_each_call_are_not_read_from_a_gpu(reads: Reads, monkeypat
 
 
 def test_blocks_that_are_compiled_one_by_one_share_their_code(backend: str) -> None:
-    """As with regional compilation of a network that has more such blocks than recompilations are allowed."""
+    """Regional compilation works for a network with more blocks than the limit of recompilations."""
     counter = torch._dynamo.testing.CompileCounter()
     for _ in range(10):
         unit = FusedSTEAM(backend=backend, identity_init=True)
@@ -394,7 +394,7 @@ def test_compiled_finds_a_buffer_written_in_place_after_host_scale(backend: str)
 
 
 def test_compiled_after_a_tool_replaced_the_buffer(backend: str) -> None:
-    """The compiler, which meets the unit before any eager call, finds the buffer's value; and a later one."""
+    """The compiled code uses the buffer's value without an earlier eager call, and a later value too."""
     model = Net()
     model.unit.backend = backend
     nn.init.zeros_(model.unit.channel_weight), nn.init.zeros_(model.unit.spatial_weight)
@@ -407,7 +407,7 @@ def test_compiled_after_a_tool_replaced_the_buffer(backend: str) -> None:
 
 
 def test_function_transforms_take_the_buffers_that_they_are_given() -> None:
-    """An ensemble of three scales, on a module of a fourth on the meta device."""
+    """An ensemble has three scales, and its base module on the meta device has a fourth scale."""
     members, x = [Net(identity_init=True) for _ in range(3)], torch.randn(3, *X)
     for factor, member in enumerate(members):
         member.unit.scale = 4.0 * factor  # type: ignore[assignment]
@@ -425,7 +425,7 @@ def test_function_transforms_take_the_buffers_that_they_are_given() -> None:
 @pytest.mark.parametrize("strict", [True, False])
 @pytest.mark.parametrize("how", ["replaced", "written"])
 def test_export_takes_the_buffer(how: str, strict: bool) -> None:
-    """Also one that was changed since the last call; in the exported program it is a buffer like any other."""
+    """An export takes a buffer that changed after the last call. The program has it as an ordinary buffer."""
     model, x = Net(identity_init=True), torch.randn(*X)
     model.unit.scale = 1.0  # type: ignore[assignment]
     if how == "replaced":
@@ -440,7 +440,7 @@ def test_export_takes_the_buffer(how: str, strict: bool) -> None:
 
 
 def test_networks_with_units_average_and_load() -> None:
-    """The same on a ResNet with inserted units, whose buffers are those of its norms too."""
+    """The same holds for a ResNet with inserted units, whose norms have buffers too."""
     pytest.importorskip("torchvision")
     model = networks.settle(networks.resnet(identity_init=True))
     other = networks.settle(networks.resnet())

@@ -1,4 +1,4 @@
-"""The rule of tolerance: it depends on the case alone, it is of the unit that is judged, and it catches a few eps."""
+"""Tests of the tolerances. They depend only on the case, their model is the unit, and they catch a few eps."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SAMPLE = cases.all_pairs()
 
 @pytest.mark.parametrize("case", [c.but(dtype=torch.float64) for c in SAMPLE[::7]], ids=lambda c: c.id)
 def test_without_roundings_the_model_is_the_unit(case: Case) -> None:
-    """Or bounds would be those of another computation. Both are float64, judged by the rule itself."""
+    """Otherwise the bounds would belong to another computation. Both are float64 and judged by the rule itself."""
     inputs, dy = cases.make(case.but(tail=case.tail.replace("x_relu", "relu")))
     bounds = cases.bounds_of(case, inputs, dy)
     model = tolerances.Unit(bounds.truth, {**inputs, "dy": dy}, case.options)
@@ -66,8 +66,8 @@ def here() -> list[dict[str, float]]:
 
 @pytest.mark.parametrize("threads,capability", [(1, "default"), (2, "default"), (1, "avx2"), (2, "avx512")])
 def test_bounds_do_not_depend_on_the_machine(threads: int, capability: str, here: list[dict[str, float]]) -> None:
-    """Other vectors and threads sum in another order, in float64: that is STEP's quotient times 2^-53 of a bound."""
-    # PyTorch believes the variable, and a processor without these instructions would stop at the first of them.
+    """Other vectors and threads sum float64 in another order, which changes a bound by STEP's quotient times 2^-53."""
+    # PyTorch trusts the variable. A processor without these instructions would crash, so the test skips there.
     known = ["DEFAULT", "AVX2", "AVX512"]
     own = torch.backends.cpu.get_cpu_capability()
     if capability != "default" and (own not in known or known.index(capability.upper()) > known.index(own)):
@@ -107,15 +107,16 @@ def sums_off(*args: Any) -> Tensor:
 
 
 def weights_off(*args: Any) -> tuple[Tensor, ...]:
-    """Those of one neighbour."""
+    """The attention, with the weight of one neighbour off by 256 eps."""
     alpha, *rest = GOOD["attention"](*args)
     first = (torch.arange(alpha.shape[2]) == 0)[:, None]
     return (alpha * (1 + 256 * EPS * first), *rest)
 
 
 GOOD = {name: getattr(reference, name) for name in ("sigmoid", "pool", "graph_transform", "attention")}
-#: Mistake in a computation that is exact but for it -> the function, and the largest share of a bound that a result of
-#: the float32 cases comes to: the smallest of all cases, and the median. From 1 on it is caught.
+#: Each entry plants one mistake into an otherwise exact computation. The values are the name of the function, and the
+#: largest share of a bound that a result of the float32 cases reaches: the smallest and the median over the cases. The
+#: tests catch a mistake from a share of 1 on.
 PLANTED: dict[Callable[..., Any], tuple[str, float, float]] = {
     gates_off: ("sigmoid", 0.5, 1.5),
     tokens_off: ("pool", 0.2, 2.1),
@@ -134,7 +135,7 @@ def judged() -> list[tuple[Case, dict[str, Tensor], Tensor, tolerances.Judge]]:
 def test_planted_errors_are_caught_in_the_median_case(
     mistake: Callable[..., Any], judged: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A badly conditioned case hides a small mistake, so the smallest share is small; the usual case shows it."""
+    """A badly conditioned case hides a small mistake, so the smallest share is small. The median case shows it."""
     name, smallest, usual = PLANTED[mistake]
     monkeypatch.setattr(reference, name, mistake)
     found = sorted(max(shares(cases.exact(c, inputs, dy), bounds).values()) for c, inputs, dy, bounds in judged)
@@ -143,7 +144,7 @@ def test_planted_errors_are_caught_in_the_median_case(
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_two_eps_of_a_rounded_result_are_caught(dtype: torch.dtype) -> None:
-    """In every case and every result: there the one rounding is nearly the whole bound."""
+    """This holds in every case and for every result, because one rounding is nearly the whole bound there."""
     for case in SAMPLE:
         if case.dtype == dtype and case.weights == "x":
             bounds = cases.bounds_of(case, *cases.make(case))
