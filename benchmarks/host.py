@@ -29,7 +29,7 @@ from benchmarks.shapes import Shape
 from benchmarks.tables import say, table
 from benchmarks.timing import Block, Effort, Sample, interleaved
 from steam_kernels import FusedSTEAM, ops, reference, steam
-from steam_kernels.config import Options
+from steam_kernels.config import Inputs, Options
 
 COLUMNS = ("no grad", "forward with grad", "forward + backward")
 SMALL = ((1, 1, 1, 1), (1, 8, 2, 2), (1, 16, 7, 7), (1, 64, 7, 7), (1, 64, 14, 14), (1, 256, 14, 14), (1, 256, 28, 28))
@@ -87,6 +87,9 @@ def layers(effort: Effort) -> Rows:
             "forward + backward": pair,
         }
 
+    def call_operators(*tensors: torch.Tensor) -> torch.Tensor:
+        return ops.call(Inputs(*tensors), Options(), shape.grid, "cpu")
+
     def layer(call: Callable[..., Any], leaves: list[Any], *rest: Any) -> dict[str, Callable[[], object]]:
         live = [v.detach().requires_grad_() if not isinstance(v, torch.nn.Parameter) else v for v in leaves]
         inputs = live if len(live) > 1 or call is not module else [*live, *module.parameters()]
@@ -101,7 +104,7 @@ def layers(effort: Effort) -> Rows:
         "an autograd function of nothing": layer(Nothing.apply, [x, cw, sw]),
         "operator, batch 0": operator(x[:0], dy[:0]),
         "operator": operator(x, dy),
-        "autograd (ops.call)": layer(ops.call, [x, cw, sw], None, Options(), shape.grid, "cpu"),
+        "autograd (ops.call)": layer(call_operators, [x, cw, sw]),
         "steam()": layer(steam, [x, cw, sw]),
         "FusedSTEAM": layer(module, [x]),
     }

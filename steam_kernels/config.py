@@ -52,6 +52,15 @@ def check_embed_dim(embed_dim: Any, num_heads: int) -> None:
         raise ValueError(f"num_heads must divide embed_dim, got num_heads={num_heads} and embed_dim={embed_dim}")
 
 
+class Inputs(NamedTuple):
+    """The tensors of a call."""
+
+    x: Tensor
+    channel_weight: Tensor
+    spatial_weight: Tensor
+    residual: Tensor | None = None
+
+
 class Arguments(NamedTuple):
     """The options that the operators take. Every schema ends with them, in this order.
 
@@ -160,15 +169,14 @@ class Options:
             return min(gh, height), min(gw, width)
         return _least(gh, height), _least(gw, width)
 
-    def check(
-        self, x: Tensor, channel_weight: Tensor, spatial_weight: Tensor, residual: Tensor | None = None
-    ) -> tuple[int, int]:
+    def check(self, inputs: Inputs) -> tuple[int, int]:
         """Checks the tensors of one call and returns its grid.
 
         Raises:
             TypeError: an argument is not a tensor, or has a dtype that the unit does not take.
             ValueError: a shape or device is wrong; the message names the argument, what was given and what is allowed.
         """
+        x, channel_weight, spatial_weight, residual = inputs
         if not isinstance(x, Tensor):
             raise TypeError(f"x must be a tensor of shape (N, C, H, W), got {type(x).__name__}")
         dtype, shape, device = x.dtype, x.shape, x.device
@@ -249,6 +257,19 @@ def _check_residual(residual: Any, x: Tensor) -> None:
 
 
 _cached_options = lru_cache(maxsize=1024, typed=True)(Options)
+
+
+def options_of(function: str, given: dict[str, Any]) -> Options:
+    """The :class:`Options` of keyword arguments of ``function``.
+
+    Raises:
+        TypeError, ValueError: as :class:`Options`, and TypeError for a name that is not an option.
+    """
+    names = {f.name for f in fields(Options) if f.init}
+    for name in given:
+        if name not in names:
+            raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")
+    return Options(**given)
 
 
 def make_options(*options: Any) -> Options:

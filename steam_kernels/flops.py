@@ -13,7 +13,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .config import Arguments, Options, check_embed_dim, check_integer, ring_offsets
+from .config import Arguments, check_embed_dim, check_integer, options_of, ring_offsets
+
+#: Options of a layer that do not change the counts.
+_WITHOUT_INFLUENCE = ("scale", "inplace", "backend", "identity_init", "device")
 
 
 class Cost(NamedTuple):
@@ -32,17 +35,9 @@ def cost(
     width: int,
     *,
     embed_dim: int = 8,
-    num_heads: int = 4,
-    grid_size: int | tuple[int, int] | None = None,
-    window: int | None = None,
-    channel_radius: int = 1,
-    spatial_neighbors: int = 4,
-    self_loops: bool = True,
-    order: str = "sequential",
-    activation: str | None = None,
     residual: bool = False,
     dtype: torch.dtype = torch.float32,
-    **unit: Any,
+    **options: Any,
 ) -> Cost:
     """The cost of a unit on one ``(channels, height, width)`` map [derived]. The module's docstring has the convention.
 
@@ -50,7 +45,7 @@ def cost(
         channels, height, width: C, H and W, each at least 1.
         residual: whether a residual is added.
         dtype: the dtype of the map; the bytes depend on it.
-        unit: other options of :class:`steam_kernels.FusedSTEAM`, which do not change the cost.
+        options: those of :class:`steam_kernels.FusedSTEAM`. Some of them do not change the cost.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type or is out of range.
@@ -61,20 +56,9 @@ def cost(
     """
     for name, size in (("channels", channels), ("height", height), ("width", width)):
         check_integer(name, size)
-    unknown = unit.keys() - {"scale", "inplace", "backend", "identity_init", "device"}
-    if unknown:
-        raise TypeError(f"cost() got an unexpected keyword argument {sorted(unknown)[0]!r}")
-    given = Options(
-        num_heads=num_heads,
-        grid_size=grid_size,
-        window=window,
-        channel_radius=channel_radius,
-        spatial_neighbors=spatial_neighbors,
-        self_loops=self_loops,
-        order=order,
-        activation=activation,
-    )
-    check_embed_dim(embed_dim, num_heads)
+    known = {k: v for k, v in options.items() if k not in _WITHOUT_INFLUENCE}
+    given = options_of("cost", known)
+    check_embed_dim(embed_dim, given.num_heads)
     grid = given.grid(height, width)
     map_bytes = channels * height * width * dtype.itemsize
     relu = given.relu

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from . import backends, ops, reference, tracing
-from .config import Options, make_options
+from .config import Inputs, Options, make_options
 
 __all__ = ["steam"]
 
@@ -74,32 +74,25 @@ def steam(
         tensor, scale = scale, 1.0
     graphs = num_heads, grid_size, window, channel_radius, spatial_neighbors, self_loops
     options = make_options(*graphs, order, scale, activation, inplace, backend)
-    return run(x, channel_weight, spatial_weight, residual, options, tensor)
+    return run(Inputs(x, channel_weight, spatial_weight, residual), options, tensor)
 
 
-def run(
-    x: Tensor,
-    channel_weight: Tensor,
-    spatial_weight: Tensor,
-    residual: Tensor | None,
-    options: Options,
-    scale: Tensor | None = None,
-) -> Tensor:
+def run(inputs: Inputs, options: Options, scale: Tensor | None = None) -> Tensor:
     """:func:`steam` with checked options. ``scale``, if given, replaces the scale of the options."""
-    tensors = x, channel_weight, spatial_weight, residual
-    if has_torch_function(tensors):
+    if has_torch_function(inputs):
         given = options.given() if scale is None else options.given() | {"scale": scale}
-        return handle_torch_function(_STEAM, tensors, *tensors, **given)
-    grid = options.check(*tensors)
-    chosen, named = backends.choose(backends.Call(*tensors, options, grid))
+        return handle_torch_function(_STEAM, inputs, *inputs, **given)
+    grid = options.check(inputs)
+    chosen, named = backends.choose(backends.Call(*inputs, options, grid))
     plain = tracing.looked_into() or chosen not in ops.OPERATORS
     if not torch.compiler.is_compiling() and _log.isEnabledFor(logging.DEBUG):
-        _log.debug("%s %s on %s: %s", tuple(x.shape), x.dtype, x.device, "reference" if plain else chosen)
+        x, runs = inputs.x, "reference" if plain else chosen
+        _log.debug("%s %s on %s: %s", tuple(x.shape), x.dtype, x.device, runs)
     if plain:
-        return reference.compute(*tensors, options, grid, scale)
+        return reference.compute(inputs, options, grid, scale)
     if tracing.traced_as_operators():
         grid = int(grid[0]), int(grid[1])  # sizes are tensors in a trace, and the counter reads ints
-    return ops.call(*tensors, options, grid, chosen if named else ops.AUTOMATIC)
+    return ops.call(inputs, options, grid, chosen if named else ops.AUTOMATIC)
 
 
 # torch.fx.wrap has FX keep the call as one node. FX replaces the name ``steam`` while it traces, so ``_STEAM`` keeps

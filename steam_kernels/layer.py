@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from .config import Options, check_embed_dim, check_flag, check_integer, make_options
+from .config import Inputs, Options, check_embed_dim, check_flag, check_integer, make_options
 from .scale import ScaledModule
 from .tracing import looked_into
 
@@ -134,10 +134,10 @@ class Layer(ScaledModule):
         """y of the shape ``(N, C, H, W)``, dtype and memory format of x; see :func:`steam_kernels.steam`."""
         if self.channels is not None:
             check_channels(x, self.channels)
-        weights = self.channel_weight, self.spatial_weight
+        inputs = Inputs(x, self.channel_weight, self.spatial_weight, residual)
         if looked_into():
-            return self._run(x, *weights, residual, self._options, self.scale)
-        return self._run(x, *weights, residual, self.options)
+            return self._run(inputs, self._options, self.scale)
+        return self._run(inputs, self.options)
 
     def attention_maps(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The gates of :meth:`forward`, without the scale. They are differentiable and computed in plain PyTorch.
@@ -155,8 +155,8 @@ class Layer(ScaledModule):
 
         if self.channels is not None:
             check_channels(x, self.channels)
-        grid = self._options.check(x, self.channel_weight, self.spatial_weight)
-        return maps(x, self.channel_weight, self.spatial_weight, self._options, grid)
+        inputs = Inputs(x, self.channel_weight, self.spatial_weight)
+        return maps(inputs, self._options, self._options.check(inputs))
 
     def __prepare_scriptable__(self) -> NoReturn:
         """Raises RuntimeError: ``torch.jit.script`` calls this method, and it cannot compile the code of a unit."""

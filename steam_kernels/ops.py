@@ -25,26 +25,16 @@ from torch.utils.flop_counter import register_flop_formula
 
 from . import backends, memory, reference
 from .backends import triton
-from .config import Arguments, Options, accumulation_dtype
+from .config import Inputs, Options, accumulation_dtype
 from .flops import backward_flops, forward_flops
+from .schemas import SCHEMAS, Backward, Forward
 
 # The library object is at module level, because PyTorch removes the operators when the object is deleted.
 _LIBRARY = torch.library.Library("steam_kernels", "DEF")
-_OPTIONS = (
-    "SymInt[2] grid, int num_heads, int channel_radius, int spatial_neighbors, bool self_loops, bool sequential, "
-    "float scale, bool relu"
-)
-_SCHEMAS = {
-    "forward": "(Tensor x, Tensor channel_weight, Tensor spatial_weight, Tensor? residual, bool save, "
-    f"{_OPTIONS}) -> (Tensor y, Tensor saved)",
-    "backward": "(Tensor dy, Tensor x, Tensor? y, Tensor channel_weight, Tensor spatial_weight, Tensor saved, "
-    f"bool[4] needs, {_OPTIONS}) -> (Tensor dx, Tensor dchannel_weight, Tensor dspatial_weight, Tensor dresidual)",
-    "forward_": f"(Tensor(a!) x, Tensor channel_weight, Tensor spatial_weight, Tensor? residual, {_OPTIONS}) -> ()",
-}
 #: The prefixes of the operators' names, one for each backend. The empty prefix of the automatic operators is first.
 PREFIXES = tuple(sorted({b.prefix for b in backends.BACKENDS.values() if b.prefix is not None}))
 for _prefix in PREFIXES:
-    for _name, _schema in _SCHEMAS.items():
+    for _name, _schema in SCHEMAS.items():
         # flexible_layout lets a compiler choose the memory format of the maps. The operators take any strides.
         _LIBRARY.define(_prefix + _name + _schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout))
 
@@ -73,40 +63,24 @@ OPERATORS: dict[str, Operators] = {
 # ---- fakes: shapes, dtypes and strides -------------------------------------------------------------------------------
 
 
-def _fake_forward(
-    x: Tensor,
-    channel_weight: Tensor,
-    spatial_weight: Tensor,
-    residual: Tensor | None,
-    save: bool,
-    grid: tuple[int, int],
-    *options: Any,
-) -> tuple[Tensor, Tensor]:
-    shape = (x.shape[0], 2 * (x.shape[1] + grid[0] * grid[1])) if save else (0,)
+def _fake_forward(*args: Any) -> tuple[Tensor, Tensor]:
+    call = Forward.of(*args)
+    x, grid = call.inputs.x, call.grid
+    shape = (x.shape[0], 2 * (x.shape[1] + grid[0] * grid[1])) if call.save else (0,)
     return _map_like(x, True), x.new_empty(shape, dtype=accumulation_dtype(x.dtype))
 
 
-def _fake_backward(
-    dy: Tensor,
-    x: Tensor,
-    y: Tensor | None,
-    channel_weight: Tensor,
-    spatial_weight: Tensor,
-    saved: Tensor,
-    needs: Sequence[bool],
-    *options: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _gradients_like(x, channel_weight, spatial_weight, needs)
+def _fake_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    call = Backward.of(*args)
+    return _gradients_like(call.inputs, call.needs)
 
 
-def _gradients_like(
-    x: Tensor, channel_weight: Tensor, spatial_weight: Tensor, needs: Sequence[bool]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _gradients_like(inputs: Inputs, needs: Sequence[bool]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (
-        _map_like(x, needs[0]),
-        _weight_like(channel_weight, needs[1]),
-        _weight_like(spatial_weight, needs[2]),
-        _map_like(x, needs[3]),
+        _map_like(inputs.x, needs[0]),
+        _weight_like(inputs.channel_weight, needs[1]),
+        _weight_like(inputs.spatial_weight, needs[2]),
+        _map_like(inputs.x, needs[3]),
     )
 
 
@@ -133,102 +107,65 @@ for _prefix in PREFIXES:
 # ---- the operators in plain PyTorch, for devices without kernels -----------------------------------------------------
 
 
-def _plain_forward(
-    x: Tensor,
-    channel_weight: Tensor,
-    spatial_weight: Tensor,
-    residual: Tensor | None,
-    save: bool,
-    grid: tuple[int, int],
-    *options: Any,
-) -> tuple[Tensor, Tensor]:
-    unit = Arguments(*options).options()
+def _plain_forward(call: Forward) -> tuple[Tensor, Tensor]:
     with torch.no_grad():
-        y, saved = reference.forward(x, channel_weight, spatial_weight, residual, unit, (grid[0], grid[1]))
-        return _map_like(x, True).copy_(y), saved if save else saved.new_empty(0)
+        y, saved = reference.forward(call.inputs, call.arguments.options(), call.grid)
+        return _map_like(call.inputs.x, True).copy_(y), saved if call.save else saved.new_empty(0)
 
 
-def _plain_backward(
-    dy: Tensor,
-    x: Tensor,
-    y: Tensor | None,
-    channel_weight: Tensor,
-    spatial_weight: Tensor,
-    saved: Tensor,
-    needs: Sequence[bool],
-    grid: tuple[int, int],
-    *options: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    arguments = Arguments(*options)
-    arguments.check_backward(y, needs)
+def _plain_backward(call: Backward) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    call.arguments.check_backward(call.y, call.needs)
+    dy = call.dy
     with torch.no_grad():
-        if y is not None:
-            dy = dy.masked_fill(y <= 0, 0)
-        weights = channel_weight, spatial_weight
-        gradients = reference.backward(dy, x, *weights, saved, arguments.options(), (grid[0], grid[1]))
-        dx, dchannel, dspatial, dresidual = (
-            out.copy_(value) if need else out
-            for out, value, need in zip(_gradients_like(x, *weights, needs), (*gradients, dy), needs, strict=True)
-        )
+        if call.y is not None:
+            dy = dy.masked_fill(call.y <= 0, 0)
+        gradients = reference.backward(dy, call.inputs, call.saved, call.arguments.options(), call.grid)
+        results = zip(_gradients_like(call.inputs, call.needs), (*gradients, dy), call.needs, strict=True)
+        dx, dchannel, dspatial, dresidual = (out.copy_(value) if need else out for out, value, need in results)
         return dx, dchannel, dspatial, dresidual
 
 
-def _plain_forward_(
-    x: Tensor,
-    channel_weight: Tensor,
-    spatial_weight: Tensor,
-    residual: Tensor | None,
-    grid: tuple[int, int],
-    *options: Any,
-) -> None:
-    unit = Arguments(*options).options()
+def _plain_forward_(call: Forward) -> None:
     with torch.no_grad():
-        x.copy_(reference.evaluate(x, channel_weight, spatial_weight, residual, unit, (grid[0], grid[1])))
+        call.inputs.x.copy_(reference.evaluate(call.inputs, call.arguments.options(), call.grid))
 
 
 def with_any_strides(kernels: Operators) -> Operators:
-    """Wraps ``kernels``, which need maps in the strides of a dense x and contiguous weights, to take any strides."""
+    """The operators of kernels written in Python, which take a :class:`Forward` or a :class:`Backward`.
 
-    def forward(
-        x: Tensor, channel_weight: Tensor, spatial_weight: Tensor, residual: Tensor | None, *options: Any
-    ) -> tuple[Tensor, Tensor]:
-        x = memory.dense(x)
-        if residual is not None:
-            residual = memory.match_strides(residual, x)
-        return kernels.forward(x, channel_weight.contiguous(), spatial_weight.contiguous(), residual, *options)
+    The kernels see every map in the strides of a dense x, and contiguous weights.
+    """
 
-    def backward(
-        dy: Tensor,
-        x: Tensor,
-        y: Tensor | None,
-        channel_weight: Tensor,
-        spatial_weight: Tensor,
-        saved: Tensor,
-        *options: Any,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        x = memory.dense(x)
-        dy = memory.match_strides(dy, x)
-        if y is not None:
-            y = memory.match_strides(y, x)
-        given = channel_weight, spatial_weight
-        weights = channel_weight.contiguous(), spatial_weight.contiguous()
-        dx, *dweights, dresidual = kernels.backward(dy, x, y, *weights, saved.contiguous(), *options)
+    def dense(inputs: Inputs) -> Inputs:
+        x = memory.dense(inputs.x)
+        residual = None if inputs.residual is None else memory.match_strides(inputs.residual, x)
+        return Inputs(x, inputs.channel_weight.contiguous(), inputs.spatial_weight.contiguous(), residual)
+
+    def forward(*args: Any) -> tuple[Tensor, Tensor]:
+        call = Forward.of(*args)
+        return kernels.forward(call._replace(inputs=dense(call.inputs)))
+
+    def backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        call = Backward.of(*args)
+        inputs = dense(call.inputs)
+        dy = memory.match_strides(call.dy, inputs.x)
+        y = None if call.y is None else memory.match_strides(call.y, inputs.x)
+        given = call._replace(inputs=inputs, dy=dy, y=y, saved=call.saved.contiguous())
+        dx, *dweights, dresidual = kernels.backward(given)
         dchannel, dspatial = (
             dweight if weight is own or not dweight.numel() else _weight_like(own, True).copy_(dweight)
-            for dweight, weight, own in zip(dweights, weights, given, strict=True)
+            for dweight, weight, own in zip(dweights, inputs[1:3], call.inputs[1:3], strict=True)
         )
         return dx, dchannel, dspatial, dresidual
 
-    def forward_(
-        x: Tensor, channel_weight: Tensor, spatial_weight: Tensor, residual: Tensor | None, *options: Any
-    ) -> None:
-        memory.check_overlaps(x, residual)
-        target = memory.dense(x)
-        if residual is not None:
-            residual = memory.match_strides(residual, target)
-        kernels.forward_(target, channel_weight.contiguous(), spatial_weight.contiguous(), residual, *options)
-        if target is not x:
-            x.copy_(target)
+    def forward_(*args: Any) -> None:
+        call = Forward.of_in_place(*args)
+        x = call.inputs.x
+        memory.check_overlaps(x, call.inputs.residual)
+        inputs = dense(call.inputs)
+        kernels.forward_(call._replace(inputs=inputs))
+        if inputs.x is not x:
+            x.copy_(inputs.x)
 
     return Operators(forward, backward, forward_)
 
@@ -244,74 +181,34 @@ for _name, _plain in _PLAIN._asdict().items():
 def _triton(name: str) -> Callable[..., Any]:
     """The operator ``name`` of the Triton kernels, which are imported at the first call."""
 
-    def run(x: Tensor, *args: Any) -> Any:  # x is the first map: dy in backward
-        kernels = triton.triton_kernels()
+    def run(call: Forward | Backward) -> Any:
+        kernels, device = triton.triton_kernels(), call.inputs.x.device
         if kernels.reason:
             raise RuntimeError(kernels.reason)
         function = getattr(kernels.module, name)
-        if x.device.type != "cuda":
-            return function(x, *args)
-        with torch.cuda.device(x.device):
-            return function(x, *args, family=triton.family(x.device.index))
+        if device.type != "cuda":
+            return function(call)
+        with torch.cuda.device(device):
+            return function(call, family=triton.family(device.index))
 
     return run
 
 
-def _first_on_gpu(
-    x: Tensor, weights: tuple[Tensor, Tensor], residual: Tensor | None, grid: tuple[int, int], options: tuple[Any, ...]
-) -> Operators:
-    """The operators of the first GPU backend that can run the call, else those in plain PyTorch."""
-    unit = Arguments(*options).options()
-    backend = backends.first(backends.Call(x, *weights, residual, unit, (grid[0], grid[1])))
-    return OPERATORS.get(backend, _PLAIN)
+def _on_gpu(name: str, of: Callable[..., Forward | Backward]) -> Callable[..., Any]:
+    """The operator ``name`` of the first GPU backend that can run the call, else of plain PyTorch."""
 
+    def run(*args: Any) -> Any:
+        call = of(*args)
+        judged = backends.Call(*call.inputs, call.arguments.options(), call.grid)
+        return getattr(OPERATORS.get(backends.first(judged), _PLAIN), name)(*args)
 
-def _gpu_forward(
-    x: Tensor,
-    channel_weight: Tensor,
-    spatial_weight: Tensor,
-    residual: Tensor | None,
-    save: bool,
-    grid: tuple[int, int],
-    *options: Any,
-) -> tuple[Tensor, Tensor]:
-    weights = channel_weight, spatial_weight
-    chosen = _first_on_gpu(x, weights, residual, grid, options)
-    return chosen.forward(x, *weights, residual, save, grid, *options)
-
-
-def _gpu_backward(
-    dy: Tensor,
-    x: Tensor,
-    y: Tensor | None,
-    channel_weight: Tensor,
-    spatial_weight: Tensor,
-    saved: Tensor,
-    needs: Sequence[bool],
-    grid: tuple[int, int],
-    *options: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    weights = channel_weight, spatial_weight
-    chosen = _first_on_gpu(x, weights, None, grid, options)
-    return chosen.backward(dy, x, y, *weights, saved, needs, grid, *options)
-
-
-def _gpu_forward_(
-    x: Tensor,
-    channel_weight: Tensor,
-    spatial_weight: Tensor,
-    residual: Tensor | None,
-    grid: tuple[int, int],
-    *options: Any,
-) -> None:
-    weights = channel_weight, spatial_weight
-    _first_on_gpu(x, weights, residual, grid, options).forward_(x, *weights, residual, grid, *options)
+    return run
 
 
 for _name, _kernel in with_any_strides(Operators(*map(_triton, Operators._fields)))._asdict().items():
     _LIBRARY.impl(f"triton_{_name}", _kernel, "CompositeExplicitAutograd")
-for _name, _first in Operators(_gpu_forward, _gpu_backward, _gpu_forward_)._asdict().items():
-    _LIBRARY.impl(_name, _first, "CUDA")
+for _name, _of in (("forward", Forward.of), ("backward", Backward.of), ("forward_", Forward.of_in_place)):
+    _LIBRARY.impl(_name, _on_gpu(_name, _of), "CUDA")
 
 
 # ---- autograd --------------------------------------------------------------------------------------------------------
@@ -375,26 +272,19 @@ def _differentiable_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     # The gradients are taken with respect to aliases. One saved tensor may depend on another one. Without aliases,
     # autograd would follow that path here, and the caller's backward pass would count the path a second time.
     inputs = x.view_as(x), channel_weight.view_as(channel_weight), spatial_weight.view_as(spatial_weight)
-    out = reference.evaluate(*inputs, None, options.but(activation=None), grid)
+    out = reference.evaluate(Inputs(*inputs), options.but(activation=None), grid)
     asked = [t for t, need in zip(inputs, ctx.needs_input_grad[:3], strict=True) if need]
     found = iter(torch.autograd.grad(out, asked, dy, create_graph=True))
     gradients = [next(found) if need else None for need in ctx.needs_input_grad[:3]]
     return *gradients, dy if ctx.needs_input_grad[3] else None, None, None, None
 
 
-def call(
-    x: Tensor,
-    channel_weight: Tensor,
-    spatial_weight: Tensor,
-    residual: Tensor | None,
-    options: Options,
-    grid: tuple[int, int],
-    backend: str,
-) -> Tensor:
+def call(inputs: Inputs, options: Options, grid: tuple[int, int], backend: str) -> Tensor:
     """One checked call on a backend's operators. It goes through autograd only if autograd records the call."""
+    x, channel_weight, spatial_weight, residual = inputs
     if options.inplace:
-        memory.check_inplace(x, channel_weight, spatial_weight, residual)
-        OPERATORS[backend].forward_(x, channel_weight, spatial_weight, residual, grid, *options.arguments)
+        memory.check_inplace(*inputs)
+        OPERATORS[backend].forward_(*inputs, grid, *options.arguments)
         if not (torch.compiler.is_compiling() or x.is_inference()):
             # Autograd notices the write by the version counter. The dispatcher increments the counter only for
             # operators that it differentiates.
@@ -408,7 +298,7 @@ def call(
     ):
         # An x that is not dense is copied once here, so that forward and backward share the copy.
         return _Steam.apply(memory.dense(x), channel_weight, spatial_weight, residual, options, grid, backend)
-    return OPERATORS[backend].forward(x, channel_weight, spatial_weight, residual, False, grid, *options.arguments)[0]
+    return OPERATORS[backend].forward(*inputs, False, grid, *options.arguments)[0]
 
 
 # ---- FLOPs -----------------------------------------------------------------------------------------------------------
@@ -419,40 +309,25 @@ def _packets(*names: str) -> list[Any]:
 
 
 @register_flop_formula(_packets("forward"))
-def forward_flop(
-    x: Any,
-    channel_weight: Any,
-    spatial_weight: Any,
-    residual: Any,
-    save: bool,
-    grid: Any,
-    *options: Any,
-    out_shape: Any = None,
-) -> int:
+def forward_flop(*args: Any, out_shape: Any = None) -> int:
     """FLOPs of a call of ``forward``. The arguments are tensors or their shapes."""
-    has_residual = residual is not None
-    return x[0] * forward_flops(x[1], x[2], x[3], tuple(grid), Arguments(*options), has_residual)
+    return _forward_flop(Forward.of(*args))
 
 
 @register_flop_formula(_packets("forward_"))
-def forward_in_place_flop(
-    x: Any, channel_weight: Any, spatial_weight: Any, residual: Any, grid: Any, *options: Any, out_shape: Any = None
-) -> int:
-    """FLOPs of a call of ``forward_``, the same as of ``forward``."""
-    return forward_flop(x, channel_weight, spatial_weight, residual, False, grid, *options)
+def forward_in_place_flop(*args: Any, out_shape: Any = None) -> int:
+    """FLOPs of a call of ``forward_``. The arguments are tensors or their shapes."""
+    return _forward_flop(Forward.of_in_place(*args))
+
+
+def _forward_flop(call: Forward) -> int:
+    samples, channels, height, width = call.inputs.x
+    residual = call.inputs.residual is not None
+    return samples * forward_flops(channels, height, width, call.grid, call.arguments, residual)
 
 
 @register_flop_formula(_packets("backward"))
-def _backward_flop(
-    dy: Any,
-    x: Any,
-    y: Any,
-    channel_weight: Any,
-    spatial_weight: Any,
-    saved: Any,
-    needs: Any,
-    grid: Any,
-    *options: Any,
-    out_shape: Any = None,
-) -> int:
-    return x[0] * backward_flops(x[1], x[2], x[3], tuple(grid), Arguments(*options))
+def _backward_flop(*args: Any, out_shape: Any = None) -> int:
+    call = Backward.of(*args)
+    samples, channels, height, width = call.inputs.x
+    return samples * backward_flops(channels, height, width, call.grid, call.arguments)

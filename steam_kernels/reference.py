@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .config import Options, accumulation_dtype, ceil_div, lattice_offsets, make_options
+from .config import Inputs, Options, accumulation_dtype, ceil_div, lattice_offsets, options_of
 from .layer import Layer
 from .memory import check_inplace, dense, match_strides
 from .tracing import exporting, factor, looked_into
@@ -206,10 +206,16 @@ def sigmoid(o: Tensor) -> Tensor:
 # ---- the unit --------------------------------------------------------------------------------------------------------
 
 
-def tokens(
-    x: Tensor, channel_weight: Tensor, spatial_weight: Tensor, options: Options, grid: tuple[int, int]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The tokens and pre-activations z, o_c ``(N, C)`` and u, o_s ``(N, gh * gw)``, in the accumulation dtype."""
+def widen(inputs: Inputs) -> Inputs:
+    """The inputs with x and both weights in the accumulation dtype."""
+    dtype = accumulation_dtype(inputs.x.dtype)
+    x, channel_weight, spatial_weight, residual = inputs
+    return Inputs(x.to(dtype), channel_weight.to(dtype), spatial_weight.to(dtype), residual)
+
+
+def tokens(inputs: Inputs, options: Options, grid: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The tokens and pre-activations z, o_c ``(N, C)`` and u, o_s ``(N, gh * gw)`` of :func:`widen`'s inputs."""
+    x, channel_weight, spatial_weight, _ = inputs
     _, channels, height, width = x.shape
     pooled, counts = pool(x, grid)
     z = (pooled * counts).sum((2, 3)) / (height * width)
@@ -233,34 +239,21 @@ def gate(x: Tensor, g_c: Tensor, g_s: Tensor, scale: float | Tensor = 1.0) -> Te
     return x * ((factor(scale, g_c) * g_c)[:, :, None, None] * spread(g_s, (x.shape[2], x.shape[3]))[:, None])
 
 
-def maps(
-    x: Tensor, channel_weight: Tensor, spatial_weight: Tensor, options: Options, grid: tuple[int, int]
-) -> tuple[Tensor, Tensor]:
+def maps(inputs: Inputs, options: Options, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """The channel gate ``(N, C)`` and the spatial gate ``(N, gh, gw)``, in the accumulation dtype."""
-    dtype = accumulation_dtype(x.dtype)
-    _, o_c, _, o_s = tokens(x.to(dtype), channel_weight.to(dtype), spatial_weight.to(dtype), options, grid)
+    _, o_c, _, o_s = tokens(widen(inputs), options, grid)
     # view is used: ONNX's legacy exporter has unflatten only from opset 13 on, and makes its result's shape a constant.
-    return sigmoid(o_c), sigmoid(o_s).view(x.shape[0], *grid)
+    return sigmoid(o_c), sigmoid(o_s).view(inputs.x.shape[0], *grid)
 
 
-def evaluate(
-    x: Tensor,
-    channel_weight: Tensor,
-    spatial_weight: Tensor,
-    residual: Tensor | None,
-    options: Options,
-    grid: tuple[int, int],
-    scale: Tensor | None = None,
-) -> Tensor:
+def evaluate(inputs: Inputs, options: Options, grid: tuple[int, int], scale: Tensor | None = None) -> Tensor:
     """The unit on checked arguments, differentiable and out of place.
 
     ``scale``, if given, is a tensor of 0 dimensions that replaces the scale of the options.
     """
-    dtype = accumulation_dtype(x.dtype)
-    wide = x.to(dtype)
-    gates = maps(wide, channel_weight, spatial_weight, options, grid)
-    y = gate(wide, *gates, options.scale if scale is None else scale)
-    return finish(y, residual, options.relu, x.dtype)
+    wide = widen(inputs)
+    y = gate(wide.x, *maps(wide, options, grid), options.scale if scale is None else scale)
+    return finish(y, inputs.residual, options.relu, inputs.x.dtype)
 
 
 def finish(y: Tensor, residual: Tensor | None, relu: bool, dtype: torch.dtype) -> Tensor:
@@ -272,30 +265,16 @@ def finish(y: Tensor, residual: Tensor | None, relu: bool, dtype: torch.dtype) -
     return torch.relu(y) if relu else y
 
 
-def forward(
-    x: Tensor,
-    channel_weight: Tensor,
-    spatial_weight: Tensor,
-    residual: Tensor | None,
-    options: Options,
-    grid: tuple[int, int],
-) -> tuple[Tensor, Tensor]:
+def forward(inputs: Inputs, options: Options, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """y of :func:`evaluate`, and ``saved`` for :func:`backward`: ``(N, 2 (C + gh gw))``, rows [z | o_c | u | o_s]."""
-    dtype = accumulation_dtype(x.dtype)
-    wide = x.to(dtype)
-    z, o_c, u, o_s = tokens(wide, channel_weight.to(dtype), spatial_weight.to(dtype), options, grid)
-    y = gate(wide, sigmoid(o_c), sigmoid(o_s).view(x.shape[0], *grid), options.scale)
-    return finish(y, residual, options.relu, x.dtype), torch.cat((z, o_c, u, o_s), 1)
+    wide = widen(inputs)
+    z, o_c, u, o_s = tokens(wide, options, grid)
+    y = gate(wide.x, sigmoid(o_c), sigmoid(o_s).view(wide.x.shape[0], *grid), options.scale)
+    return finish(y, inputs.residual, options.relu, inputs.x.dtype), torch.cat((z, o_c, u, o_s), 1)
 
 
 def backward(
-    dy: Tensor,
-    x: Tensor,
-    channel_weight: Tensor,
-    spatial_weight: Tensor,
-    saved: Tensor,
-    options: Options,
-    grid: tuple[int, int],
+    dy: Tensor, inputs: Inputs, saved: Tensor, options: Options, grid: tuple[int, int]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of x and of both weights in closed form [derived], in the accumulation dtype.
 
@@ -303,8 +282,8 @@ def backward(
         dy: ``(N, C, H, W)``, already masked if the options have a ReLU.
         saved: from :func:`forward`.
     """
-    dtype = accumulation_dtype(x.dtype)
-    dy, x = dy.to(dtype), x.to(dtype)
+    x, channel_weight, spatial_weight, _ = widen(inputs)
+    dy = dy.to(x.dtype)
     samples, channels, height, width = x.shape
     cells = grid[0] * grid[1]
     z, o_c, u, o_s = saved.split((channels, channels, cells, cells), 1)
@@ -314,14 +293,14 @@ def backward(
 
     d_o_s = options.scale * (g_c[:, :, None] * products).sum(1) * g_s * torch.sigmoid(-o_s)
     graph = lattice(grid, options.spatial_neighbors, options.self_loops, x.device)
-    d_u, d_spatial = _graph_backward(d_o_s, u, spatial_weight.to(dtype), options.num_heads, graph)
+    d_u, d_spatial = _graph_backward(d_o_s, u, spatial_weight, options.num_heads, graph)
 
     d_g_c = options.scale * (g_s[:, None] * products).sum(2)
     if options.sequential:
         d_g_c = d_g_c + (d_u[:, None] * pooled.flatten(2)).sum(2) / channels
     d_o_c = d_g_c * g_c * torch.sigmoid(-o_c)
     graph = ring(channels, options.channel_radius, options.self_loops, x.device)
-    d_z, d_channel = _graph_backward(d_o_c, z, channel_weight.to(dtype), options.num_heads, graph)
+    d_z, d_channel = _graph_backward(d_o_c, z, channel_weight, options.num_heads, graph)
 
     share = spread(d_u.view(samples, *grid) / (channels * counts), (height, width))[:, None]
     if options.sequential:
@@ -356,62 +335,29 @@ def _graph_backward(d_o: Tensor, t: Tensor, weight: Tensor, num_heads: int, grap
 
 
 def steam(
-    x: Tensor,
-    channel_weight: Tensor,
-    spatial_weight: Tensor,
-    residual: Tensor | None = None,
-    *,
-    num_heads: int = 4,
-    grid_size: int | tuple[int, int] | None = None,
-    window: int | None = None,
-    channel_radius: int = 1,
-    spatial_neighbors: int = 4,
-    self_loops: bool = True,
-    order: str = "sequential",
-    scale: float | Tensor = 1.0,
-    activation: str | None = None,
-    inplace: bool = False,
-    backend: str | None = None,
+    x: Tensor, channel_weight: Tensor, spatial_weight: Tensor, residual: Tensor | None = None, **options: Any
 ) -> Tensor:
     """:func:`steam_kernels.steam` in plain PyTorch, with the same arguments and errors. ``backend`` is only checked."""
     tensor = None
-    if isinstance(scale, Tensor) and looked_into():
-        tensor, scale = scale, 1.0
-    graphs = num_heads, grid_size, window, channel_radius, spatial_neighbors, self_loops
-    options = make_options(*graphs, order, scale, activation, inplace, backend)
-    return run(x, channel_weight, spatial_weight, residual, options, tensor)
+    if isinstance(options.get("scale"), Tensor) and looked_into():
+        tensor = options.pop("scale")
+    return run(Inputs(x, channel_weight, spatial_weight, residual), options_of("steam", options), tensor)
 
 
-def run(
-    x: Tensor,
-    channel_weight: Tensor,
-    spatial_weight: Tensor,
-    residual: Tensor | None,
-    options: Options,
-    scale: Tensor | None = None,
-) -> Tensor:
+def run(inputs: Inputs, options: Options, scale: Tensor | None = None) -> Tensor:
     """:func:`steam` with checked options. ``scale``, if given, replaces the scale of the options."""
-    grid = options.check(x, channel_weight, spatial_weight, residual)
-    return compute(x, channel_weight, spatial_weight, residual, options, grid, scale)
+    return compute(inputs, options, options.check(inputs), scale)
 
 
-def compute(
-    x: Tensor,
-    channel_weight: Tensor,
-    spatial_weight: Tensor,
-    residual: Tensor | None,
-    options: Options,
-    grid: tuple[int, int],
-    scale: Tensor | None = None,
-) -> Tensor:
+def compute(inputs: Inputs, options: Options, grid: tuple[int, int], scale: Tensor | None = None) -> Tensor:
     """:func:`evaluate`, with y in the strides of a dense x, or written into x if the options are in place."""
     if options.inplace:
-        check_inplace(x, channel_weight, spatial_weight, residual)
-        return x.copy_(evaluate(x, channel_weight, spatial_weight, residual, options, grid, scale))
-    y = evaluate(x, channel_weight, spatial_weight, residual, options, grid, scale)
+        check_inplace(*inputs)
+        return inputs.x.copy_(evaluate(inputs, options, grid, scale))
+    y = evaluate(inputs, options, grid, scale)
     if exporting() or torch._C._are_functorch_transforms_active():
         return y
-    return match_strides(y, dense(x))
+    return match_strides(y, dense(inputs.x))
 
 
 class STEAM(Layer):

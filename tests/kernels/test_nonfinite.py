@@ -8,8 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-import steam_kernels
-from steam_kernels import reference
+from steam_kernels import config, reference
 from tests.support import nonfinite, tolerances
 from tests.support.cases import Case
 from tests.support.nonfinite import CASES, LARGE_MAPS, MAGNITUDES, VALUES, exact, make_large
@@ -66,11 +65,10 @@ def test_the_closed_form_is_as_good(case: Case, dtype: torch.dtype, magnitude: f
     """The closed-form backward of the reference, which the operators run without kernels, keeps the same bounds."""
     case = case.but(dtype=dtype, tail="none")
     inputs, dy = make_large(case, magnitude)
-    x, channel_weight, spatial_weight = inputs.values()
-    options = steam_kernels.config.Options(**case.options)
-    grid = options.check(x, channel_weight, spatial_weight)
-    _, saved = reference.forward(x, channel_weight, spatial_weight, None, options, grid)
-    found = reference.backward(dy, x, channel_weight, spatial_weight, saved, options, grid)
+    given, options = config.Inputs(**inputs), config.Options(**case.options)
+    grid = options.check(given)
+    _, saved = reference.forward(given, options, grid)
+    found = reference.backward(dy, given, saved, options, grid)
     truth = exact(case, inputs, dy)
     del truth["y"]
     bounds = {k: tolerances.rounding(v, torch.float32) for k, v in truth.items()}

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from steam_kernels.config import Arguments
 from steam_kernels.ops import Operators, with_any_strides
+from steam_kernels.schemas import Backward, Forward
 from tests.support.cases import Case
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -254,79 +255,47 @@ class Host:
     def operators(self) -> Operators:
         return with_any_strides(Operators(self.forward, self.backward, self.forward_))
 
-    def forward(
-        self,
-        x: Tensor,
-        channel_weight: Tensor,
-        spatial_weight: Tensor,
-        residual: Tensor | None,
-        save: bool,
-        grid: Sequence[int],
-        *options: Any,
-    ) -> Any:
+    def forward(self, call: Forward) -> Any:
+        x, grid = call.inputs.x, call.grid
         y = self.poisoned_like(x)
         saved = torch.empty(
-            (x.shape[0], 2 * (x.shape[1] + grid[0] * grid[1])) if save else (0,),
+            (x.shape[0], 2 * (x.shape[1] + grid[0] * grid[1])) if call.save else (0,),
             dtype=torch.float64 if x.dtype == torch.float64 else torch.float32,
         )
         arrays = {"x": (READ, x), "y": (WRITTEN, y)}
-        if save:
+        if call.save:
             arrays["saved"] = (WRITTEN, saved)
-        self._forward(x, channel_weight, spatial_weight, residual, (grid, *options), arrays)
+        self._forward(call, arrays)
         return y, saved
 
-    def forward_(
-        self, x: Tensor, channel_weight: Tensor, spatial_weight: Tensor, residual: Tensor | None, *options: Any
-    ) -> None:
-        self._forward(x, channel_weight, spatial_weight, residual, options, {"x": (READ, x), "y": (IS_X, x)})
+    def forward_(self, call: Forward) -> None:
+        self._forward(call, {"x": (READ, call.inputs.x), "y": (IS_X, call.inputs.x)})
 
-    def _forward(
-        self,
-        x: Tensor,
-        channel_weight: Tensor,
-        spatial_weight: Tensor,
-        residual: Tensor | None,
-        options: Sequence[Any],
-        arrays: dict[str, tuple[int, Tensor]],
-    ) -> None:
+    def _forward(self, call: Forward, arrays: dict[str, tuple[int, Tensor]]) -> None:
+        x, channel_weight, spatial_weight, residual = call.inputs
         arrays |= {"channel_weight": (READ, channel_weight), "spatial_weight": (READ, spatial_weight)}
         if residual is not None:
             arrays["residual"] = (READ, residual)
-        self.call(problem_of(x, channel_weight, *options), channel_weight.dtype, False, **arrays)
+        self.call(problem_of(x, channel_weight, call.grid, call.arguments), channel_weight.dtype, False, **arrays)
 
-    def backward(
-        self,
-        dy: Tensor,
-        x: Tensor,
-        y: Tensor | None,
-        channel_weight: Tensor,
-        spatial_weight: Tensor,
-        saved: Tensor,
-        needs: Sequence[bool],
-        *options: Any,
-    ) -> tuple[Tensor, ...]:
-        need_x, need_channel, need_spatial, need_residual = needs
+    def backward(self, call: Backward) -> tuple[Tensor, ...]:
+        x, channel_weight, spatial_weight, _ = call.inputs
         arrays = {
             "channel_weight": (READ, channel_weight),
             "spatial_weight": (READ, spatial_weight),
             "x": (READ, x),
-            "dy": (READ, dy),
-            "saved": (READ, saved),
+            "dy": (READ, call.dy),
+            "saved": (READ, call.saved),
         }
-        if y is not None:
-            arrays["y"] = (READ, y)
+        if call.y is not None:
+            arrays["y"] = (READ, call.y)
         results = []
-        wanted = {
-            "dx": (x, need_x),
-            "dchannel": (channel_weight, need_channel),
-            "dspatial": (spatial_weight, need_spatial),
-            "dresidual": (x, need_residual),
-        }
-        for name, (like, need) in wanted.items():
-            results.append(self.poisoned_like(like) if need else like.new_empty(0))
+        names, like = ("dx", "dchannel", "dspatial", "dresidual"), (x, channel_weight, spatial_weight, x)
+        for name, of, need in zip(names, like, call.needs, strict=True):
+            results.append(self.poisoned_like(of) if need else of.new_empty(0))
             if need:
                 arrays[name] = (WRITTEN, results[-1])
-        problem = problem_of(x, channel_weight, *options)
+        problem = problem_of(x, channel_weight, call.grid, call.arguments)
         self.call(problem, channel_weight.dtype, True, **arrays)
         return tuple(results)
 
@@ -337,8 +306,7 @@ class Host:
         return room[offset:].as_strided(t.shape, torch.empty_like(t).stride())
 
 
-def problem_of(x: Tensor, weight: Tensor, grid: Sequence[int], *options: Any) -> Problem:
-    o = Arguments(*options)
+def problem_of(x: Tensor, weight: Tensor, grid: tuple[int, int], o: Arguments) -> Problem:
     graphs = o.channel_radius, weight.shape[1], o.num_heads, o.spatial_neighbors, o.self_loops, o.sequential
     return Problem(*x.shape, *grid, *graphs, not x.is_contiguous(), o.relu, o.scale, DTYPES[x.dtype])
 

@@ -8,6 +8,7 @@ Gradients come from autograd in float64. The oracle is slow and meant for small 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -90,20 +91,22 @@ def _sigmoid(o: Tensor) -> Tensor:
     return torch.sigmoid(o)
 
 
+DEFAULTS: dict[str, Any] = {
+    "num_heads": 4,
+    "grid_size": None,
+    "window": None,
+    "channel_radius": 1,
+    "spatial_neighbors": 4,
+}
+DEFAULTS |= {"self_loops": True, "order": "sequential"}
+
+
 def gates(
-    sample: Tensor,
-    channel_weight: Tensor,
-    spatial_weight: Tensor,
-    *,
-    num_heads: int = 4,
-    grid_size: int | tuple[int, int] | None = None,
-    window: int | None = None,
-    channel_radius: int = 1,
-    spatial_neighbors: int = 4,
-    self_loops: bool = True,
-    order: str = "sequential",
+    sample: Tensor, channel_weight: Tensor, spatial_weight: Tensor, **options: Any
 ) -> tuple[Tensor, Tensor, tuple[int, int]]:
     """The channel gate (C,), the spatial gate (gh * gw,) and the grid of one sample (C, H, W)."""
+    assert options.keys() <= DEFAULTS.keys(), options
+    num_heads, grid_size, window, channel_radius, spatial_neighbors, self_loops, order = (DEFAULTS | options).values()
     channels, height, width = sample.shape
     gh, gw = resolve_grid(height, width, grid_size, window)
     members: list[list[Tensor]] = [[] for _ in range(gh * gw)]
@@ -138,7 +141,7 @@ def unit(
     _, channels, height, width = x.shape
     out = []
     for n in range(x.shape[0]):
-        g_c, g_s, (gh, gw) = gates(x[n], channel_weight, spatial_weight, **options)  # type: ignore[arg-type]
+        g_c, g_s, (gh, gw) = gates(x[n], channel_weight, spatial_weight, **options)
         rows = []
         for r in range(height):
             row = [g_s[cell_of(r, q, height, width, gh, gw)] for q in range(width)]

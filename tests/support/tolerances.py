@@ -267,7 +267,7 @@ class Unit:
         x = inputs["x"]
         weights = to_float64({k: inputs[k].cpu() for k in ("channel_weight", "spatial_weight")})
         self.channel_weight, self.spatial_weight = weights.values()
-        self.grid = self.options.check(x, inputs["channel_weight"], inputs["spatial_weight"])
+        self.grid = self.options.check(config.Inputs(x, inputs["channel_weight"], inputs["spatial_weight"]))
         samples, self.channels, height, width = x.shape
         self.pixels = height * width
         cpu = torch.device("cpu")

@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 
 from steam_kernels import memory
-from steam_kernels.config import Options
+from steam_kernels.config import Inputs, Options
+from steam_kernels.schemas import Backward, Forward
 from tests.support import cases
 from tests.support.cases import Case
 
@@ -94,19 +95,21 @@ class Call:
         self.weights = inputs["channel_weight"], inputs["spatial_weight"]
         options = Options(**case.options)
         self.relu = options.relu
-        self.options = options.grid(*case.space), *options.arguments
+        self.options = options.grid(*case.space), options.arguments
 
     def forward(self, family: str) -> tuple[Tensor, Tensor]:
         from steam_kernels.backends.triton import operators
 
-        return operators.forward(self.x, *self.weights, self.residual, True, *self.options, family=family)
+        return operators.forward(Forward(Inputs(self.x, *self.weights, self.residual), True, *self.options), family)
 
     def backward(self, y: Tensor, saved: Tensor, family: str) -> tuple[Tensor, ...]:
         from steam_kernels.backends.triton import operators
 
         masked = y if self.relu else None
         needs = True, True, True, self.relu and self.residual is not None
-        return operators.backward(self.dy, self.x, masked, *self.weights, saved, needs, *self.options, family=family)
+        return operators.backward(
+            Backward(self.dy, Inputs(self.x, *self.weights), masked, saved, needs, *self.options), family
+        )
 
 
 def figures(guard: Guard, maps: dict[str, Tensor]) -> dict[str, Any]:

@@ -10,6 +10,8 @@ import torch
 import steam_kernels
 from steam_kernels import FusedSTEAM, backends, ops
 from steam_kernels.backends import triton as backend
+from steam_kernels.config import Inputs
+from steam_kernels.schemas import Backward, Forward
 from tests.support.operators import OPS, forward_arguments, in_place_arguments
 from tests.support.triton_cases import SMALL, backward_arguments
 from tests.support.triton_cases import rounds_to_bfloat16 as rounds_to_bfloat16
@@ -123,7 +125,8 @@ def test_the_gpu_key_runs_the_first_backend_that_can(name: str, monkeypatch: pyt
             return backward_arguments(case, (True, True, True, True))
         return (forward_arguments if name == "forward" else in_place_arguments)(case)
 
-    run = getattr(ops, f"_gpu_{name}")
+    of = {"forward": Forward.of, "backward": Backward.of, "forward_": Forward.of_in_place}[name]
+    run = ops._on_gpu(name, of)
     seen: list[backends.Call] = []
     monkeypatch.setattr(backends, "first", lambda call: seen.append(call) or "triton")
     given, same = arguments(), arguments()
@@ -136,7 +139,7 @@ def test_the_gpu_key_runs_the_first_backend_that_can(name: str, monkeypatch: pyt
     assert seen[0].options.arguments == (4, 1, 4, True, True, 1.0, True)
     monkeypatch.setattr(backends, "first", lambda call: "reference")
     monkeypatch.setattr(ops, "_PLAIN", ops.Operators(*[lambda *args: "plain"] * 3))
-    assert run(*given) == (None if name == "forward_" else "plain")
+    assert run(*given) == "plain"
 
 
 @pytest.mark.parametrize("name", ops.Operators._fields)
@@ -161,6 +164,6 @@ def test_the_launch_is_on_the_device_of_x(name: str, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(torch.cuda, "device", device)
     monkeypatch.setattr(backend, "triton_kernels", lambda: backend.Kernels(SimpleNamespace(**{name: kernel})))
     monkeypatch.setattr(backend, "family", {0: "sm70", 3: "sm90"}.get)
-    x = SimpleNamespace(device=torch.device("cuda", 3))
-    assert ops._triton(name)(x, 1, 2) == "result"
-    assert seen == [((x, 1, 2), {"family": "sm90"}, 3)] and current == [0]
+    call = SimpleNamespace(inputs=Inputs(*[SimpleNamespace(device=torch.device("cuda", 3))] * 3))
+    assert ops._triton(name)(call) == "result"
+    assert seen == [((call,), {"family": "sm90"}, 3)] and current == [0]

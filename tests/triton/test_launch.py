@@ -7,6 +7,7 @@ import torch
 
 from steam_kernels.backends import triton as backend
 from steam_kernels.backends.triton import launch
+from steam_kernels.schemas import Forward
 from tests.support.triton_cases import rounds_to_bfloat16 as rounds_to_bfloat16
 
 
@@ -69,9 +70,9 @@ def test_tuner_candidates_compute_the_same(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(launch, "SMALL", 0)
     x, weight = torch.randn(1, 12, 14, 14), torch.randn(4, 8)
     p = launch.Pass(1, 12, 14, 14, 7, 7, 4)
-    arguments = x, weight, weight, None, False, (7, 7), 4, 1, 4, True, True, 1.0, False
+    given = Forward.of(x, weight, weight, None, False, (7, 7), 4, 1, 4, True, True, 1.0, False)
     kernels = backend.triton_kernels().module
-    expected, _ = kernels.forward(*arguments)
+    expected, _ = kernels.forward(given)
     for stage, how in (("pool", launch.pool(p)), ("graph", launch.graph(p, 4, 2, 3)), ("gate", launch.gate(p))):
         found = list(tune.candidates(how, p))
         assert (
@@ -80,7 +81,7 @@ def test_tuner_candidates_compute_the_same(monkeypatch: pytest.MonkeyPatch) -> N
         for other in found[:: max(1, len(found) // 4)]:
             with monkeypatch.context() as patch:
                 patch.setattr(launch, stage, lambda *_, other=other: other)
-                y, _ = kernels.forward(*arguments)
+                y, _ = kernels.forward(given)
             torch.testing.assert_close(y, expected, rtol=1e-6, atol=1e-6)
 
 

@@ -8,6 +8,7 @@ import torch
 import steam_kernels
 from steam_kernels import FusedSTEAM
 from steam_kernels.backends import triton as backend
+from steam_kernels.schemas import Backward, Forward
 from tests.support import cases
 from tests.support.cases import Case
 from tests.support.operators import OPS, forward_arguments, in_place_arguments
@@ -134,16 +135,16 @@ def test_direct_calls_refuse_x_of_other_strides(layout: str, monkeypatch: pytest
     kernels = backend.triton_kernels().module
     given = forward_arguments(DIRECT)
     x, channel_weight, spatial_weight, residual, _, *options = given
-    y, saved = kernels.forward(*given)
+    y, saved = kernels.forward(Forward.of(*given))
     bad = cases.lay_out(x, layout)
     nothing_runs(monkeypatch)
     allowed = r"x must be dense in NCHW or channels_last.*strides"
     with pytest.raises(ValueError, match=allowed):
-        kernels.forward(bad, *given[1:])
+        kernels.forward(Forward.of(bad, *given[1:]))
     with pytest.raises(ValueError, match=allowed):
-        kernels.forward_(bad, channel_weight, spatial_weight, residual, *options)
+        kernels.forward_(Forward.of_in_place(bad, channel_weight, spatial_weight, residual, *options))
     with pytest.raises(ValueError, match=allowed):
-        kernels.backward(y, bad, y, channel_weight, spatial_weight, saved, [True] * 4, *options)
+        kernels.backward(Backward.of(y, bad, y, channel_weight, spatial_weight, saved, [True] * 4, *options))
 
 
 def test_direct_calls_refuse_maps_unlike_x(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,29 +153,29 @@ def test_direct_calls_refuse_maps_unlike_x(monkeypatch: pytest.MonkeyPatch) -> N
     kernels = backend.triton_kernels().module
     given = forward_arguments(DIRECT)
     x, channel_weight, spatial_weight, _, _, *options = given
-    y, saved = kernels.forward(*given)
+    y, saved = kernels.forward(Forward.of(*given))
     arguments = {"dy": y, "x": x, "y": y, "channel_weight": channel_weight, "spatial_weight": spatial_weight}
     arguments["saved"] = saved
     nothing_runs(monkeypatch)
     others = [cases.lay_out(y, layout) for layout in ("nhwc", *NEITHER)] + [y[:1], y[..., :2], y.expand(2, 2, 3, 3, 4)]
     for error, found in [(ValueError, other) for other in others] + [(TypeError, y.half())]:
         with pytest.raises(error, match="residual must"):
-            kernels.forward(x, channel_weight, spatial_weight, found, True, *options)
+            kernels.forward(Forward.of(x, channel_weight, spatial_weight, found, True, *options))
         with pytest.raises(error, match="residual must"):
-            kernels.forward_(x, channel_weight, spatial_weight, found, *options)
+            kernels.forward_(Forward.of_in_place(x, channel_weight, spatial_weight, found, *options))
         for name in ("dy", "y"):
             with pytest.raises(error, match=f"{name} must"):
-                kernels.backward(*(arguments | {name: found}).values(), [True] * 4, *options)
+                kernels.backward(Backward.of(*(arguments | {name: found}).values(), [True] * 4, *options))
     for wrong in (saved[:1], saved.new_empty(0), saved.double(), saved.t().contiguous().t()):
         with pytest.raises(ValueError, match="saved must be what forward returned"):
-            kernels.backward(*(arguments | {"saved": wrong}).values(), [True] * 4, *options)
-    with pytest.raises(ValueError, match="y must be what forward returned where relu is True"):
-        kernels.backward(*(arguments | {"y": None}).values(), [True] * 4, *options)
+            kernels.backward(Backward.of(*(arguments | {"saved": wrong}).values(), [True] * 4, *options))
+    with pytest.raises(ValueError, match="y must be the output of forward if relu is True"):
+        kernels.backward(Backward.of(*(arguments | {"y": None}).values(), [True] * 4, *options))
     *without, _ = options
-    with pytest.raises(ValueError, match="y must be None where relu is False"):
-        kernels.backward(*arguments.values(), [True] * 4, *without, False)
-    with pytest.raises(ValueError, match=r"needs\[3\] must be False where relu is False"):
-        kernels.backward(*(arguments | {"y": None}).values(), [True] * 4, *without, False)
+    with pytest.raises(ValueError, match="y must be None if relu is False"):
+        kernels.backward(Backward.of(*arguments.values(), [True] * 4, *without, False))
+    with pytest.raises(ValueError, match=r"needs\[3\] must be False if relu is False"):
+        kernels.backward(Backward.of(*(arguments | {"y": None}).values(), [True] * 4, *without, False))
 
 
 @pytest.mark.parametrize(
@@ -193,16 +194,16 @@ def test_strides_of_axes_of_length_1_mean_nothing(
     kernels = backend.triton_kernels().module
     case = DIRECT.but(batch=shape[0], channels=shape[1], space=shape[2:])
     plain = forward_arguments(case)
-    y, saved = kernels.forward(*plain)
+    y, saved = kernels.forward(Forward.of(*plain))
     options = plain[5:]
     needs = [True] * 4
-    expected = kernels.backward(y, plain[0], y, *plain[1:3], saved, needs, *options)
+    expected = kernels.backward(Backward.of(y, plain[0], y, *plain[1:3], saved, needs, *options))
 
     def strided(t: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
         return t.new_empty(200).as_strided(shape, strides).copy_(t)
 
     x, residual = strided(plain[0], strides), strided(plain[3], others)
-    found, again = kernels.forward(x, *plain[1:3], residual, *plain[4:])
-    got = kernels.backward(strided(y, others), x, strided(y, strides), *plain[1:3], again, needs, *options)
+    found, again = kernels.forward(Forward.of(x, *plain[1:3], residual, *plain[4:]))
+    got = kernels.backward(Backward.of(strided(y, others), x, strided(y, strides), *plain[1:3], again, needs, *options))
     for a, b in zip((found, again, *got), (y, saved, *expected), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)

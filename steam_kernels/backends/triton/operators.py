@@ -18,7 +18,6 @@ and the options, and these operators do not.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...config import Arguments, accumulation_dtype
+from ...schemas import Backward, Forward
 from . import launch
 from .arguments import INTERPRETED, Options, constants
 from .gate import gate, gate_backward
@@ -178,10 +178,13 @@ def _pool(
     kernel[(how.programs,)](x, dy, y, sums, products, *call.sizes(how), ACC=call.acc, **how.keywords)
 
 
-def _forward(
-    x: Tensor, weights: _Weights, residual: Tensor | None, y: Tensor, call: _Call, scale: float, relu: bool
-) -> Tensor:
+def _forward(given: Forward, y: Tensor, family: str) -> Tensor:
     """Writes y, and returns the tokens and pre-activations."""
+    x, channel_weight, spatial_weight, residual = given.inputs
+    weights, scale, relu = _Weights(channel_weight, spatial_weight), given.arguments.scale, given.arguments.relu
+    call = _call(x, channel_weight, given.grid, given.arguments, False, family)
+    if residual is not None:
+        _check_like("residual", residual, x)
     p = call.of
     saved = _rows(x, 2 * (p.channels + p.cells))
     if p.samples == 0:
@@ -217,62 +220,26 @@ def _forward(
     return saved
 
 
-def forward(
-    x: Tensor,
-    channel_weight: Tensor,
-    spatial_weight: Tensor,
-    residual: Tensor | None,
-    save: bool,
-    grid: tuple[int, int],
-    *options: Any,
-    family: str = "generic",
-) -> tuple[Tensor, Tensor]:
+def forward(given: Forward, family: str = "generic") -> tuple[Tensor, Tensor]:
     """``steam_kernels::forward``: y with x's strides, and the tokens and pre-activations for ``backward``.
 
     The second result is (N, 2 (C + gh gw)) in the accumulation dtype if ``save``, else (0,). ``residual`` is None or a
     map, ``options`` are :class:`~steam_kernels.config.Arguments`, and ``family`` is a key of ``launch.FAMILIES``.
     """
-    arguments = Arguments(*options)
-    call = _call(x, channel_weight, grid, arguments, False, family)
-    if residual is not None:
-        _check_like("residual", residual, x)
-    y = torch.empty_like(x)
-    saved = _forward(x, _Weights(channel_weight, spatial_weight), residual, y, call, arguments.scale, arguments.relu)
-    return y, saved if save else saved.new_empty(0)
+    y = torch.empty_like(given.inputs.x)
+    saved = _forward(given, y, family)
+    return y, saved if given.save else saved.new_empty(0)
 
 
-def forward_(
-    x: Tensor,
-    channel_weight: Tensor,
-    spatial_weight: Tensor,
-    residual: Tensor | None,
-    grid: tuple[int, int],
-    *options: Any,
-    family: str = "generic",
-) -> None:
+def forward_(given: Forward, family: str = "generic") -> None:
     """``steam_kernels::forward_``: ``forward`` into x itself. ``residual`` must not share memory with x.
 
     In the gate stage each program reads only the elements of x that it writes.
     """
-    arguments = Arguments(*options)
-    call = _call(x, channel_weight, grid, arguments, False, family)
-    if residual is not None:
-        _check_like("residual", residual, x)
-    _forward(x, _Weights(channel_weight, spatial_weight), residual, x, call, arguments.scale, arguments.relu)
+    _forward(given, given.inputs.x, family)
 
 
-def backward(
-    dy: Tensor,
-    x: Tensor,
-    y: Tensor | None,
-    channel_weight: Tensor,
-    spatial_weight: Tensor,
-    saved: Tensor,
-    needs: Sequence[bool],
-    grid: tuple[int, int],
-    *options: Any,
-    family: str = "generic",
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def backward(given: Backward, family: str = "generic") -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``steam_kernels::backward``: the gradients of x, both weights and the residual; (0,) for each that is not needed.
 
     ``dy`` is the gradient of y. ``y`` is the first result of forward if there was a ReLU, else None. ``saved`` is the
@@ -280,7 +247,7 @@ def backward(
     ``needs[3]`` must be False. A gradient has the dtype of its tensor. Gradients of maps have x's strides, and
     gradients of weights are contiguous.
     """
-    arguments = Arguments(*options)
+    dy, (x, channel_weight, spatial_weight, _), y, saved, needs, grid, arguments = given
     arguments.check_backward(y, needs)
     need_x, need_channel_weight, need_spatial_weight, need_residual = needs
     call = _call(x, channel_weight, grid, arguments, True, family)

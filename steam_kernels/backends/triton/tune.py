@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from ...config import Options
+from ...config import Inputs, Options
+from ...schemas import Backward, Forward
 from . import family, launch
 from .operators import INTERPRETED, backward, forward
 
@@ -135,15 +136,17 @@ def time_on_gpu(p: launch.Pass, dtype: torch.dtype, how: launch.Launch, repeats:
     format = torch.channels_last if p.channels_last else torch.contiguous_format
     x = torch.randn(p.samples, p.channels, p.height, p.width, device="cuda", dtype=dtype).to(memory_format=format)
     weight = torch.randn(4, 8, device="cuda")
-    options = (p.grid_h, p.grid_w), *Options().arguments
+    inputs, grid, arguments = Inputs(x, weight, weight), (p.grid_h, p.grid_w), Options().arguments
+    given = Forward(inputs, True, grid, arguments)
     family = p.family
-    _, saved = forward(x, weight, weight, None, True, *options, family=family)
+    _, saved = forward(given, family)
+    upstream = Backward(x, inputs, None, saved, (True, True, True, False), grid, arguments)
 
     def call() -> None:
         if p.backward:
-            backward(x, x, None, weight, weight, saved, (True, True, True, False), *options, family=family)
+            backward(upstream, family)
         else:
-            forward(x, weight, weight, None, True, *options, family=family)
+            forward(given, family)
 
     setattr(launch, stage, lambda *_: how)
     launch.SMALL = 0
