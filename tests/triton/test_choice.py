@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -86,6 +89,65 @@ def test_why_not_without_a_gpu(compiled: pytest.MonkeyPatch) -> None:
     assert backend.why_not(None) == "the triton backend needs a GPU, and PyTorch sees none"
 
 
+class Driver:
+    """Stands in for Triton's driver on a machine without a GPU."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.error = error
+
+    @property
+    def utils(self) -> object:
+        if self.error is not None:
+            raise self.error
+        return object()
+
+
+@pytest.fixture
+def driver(compiled: pytest.MonkeyPatch) -> Iterator[Callable[[Driver], None]]:
+    """Makes a driver Triton's active one, on a GPU of compute capability 9.0."""
+    from triton.runtime import driver
+
+    compiled.setattr(torch.cuda, "is_available", lambda: True)
+    compiled.setattr(torch.cuda, "device_count", lambda: 1)
+    compiled.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    compiled.setattr(torch.version, "hip", None)
+    backend._why_not_driver.cache_clear()
+    compiled.setattr(driver, "_active", None)
+    yield driver.set_active
+    backend._why_not_driver.cache_clear()
+
+
+def test_why_not_without_a_compiler(
+    driver: Callable[[Driver], None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Triton would raise at the first launch. The reason comes before it, and has Triton's own sentence."""
+    from triton.runtime import build
+
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    with pytest.raises(RuntimeError) as caught:
+        build._find_compiler.__wrapped__("c")
+    driver(Driver(caught.value))
+    reason = backend.why_not(None)
+    assert reason.startswith("Triton cannot start its driver: RuntimeError: Failed to find C compiler")
+    assert "\n" not in reason
+
+
+def test_why_not_an_older_triton_without_a_compiler(
+    driver: Callable[[Driver], None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Before 3.8 the module of the driver compiles a launcher for each kernel."""
+    driver(Driver())
+    assert backend.why_not(None) == ""
+    monkeypatch.setattr(sys.modules[__name__], "compile_module_from_src", None, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for cc, reason in (("", "Triton before 3.8 needs a C compiler"), ("/opt/cc", "")):
+        monkeypatch.setenv("CC", cc)
+        backend._why_not_device.cache_clear()
+        backend._why_not_driver.cache_clear()
+        assert backend.why_not(None).startswith(reason) and bool(backend.why_not(None)) == bool(reason)
+
+
 def test_why_not_an_old_gpu(compiled: pytest.MonkeyPatch) -> None:
     capabilities = {0: (6, 1), 1: (9, 0)}
     compiled.setattr(torch.cuda, "is_available", lambda: True)
@@ -93,6 +155,7 @@ def test_why_not_an_old_gpu(compiled: pytest.MonkeyPatch) -> None:
     compiled.setattr(torch.cuda, "get_device_capability", capabilities.get)
     compiled.setattr(torch.version, "hip", None)
     assert backend.why_not_device("cuda", 0) == "the triton backend needs compute capability 7.0, and cuda:0 has 6.1"
+    compiled.setattr(backend, "_why_not_driver", lambda: "")
     assert backend.why_not_device("cuda", 1) == backend.why_not(None) == ""
     assert backend.family(1) == "sm90"
 

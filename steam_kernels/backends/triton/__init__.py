@@ -6,6 +6,9 @@ the backend. :mod:`.operators` has the operators, and imports Triton.
 
 from __future__ import annotations
 
+import os
+import shutil
+import sys
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -65,12 +68,33 @@ def _why_not_device(kind: str, index: int | None) -> str:
         reasons = [why_not_device(kind, i) for i in range(torch.cuda.device_count())]
         return "" if "" in reasons else reasons[0]
     if torch.version.hip:
-        return ""
+        return _why_not_driver()
     capability = torch.cuda.get_device_capability(index)
     if capability >= LEAST_CAPABILITY:
-        return ""
+        return _why_not_driver()
     least, own = (".".join(map(str, c)) for c in (LEAST_CAPABILITY, capability))
     return f"the triton backend needs compute capability {least}, and cuda:{index} has {own}"
+
+
+@cache
+def _why_not_driver() -> str:
+    """ "" if Triton's driver can launch kernels, else the reason.
+
+    The driver has a part in C, which Triton compiles unless its cache has it. Before 3.8, Triton also compiles a C file
+    for each kernel. Without a compiler, the first launch would raise.
+    """
+    from triton.runtime import driver
+
+    try:
+        active = driver.active
+        _ = active.utils
+    except Exception as error:  # no compiler, a compiler that fails, or a driver that Triton does not find
+        lines = str(error).splitlines() or [""]
+        return f"Triton cannot start its driver: {type(error).__name__}: {lines[0]}"
+    compiles = hasattr(sys.modules[type(active).__module__], "compile_module_from_src") and not torch.version.hip
+    if compiles and not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "Triton before 3.8 needs a C compiler, gcc or clang on the PATH or the variable CC, and there is none"
+    return ""
 
 
 def why_not(call: Call | None) -> str:
