@@ -1,6 +1,5 @@
 // The base of the CUDA kernels: storage types, wide accesses, shared memory, sums over threads, and the plan of a call.
-// With STEAM_CUDA_ON_HOST, a header of the tests replaces CUDA's headers, so that any C++20 compiler compiles this
-// code.
+// With STEAM_CUDA_ON_HOST a header of the tests replaces CUDA's headers, and any C++20 compiler compiles the code.
 #pragma once
 
 #if defined(STEAM_CUDA_ON_HOST)
@@ -154,8 +153,7 @@ class SharedMemory {
 };
 #endif
 
-// ---------------------------------------------------------------- sums over threads, in an order that depends on the
-// shape alone
+// ---------------------------------------------------------------- sums over threads, in an order given by the shape
 
 // The sum of v over 2^log2 neighbouring lanes. Each of them gets the sum.
 template <class A>
@@ -214,7 +212,7 @@ __device__ __forceinline__ void sum_columns(int64_t rows, int64_t columns, A* sc
   }
 }
 
-// The sum of v over the block, in thread 0; 0 in the other threads. `scratch` has one number for each warp.
+// Returns the sum of v over the block in thread 0, and 0 in the other threads. `scratch` has one number for each warp.
 template <class A>
 __device__ __forceinline__ A sum_block(A v, A* scratch) {
   const int t = static_cast<int>(threadIdx.x), warps = static_cast<int>(blockDim.x) / kWarp;
@@ -237,7 +235,8 @@ struct CellLanes {
   int32_t log2_columns;
 };
 
-// The argument of every kernel: the problem, the weights, and the values that follow from the problem alone.
+// The plan of a call, an argument of every kernel: the problem, the weights, and the values that follow from the
+// problem.
 struct Plan {
   Problem problem;
   Weight channel_weight;

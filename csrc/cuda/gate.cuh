@@ -78,14 +78,14 @@ struct GateFactors {
     });
   }
 
-  // For one element, of arrays with gaps.
+  // The gate and the shift of one element, from arrays with gaps.
   __device__ __forceinline__ Affine<A> at(int row, int column) const {
     const int q = static_cast<int>(padded(column));
     Affine<A> f{row_gate[row] * column_gate[q], A{0}};
     if constexpr (kBackward) f.shift = row_shift[row] * column_shift[q] + channel_shift[kChannelsLast ? q : row];
     return f;
   }
-  // For n neighbours in a row, of arrays without gaps.
+  // The gates and the shifts of n neighbours in a row, from arrays without gaps.
   template <int n>
   __device__ __forceinline__ void at(int row, int column, Affine<A>* f) const {
     constexpr int kStep = n < kPack<A> ? n : kPack<A>;

@@ -94,7 +94,7 @@ struct Lattice {
 template <class A>
 struct Gate {
   A open;    // sigmoid(o)
-  A closed;  // sigmoid(-o), which is not rounded like 1 - open
+  A closed;  // sigmoid(-o), because 1 - open would lose digits
 };
 template <class A>
 __device__ __forceinline__ Gate<A> sigmoid(A o) {
@@ -180,7 +180,7 @@ __device__ void transform_backward(const Problem& p, const Weight& weight, const
 
 // ---------------------------------------------------------------- between maps and tokens
 
-// Where a sample has the number of channel c at place s. A place is a cell, or a pixel.
+// The order of the numbers of a sample in memory, one for each channel c and place s. A place is a cell or a pixel.
 template <bool kChannelsLast>
 struct Layout {
   int64_t channels, places;
@@ -232,7 +232,7 @@ __device__ void sum_pixels(const Plan& plan, const A* pixels, const Out& out) {
   }
 }
 
-// C * n_ij, because a spatial token is the mean of so many elements.
+// C * n_ij, the number of elements in the mean of spatial token k.
 template <class A>
 __device__ A token_size(const Plan& plan, int64_t k) {
   const Cell cell = cell_at(plan.problem, k / plan.problem.grid_w, k % plan.problem.grid_w);
@@ -292,7 +292,7 @@ template <class A>
 struct Grads {
   A *flow_c, *flow_s;  // (C) and (cells)
   A* dz;               // (C)
-  A* share;            // (cells), the gradients of u until they are divided
+  A* share;            // (cells), and the gradients of u before their division
   GraphTape<A> tape;   // three arrays of max(C, cells)
 };
 template <class A>
@@ -306,7 +306,7 @@ STEAM_HD int64_t grads_count(const Plan& plan) {
 }
 
 // The gate and the share of each pixel, copied from its cell, so that a sum over pixels need not compute the cell of
-// each pixel. `gate` has sums over the channels before. Both are null if the places are cells.
+// each pixel. Before that, `gate` has sums over the channels. Both are null if the places are cells.
 template <class A>
 struct PerPixel {
   A* gate;

@@ -63,7 +63,7 @@ __device__ T* shared_copy(T* memory, const T* from, int count) {
   return to;
 }
 
-// The same for dy, masked by the ReLU whose output is y. Without a ReLU y is null.
+// Like shared_copy, for dy, masked by the ReLU whose output is y. Without a ReLU y is null.
 template <class T>
 __device__ T* shared_masked_copy(T* memory, const T* dy, const T* y, int count) {
   if (y == nullptr) return shared_copy(memory, dy, count);

@@ -1,10 +1,12 @@
-// A stand-in for CUDA's headers, with which a host compiler takes the kernels' own source and the CPU runs it.
+// A replacement for CUDA's headers. With it a host compiler compiles the unchanged source of the kernels, and the CPU
+// runs them.
 //
-// A block's threads are fibres, switched only where CUDA's threads can meet: barriers, shuffles and the kernel's end.
-// Which one runs next, and which block, is drawn from a seed. What CUDA leaves undefined is an error here, with its
-// place in the source: a barrier or a shuffle that not all of its threads reach, or not at one place; a mask without
-// its caller; more shared memory than was asked for. Shared memory comes as NaN, each piece a heap block of its exact
-// size. Under ThreadSanitizer a fibre is a thread of its own, and only barriers and launches order memory.
+// Every thread of a block is a fibre. A fibre runs until it reaches a barrier, a shuffle or the kernel's end, because
+// CUDA's threads can wait for each other only there. A seed decides the order of the fibres and of the blocks. Code
+// whose behaviour CUDA does not define is an error here, with its place in the source: a barrier or a shuffle that some
+// of its threads do not reach or reach at another place, a mask without its caller, and more shared memory than the
+// launch requests. Shared memory is full of NaN, and each piece is a heap block of the exact size. Under
+// ThreadSanitizer every fibre counts as a thread, and only barriers and launches order memory.
 #pragma once
 
 #include <sys/mman.h>
@@ -50,12 +52,12 @@ namespace cuda_on_host {
 
 using Place = std::source_location;
 
-// What a test sets: the order of threads and blocks, and what one block of the device may have.
+// Values that a test sets: the order of threads and blocks, the shared memory that a block may have, and failures.
 inline std::mt19937_64 random_order{0};
 inline int64_t shared_memory_limit = 99 << 10;
-inline int64_t failing_launch = 0;  // which one is refused, counted from 1
-inline bool only_plans = false;     // launches are written down, and not run
-// What it may look at.
+inline int64_t failing_launch = 0;  // the number of the launch that is refused, from 1; 0: none
+inline bool only_plans = false;     // launches are recorded, but not run
+// The launches since a test last cleared them.
 struct Launch {
   int64_t blocks, threads, shared_bytes;
 };
@@ -71,7 +73,7 @@ constexpr size_t kStackBytes = 128 << 10;
   std::_Exit(86);
 }
 
-// ---------------------------------------------------------------- what the sanitizers are told
+// ---------------------------------------------------------------- calls of the sanitizers
 
 struct Sanitizer {
   static void release(char* at) {
@@ -90,7 +92,8 @@ struct Sanitizer {
   }
 };
 
-// The stand-in's own memory is not the kernel's: accesses in a scope of this are not looked at.
+// ThreadSanitizer ignores accesses during the life of an object of this class, because this header's own memory is not
+// the kernel's.
 struct Unwatched {
 #if defined(__SANITIZE_THREAD__)
   Unwatched() {
@@ -112,7 +115,7 @@ enum class Wait { kNothing, kBarrier, kShuffle, kEnd };
 
 struct Fibre {
   unsigned index = 0;
-  void* context[5] = {};  // where __builtin_longjmp goes
+  void* context[5] = {};  // the target of __builtin_longjmp
   char* stack = nullptr;
   bool started = false;
   void* sanitizer = nullptr;  // AddressSanitizer's fake stack, or ThreadSanitizer's fibre
@@ -120,9 +123,9 @@ struct Fibre {
   Place place = Place::current();
   uint32_t mask = 0;
   unsigned source = 0;    // the lane that a shuffle reads
-  uint64_t value = 0;     // what this one gives to it, then what it gets
-  unsigned barriers = 0;  // passed so far
-  size_t pieces = 0;      // of shared memory, taken so far
+  uint64_t value = 0;     // the value that this thread gives to a shuffle, then the value that it gets
+  unsigned barriers = 0;  // passed until now
+  size_t pieces = 0;      // of shared memory, taken until now
 };
 
 struct Piece {
@@ -136,7 +139,7 @@ struct Block {
   std::vector<unsigned> ready;
   std::vector<Piece> shared;
   size_t shared_bytes = 0, shared_taken = 0;
-  size_t waiting = 0, ended = 0;  // threads at a barrier, and at the kernel's end
+  size_t waiting = 0, ended = 0;  // the numbers of threads at a barrier and at the kernel's end
   unsigned first_waiting = 0;
   void (*body)(const void*) = nullptr;
   const void* arguments = nullptr;
@@ -144,7 +147,7 @@ struct Block {
   void* scheduler_fibre = nullptr;
   const void* scheduler_stack = nullptr;
   size_t scheduler_stack_bytes = 0;
-  char begin = 0, end = 0, barrier[2] = {};  // addresses that ThreadSanitizer orders memory by
+  char begin = 0, end = 0, barrier[2] = {};  // addresses by which ThreadSanitizer orders memory
 };
 
 inline Block* block = nullptr;
@@ -159,10 +162,12 @@ inline Fibre* fibre = nullptr;
 [[maybe_unused]] CUDA_ON_HOST_UNWATCHED static dim3 thread_index() { return {fibre->index, 0, 0}; }
 [[maybe_unused]] CUDA_ON_HOST_UNWATCHED static dim3 block_index() { return block->index; }
 [[maybe_unused]] CUDA_ON_HOST_UNWATCHED static dim3 block_size() { return block->size; }
-// Two flags that take turns: who is early at the next barrier must not seem to have come before this one.
+// Barriers use two flags in turn. With one flag, a thread that is early at the next barrier would order memory for a
+// thread that still leaves this one.
 [[maybe_unused]] CUDA_ON_HOST_UNWATCHED static char* barrier_flag() { return &block->barrier[fibre->barriers++ % 2]; }
 
-// swapcontext without its two system calls. The sanitizers would take a jump for the end of the stack that it leaves.
+// swapcontext without its two system calls. The sanitizers do not see these functions, because they would treat a jump
+// as the end of the stack that it leaves.
 #define CUDA_ON_HOST_JUMPS __attribute__((noinline, no_sanitize_address, no_sanitize_thread))
 CUDA_ON_HOST_JUMPS inline void jump(void** to) { __builtin_longjmp(to, 1); }
 CUDA_ON_HOST_JUMPS inline void change(void** from, void** to) {
@@ -178,7 +183,7 @@ CUDA_ON_HOST_JUMPS inline void start(void** from, Fibre& f) {
   if (__builtin_setjmp(from) == 0) setcontext(&context);
 }
 
-// From a fibre to the scheduler; returns when that picks it again.
+// Switches from a fibre to the scheduler. It returns when the scheduler resumes the fibre.
 CUDA_ON_HOST_UNWATCHED inline void leave(bool for_good) {
   Fibre* self = fibre;
 #if defined(__SANITIZE_ADDRESS__)
@@ -228,7 +233,7 @@ inline void main_of_fibre() {
   leave(true);
 }
 
-// ---------------------------------------------------------------- where threads meet
+// ---------------------------------------------------------------- barriers, shuffles and shared memory
 
 inline bool same(const Place& a, const Place& b) {
   return a.line() == b.line() && a.column() == b.column() &&
@@ -285,7 +290,7 @@ inline void barrier(const Place& place) {
   Sanitizer::acquire(at);
 }
 
-// A shuffle moves a value; it orders no memory.
+// A shuffle moves a value but does not order memory, as in CUDA.
 template <class T>
 T shuffle(uint32_t mask, T value, unsigned source, const Place& place) {
   static_assert(sizeof(T) <= sizeof(uint64_t));
@@ -307,7 +312,7 @@ T shuffle(uint32_t mask, T value, unsigned source, const Place& place) {
     if (first + l >= block->fibres.size()) fail(place, "the mask names a lane that the block does not have");
     const Fibre& other = block->fibres[first + l];
     const bool is_here = other.wait == Wait::kShuffle && other.mask == mask && same(other.place, place);
-    // Who is at a shuffle that does not wait for this thread may still come.
+    // A thread at a shuffle whose mask does not name this thread may still come here.
     const bool may_come = other.wait == Wait::kNothing || (other.wait == Wait::kShuffle && !(other.mask >> lane & 1));
     if (!is_here && !may_come) fail_apart(self, other);
     all = all && is_here;
@@ -348,7 +353,7 @@ inline unsigned char* take_shared(size_t bytes, const Place& place) {
 
 enum Error { kSuccess, kInvalidValue };
 inline Error last_error = kSuccess;
-inline std::map<const void*, int64_t> shared_memory_of;  // kernels that asked for more than 48 KB
+inline std::map<const void*, int64_t> shared_memory_of;  // by kernel, if it requested more than 48 KB
 
 class Stacks {
  public:
@@ -414,7 +419,7 @@ void launch(const Place& place, void (*kernel)(Parameters...), unsigned grid, un
   const std::tuple<void (*)(Parameters...), Parameters...> call{kernel, args...};
   using Call = decltype(call);
 #if defined(__SANITIZE_THREAD__)
-  // Nothing of a block may seem to come before another: each has memory of its own until all have run.
+  // Two blocks must not be ordered. So each block has its own memory until all have run.
   const unsigned kept = grid;
 #else
   const unsigned kept = 1;
@@ -445,7 +450,7 @@ void launch(const Place& place, void (*kernel)(Parameters...), unsigned grid, un
 
 }  // namespace cuda_on_host
 
-// ---------------------------------------------------------------- CUDA's names, as far as the kernels use them
+// ---------------------------------------------------------------- the names of CUDA that the kernels use
 
 #define threadIdx (::cuda_on_host::thread_index())
 #define blockIdx (::cuda_on_host::block_index())
@@ -509,7 +514,7 @@ cudaError_t cudaFuncSetAttribute(void (*kernel)(Parameters...), int, int bytes) 
 
 namespace steam {
 namespace {
-// As the kernels' own class on a GPU; every thread's k-th call gets the k-th piece.
+// Replaces the class that the kernels have on a GPU. The k-th call of every thread gets the k-th piece.
 class SharedMemory {
  public:
   template <class E>
