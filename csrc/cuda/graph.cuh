@@ -325,23 +325,23 @@ __device__ void graph_backward(const Plan& plan, const Source& source, const Lay
   for (int64_t k = threadIdx.x; k < plan.cells(); k += blockDim.x) nodes.g_s[k] = sigmoid(nodes.o_s[k]).open;
   __syncthreads();
 
-  const auto through_gate = [&](A sum, A o) {
+  const auto flow = [&](A sum, A o) {
     const Gate<A> gate = sigmoid(o);
     return sum * gate.open * gate.closed;
   };
-  const auto gate_grad = [&](int64_t k, A sum) { d.flow_s[k] = through_gate(scale * sum, nodes.o_s[k]); };
+  const auto write_flow_s = [&](int64_t k, A sum) { d.flow_s[k] = flow(scale * sum, nodes.o_s[k]); };
   sum_channels<A>(
       layout, scratch, [&](int64_t c, int64_t s) { return nodes.g_c[c] * source.product(layout.at(c, s)); },
       [&](int64_t s, A sum) {
         if (per_pixel.gate) {
           per_pixel.gate[s] = sum;
         } else {
-          gate_grad(s, sum);
+          write_flow_s(s, sum);
         }
       });
   __syncthreads();
   if (per_pixel.gate) {
-    sum_pixels(plan, per_pixel.gate, gate_grad);
+    sum_pixels(plan, per_pixel.gate, write_flow_s);
     __syncthreads();
   }
   transform_backward(p, plan.spatial_weight, Lattice<A>{plan, nodes.u}, heads, d.flow_s, d.tape, scratch, d.share,
@@ -365,7 +365,7 @@ __device__ void graph_backward(const Plan& plan, const Source& source, const Lay
         const A through_gates = scale * gates[s] * source.product(e);
         return p.sequential ? through_gates + shares[s] * source.value(e) : through_gates;
       },
-      [&](int64_t c, A sum) { d.flow_c[c] = through_gate(sum, nodes.o_c[c]); });
+      [&](int64_t c, A sum) { d.flow_c[c] = flow(sum, nodes.o_c[c]); });
   __syncthreads();
   transform_backward(p, plan.channel_weight, Ring<A>{plan, nodes.z}, heads, d.flow_c, d.tape, scratch, d.dz, sums);
 }

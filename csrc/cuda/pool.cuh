@@ -211,7 +211,8 @@ __device__ void pool_channels_last(const Plan& plan, const PoolSizes& sizes, con
                                    Accumulate<T>* values, Accumulate<T>* products) {
   using A = Accumulate<T>;
   constexpr int kBatch = kProducts ? 2 : 4;
-  // A task is one cell and one vector of channels. Neighbouring threads have neighbouring tasks.
+  // A task is one cell and one vector of channels. Neighbouring threads have neighbouring tasks. If several threads sum
+  // a cell, each thread reads every threads_per_cell-th pixel, from pixel `first` on.
   const int tasks = static_cast<int>(blockDim.x) / sizes.threads_per_cell, t = static_cast<int>(threadIdx.x);
   const int first = t / tasks;
   const int64_t vectors = plan.problem.channels / kWidth, n = blockIdx.x / sizes.slices;
