@@ -1,5 +1,5 @@
-// The operators of the compiled kernels for torch, on LibTorch's stable ABI: for any backend whose kernels take the
-// plain structs. Python has the schemas, the checks of a call and autograd (steam_kernels/ops.py).
+// torch's operators on compiled kernels, by LibTorch's stable ABI, for every backend whose kernels take the plain
+// structs. Python has the schemas, the checks of a call and autograd (steam_kernels/ops.py).
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -19,8 +19,8 @@
 namespace steam {
 namespace {
 
-// The version of the operators' schemas, in step with OPERATORS of steam_kernels/backends/native.py. The package
-// refuses a library of another version, whose operators would misread their arguments.
+// The version of the operators' schemas, equal to OPERATORS in steam_kernels/backends/native.py. The package refuses a
+// library of another version, because its operators would misread their arguments.
 constexpr int kOperators = 2;
 
 using torch::headeronly::ScalarType;
@@ -42,8 +42,8 @@ using Sizes = std::array<int64_t, 4>;
 Sizes sizes_of(const Tensor& t) { return {t.size(0), t.size(1), t.size(2), t.size(3)}; }
 Sizes strides_of(const Tensor& t) { return {t.stride(0), t.stride(1), t.stride(2), t.stride(3)}; }
 
-// Whether a map's elements lie in one block without gaps, in NCHW or channels_last. Strides of an axis of length 1 mean
-// nothing.
+// Whether the elements of a map fill their memory without gaps, in NCHW or in channels_last. The stride of an axis of
+// length 1 does not matter.
 bool is_dense(const Tensor& t, bool channels_last) {
   const int64_t order[2][4] = {{3, 2, 1, 0}, {1, 3, 2, 0}};
   int64_t expected = 1;
@@ -55,7 +55,7 @@ bool is_dense(const Tensor& t, bool channels_last) {
 }
 bool is_dense(const Tensor& t) { return is_dense(t, false) || is_dense(t, true); }
 
-// Where a backend's outputs lie.
+// The device of a backend's outputs.
 struct Place {
   int32_t device_type;
   int32_t device_index;
@@ -73,7 +73,7 @@ struct Place {
     }
     return Tensor(handle);
   }
-  // As torch.empty_like, which keeps the strides of a dense map. A map without elements may be anything else.
+  // Like torch.empty_like, which keeps the strides of a dense map. Without elements the strides do not matter.
   Tensor like(const Tensor& t) const {
     return is_dense(t) ? empty<4>(sizes_of(t), strides_of(t), t.scalar_type()) : torch::stable::empty_like(t);
   }
@@ -89,7 +89,8 @@ struct Place {
   }
 };
 
-// What an operator is called with, in the order of its schema. Every argument must be taken, since taking one frees it.
+// The arguments of an operator, in the order of its schema. next() also frees the argument, so an operator must take
+// all of them.
 class Arguments {
  public:
   Arguments(StableIValue* stack, uint64_t count, uint64_t expected) : next_(stack) {
@@ -110,7 +111,7 @@ void give(StableIValue* stack, const T&... results) {
   ((*stack++ = torch::stable::detail::from<T>(results)), ...);
 }
 
-// The grid and the options, which every operator ends with: the order of config.Arguments in Python.
+// The grid and the options: the last arguments of every operator, in the order of config.Arguments in Python.
 struct Options {
   static constexpr uint64_t kCount = 8;
 
@@ -131,8 +132,8 @@ struct Options {
         relu(a.next<bool>()) {}
 };
 
-// The kernels read memory by the sizes and strides that this struct implies: everything is checked here that the
-// arithmetic of offsets rests on. x is dense.
+// The problem of a call with a dense x. The kernels compute offsets from its numbers, so this function checks all
+// numbers that an offset depends on.
 Problem problem(const Tensor& x, const Tensor& weight, const Options& o) {
   Problem p{};
   p.samples = x.size(0);
@@ -171,8 +172,8 @@ ScalarType accumulation_dtype(const Tensor& x) {
   return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-// Operators take tensors of any strides, as those of steam_kernels/memory.py do. These three give what kernels read:
-// the tensor itself where it lies so already, else a copy.
+// Operators take tensors of any strides, like the operators of steam_kernels/memory.py. The next three functions return
+// a tensor with the strides that the kernels need: the given tensor if it has such strides, else a copy.
 
 // x in NCHW or channels_last.
 Tensor dense(const Tensor& x) {
@@ -180,7 +181,7 @@ Tensor dense(const Tensor& x) {
   return is_dense(x) ? x : torch::stable::contiguous(x);
 }
 
-// Another map, in the strides of the dense x.
+// Another map of the call, with the strides of the dense x.
 Tensor match_strides(const char* name, const Tensor& t, const Tensor& x, const Place& place) {
   place.check(name, t);
   STD_TORCH_CHECK(t.scalar_type() == x.scalar_type(), "steam_kernels: ", name, " must be of x's dtype");
@@ -192,12 +193,12 @@ Tensor match_strides(const char* name, const Tensor& t, const Tensor& x, const P
   return torch::stable::copy_(copy, t);
 }
 
-// Whether a matrix lies row by row.
+// Whether a matrix has contiguous rows without gaps between them.
 bool is_plain(const Tensor& t) {
   return (t.size(1) == 1 || t.stride(1) == 1) && (t.size(0) == 1 || t.stride(0) == t.size(1));
 }
 
-// A matrix, row by row: a weight, or saved numbers.
+// A contiguous matrix: a weight, or `saved`.
 Tensor contiguous(const char* name, const Tensor& t, int64_t rows, int64_t columns, const Place& place) {
   place.check(name, t);
   STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == rows && t.size(1) == columns, "steam_kernels: ", name,
@@ -205,7 +206,7 @@ Tensor contiguous(const char* name, const Tensor& t, int64_t rows, int64_t colum
   return is_plain(t) ? t : torch::stable::contiguous(t);
 }
 
-// A weight's rows, and the tensor that holds them.
+// A contiguous weight, and the tensor that keeps its memory.
 struct Rows {
   Tensor tensor;
   Weight weight;
@@ -219,14 +220,15 @@ Rows rows_of(const char* name, const Tensor& t, int64_t columns, const Tensor& x
   return {rows, {data, dtype_of(t)}};
 }
 
-// A weight's gradient in the strides that torch.empty_like gives for the weight.
+// The gradient of a weight, with the strides of torch.empty_like(weight).
 Tensor like_weight(const Tensor& gradient, const Tensor& weight, bool asked) {
   if (!asked || is_plain(weight)) return gradient;
   Tensor out = torch::stable::empty_like(weight);
   return torch::stable::copy_(out, gradient);
 }
 
-// Whether two elements of a map have one address; of strides that leave room for nothing in between, at most.
+// Whether two elements of a map may have the same address. The answer is also true for some strides that interleave the
+// elements without an overlap.
 bool overlaps_itself(const Tensor& t) {
   std::array<std::array<int64_t, 2>, 4> axes;
   for (int64_t axis = 0; axis < 4; ++axis) axes[axis] = {t.stride(axis), t.size(axis)};
@@ -247,12 +249,12 @@ bool share_memory(const Tensor& a, const Tensor& b) {
   return first < second + bytes && second < first + bytes;
 }
 
-// The operators of a backend B, which gives
+// The operators of a backend B, which has
 //   Place place(const Tensor& x)
-//   ForwardArgs, BackwardArgs                       the kernels' structs, up to the last member
-//   void forward(const Tensor& x, ForwardArgs)      fill that in and run
+//   ForwardArgs, BackwardArgs                       the structs of the kernels, whose last member B fills in
+//   void forward(const Tensor& x, ForwardArgs)      fills in the last member and calls the kernels
 //   void backward(const Tensor& x, BackwardArgs)
-// They take torch's stack of arguments, as the dispatcher calls them, and leave their results there.
+// The dispatcher gives an operator a stack with its arguments. The operator writes its results to the same stack.
 template <class B>
 struct Operators {
   static void forward(StableIValue* stack, uint64_t count, uint64_t) {
@@ -310,11 +312,11 @@ struct Operators {
     const Problem p = problem(x, channel_weight, options);
     const Place place = B::place(x);
     dy = match_strides("dy", dy, x, place);
-    STD_TORCH_CHECK(y.has_value() == options.relu, "steam_kernels: y must be given exactly where relu is true");
+    STD_TORCH_CHECK(y.has_value() == options.relu, "steam_kernels: y must be given if and only if relu is true");
     if (y) y = match_strides("y", *y, x, place);
     STD_TORCH_CHECK(y || !need_residual, "steam_kernels: without a ReLU the residual's gradient is dy itself");
     STD_TORCH_CHECK(saved.scalar_type() == accumulation_dtype(x),
-                    "steam_kernels: saved must be of float32, or of float64 where x is");
+                    "steam_kernels: saved must be of float32, or of float64 if x is of float64");
     saved = contiguous("saved", saved, p.samples, 2 * (p.channels + p.grid_h * p.grid_w), place);
     const Rows channel = rows_of("channel_weight", channel_weight, p.embed_dim, x, place);
     const Rows spatial = rows_of("spatial_weight", spatial_weight, p.embed_dim, x, place);
@@ -344,7 +346,7 @@ struct Operators {
   }
 
  private:
-  // The tensors that both forward operators begin with.
+  // The first arguments of both forward operators.
   struct Forward {
     Tensor x, channel_weight, spatial_weight;
     std::optional<Tensor> residual;
@@ -356,7 +358,7 @@ struct Operators {
           residual(a.next<std::optional<Tensor>>()) {}
   };
 
-  // `x` is the dense x of `given`; `residual` and y lie like it.
+  // `x` is the dense form of given.x. `residual` and y have its strides.
   static void run_forward(const Forward& given, const Tensor& x, const std::optional<Tensor>& residual,
                           const Problem& p, void* y, void* saved) {
     const Place place = B::place(x);

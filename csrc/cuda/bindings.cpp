@@ -1,5 +1,5 @@
-// The operators' CUDA kernels. They have names of their own, since a key of the dispatcher has room for one
-// registration, and Python chooses between this backend and others.
+// torch's operators on the CUDA kernels. The operators have their own names, because Python chooses between this
+// backend and others, and torch's dispatcher has one kernel for each operator and device.
 #include "../common/bindings.h"
 
 #include <cuda_runtime_api.h>
@@ -17,24 +17,25 @@ struct Cuda {
 
   static Place place(const Tensor& x) { return {aoti_torch_device_type_cuda(), x.get_device_index()}; }
   static void forward(const Tensor& x, const ForwardArgs& args) {
-    run(x, args, cuda::forward_workspace_bytes, cuda::forward);
+    call(x, args, cuda::forward_workspace_bytes, cuda::forward);
   }
   static void backward(const Tensor& x, const BackwardArgs& args) {
-    run(x, args, cuda::backward_workspace_bytes, cuda::backward);
+    call(x, args, cuda::backward_workspace_bytes, cuda::backward);
   }
 
   template <class Args>
-  static void run(const Tensor& x, Args args, size_t (*workspace_bytes)(const Problem&),
-                  std::string (*kernels)(const Args&, void*)) {
+  static void call(const Tensor& x, Args args, size_t (*workspace_bytes)(const Problem&),
+                   std::string (*kernels)(const Args&, void*)) {
     STD_TORCH_CHECK(x.is_cuda(), "steam_kernels: the CUDA operators take tensors on a GPU");
     const int32_t device = x.get_device_index();
     const torch::stable::accelerator::DeviceGuard guard(device);
-    // The guard tells torch's copy of the runtime; this library has its own.
+    // The guard sets the device of torch's CUDA runtime. This library has its own copy of the runtime.
     const cudaError_t error = cudaSetDevice(device);
     STD_TORCH_CHECK(error == cudaSuccess, "steam_kernels: ", cudaGetErrorString(error));
     void* stream = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-    // Torch gives the block away only to what is queued on this stream later.
+    // The workspace is freed before the kernels end. That is safe: torch's allocator gives its memory only to work that
+    // is queued later on the same stream.
     const Tensor workspace =
         place(x).empty<1>({static_cast<int64_t>(workspace_bytes(args.problem))}, {1}, ScalarType::Byte);
     args.workspace = workspace.mutable_data_ptr();

@@ -8,14 +8,14 @@
 namespace {
 
 template <class Args, class Kernels>
-steam_status run(const Args& args, void* workspace, size_t workspace_bytes, void* stream, const steam::Report& report,
-                 const Kernels& kernels) {
+steam_status call(const Args& args, void* workspace, size_t workspace_bytes, void* stream, const steam::Report& report,
+                  const Kernels& kernels) {
   if (workspace_bytes > 0) STEAM_TRY(report.given("workspace", workspace));
   const std::string reason = kernels(args, stream);
   return reason.empty() ? STEAM_OK : report.fail(STEAM_CUDA_ERROR, "%s", reason.c_str());
 }
 
-// No exception leaves a C function.
+// Calls f, and returns a status for an exception, because no exception may leave a C function.
 template <class F>
 steam_status guarded(const steam::Report& report, const F& f) {
   try {
@@ -53,15 +53,15 @@ steam_status steam_cuda_forward(const steam_forward_args* args, void* workspace,
   const steam::Problem problem = steam::problem_of(args->problem);
   const steam::DType weight = steam::dtype_of(args->problem.weight_dtype);
   return guarded(report, [&] {
-    const steam::cuda::ForwardArgs call{problem,
-                                        {args->channel_weight, weight},
-                                        {args->spatial_weight, weight},
-                                        args->x,
-                                        args->residual,
-                                        args->y,
-                                        args->saved,
-                                        workspace};
-    return run(call, workspace, steam::cuda::forward_workspace_bytes(problem), stream, report, steam::cuda::forward);
+    const steam::cuda::ForwardArgs given{problem,
+                                         {args->channel_weight, weight},
+                                         {args->spatial_weight, weight},
+                                         args->x,
+                                         args->residual,
+                                         args->y,
+                                         args->saved,
+                                         workspace};
+    return call(given, workspace, steam::cuda::forward_workspace_bytes(problem), stream, report, steam::cuda::forward);
   });
 }
 
@@ -71,18 +71,19 @@ steam_status steam_cuda_backward(const steam_backward_args* args, void* workspac
   const steam::Problem problem = steam::problem_of(args->problem);
   const steam::DType weight = steam::dtype_of(args->problem.weight_dtype);
   return guarded(report, [&] {
-    const steam::cuda::BackwardArgs call{problem,
-                                         {args->channel_weight, weight},
-                                         {args->spatial_weight, weight},
-                                         args->dy,
-                                         args->x,
-                                         args->y,
-                                         args->saved,
-                                         args->dx,
-                                         args->dresidual,
-                                         {args->channel_grad, weight},
-                                         {args->spatial_grad, weight},
-                                         workspace};
-    return run(call, workspace, steam::cuda::backward_workspace_bytes(problem), stream, report, steam::cuda::backward);
+    const steam::cuda::BackwardArgs given{problem,
+                                          {args->channel_weight, weight},
+                                          {args->spatial_weight, weight},
+                                          args->dy,
+                                          args->x,
+                                          args->y,
+                                          args->saved,
+                                          args->dx,
+                                          args->dresidual,
+                                          {args->channel_grad, weight},
+                                          {args->spatial_grad, weight},
+                                          workspace};
+    return call(given, workspace, steam::cuda::backward_workspace_bytes(problem), stream, report,
+                steam::cuda::backward);
   });
 }

@@ -1,4 +1,4 @@
-// Which GPUs the library has code for, and whether the current one is among them.
+// The architectures that the library has code for, and whether the current GPU can run the code.
 #include <cuda_runtime.h>
 #include <steam/steam.h>
 
@@ -17,7 +17,7 @@ steam_status steam_cuda_usable(char* message) {
   cudaFuncAttributes attributes;
   cudaError_t error = cudaFuncGetAttributes(&attributes, probe);
   if (error == cudaSuccess) return STEAM_OK;
-  cudaGetLastError();  // or it would be taken for the next launch's
+  cudaGetLastError();  // clears the error, which would else seem to come from the next launch
   if (message == nullptr) return STEAM_CUDA_ERROR;
   int device = 0, major = 0, minor = 0;
   if (error == cudaErrorNoKernelImageForDevice && cudaGetDevice(&device) == cudaSuccess &&

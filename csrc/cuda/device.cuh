@@ -1,5 +1,5 @@
-// What the CUDA kernels stand on: storage types, wide accesses, shared memory, sums over threads, launches. With
-// STEAM_CUDA_ON_HOST a stand-in for CUDA's headers is included, and any C++20 compiler takes the same source.
+// The base of the CUDA kernels: storage types, wide accesses, shared memory, sums over threads, and the plan of a call.
+// With STEAM_CUDA_ON_HOST a header of the tests replaces CUDA's headers, and any C++20 compiler compiles the code.
 #pragma once
 
 #if defined(STEAM_CUDA_ON_HOST)
@@ -22,8 +22,8 @@ namespace steam {
 namespace {
 
 constexpr int kWarp = 32;
-// Numbers that one thread adds up before it starts afresh: keeps long sums from losing digits.
-constexpr int kRun = 64;
+// Terms that a thread adds up before it starts a new partial sum. A longer sum would lose digits.
+constexpr int kTermsPerPartial = 64;
 constexpr int kAccessBytes = 16;
 
 template <class I>
@@ -59,7 +59,7 @@ __device__ __forceinline__ void narrow(double v, double& out) { out = v; }
 __device__ __forceinline__ void narrow(float v, __half& out) { out = __float2half_rn(v); }
 __device__ __forceinline__ void narrow(float v, __nv_bfloat16& out) { out = __float2bfloat16_rn(v); }
 
-// A parameter's element, and a gradient's, in their own dtypes.
+// An element of a parameter or of its gradient, in its own dtype.
 __device__ inline double read_number(const void* data, DType dtype, int64_t i) {
   switch (dtype) {
     case DType::kFloat64: return static_cast<const double*>(data)[i];
@@ -77,7 +77,7 @@ __device__ inline void write_number(void* data, DType dtype, int64_t i, double v
   }
 }
 
-// n elements that are read and written by one access.
+// n elements that one access reads or writes.
 template <class T, int n = kAccessBytes / static_cast<int>(sizeof(T))>
 struct alignas(sizeof(T) * n) Pack {
   T at[n];
@@ -89,7 +89,7 @@ template <int n, class T>
 __device__ __forceinline__ Pack<T, n> load_pack(const T* p) {
   return *reinterpret_cast<const Pack<T, n>*>(p);
 }
-// To global memory. An assignment may be taken apart into four stores; the intrinsic is one.
+// Stores to global memory. The compiler may split an assignment into four stores, but not the intrinsic.
 template <class T>
 __device__ __forceinline__ void store_pack(T* p, const Pack<T>& v) {
   int4 bits;
@@ -97,18 +97,19 @@ __device__ __forceinline__ void store_pack(T* p, const Pack<T>& v) {
   __stwb(reinterpret_cast<int4*>(p), bits);
 }
 
-// Elements between the last 16-byte boundary and p.
+// The elements between the last 16-byte boundary and p. Arrays of equal phase have their wide accesses at the same
+// elements.
 template <class T>
 STEAM_HD int phase(const T* p) {
   return static_cast<int>(reinterpret_cast<uintptr_t>(p) % kAccessBytes / sizeof(T));
 }
 
-// A contiguous run, shared by the block's threads: pack(e) for each 16-byte piece, one(e) for the elements at its ends.
-// Where not all maps of the run have one phase, every element is an end.
+// A run, divided into packs of 16 bytes and single elements at both ends. If the maps of the run differ in phase, there
+// are no packs.
 struct Span {
   int head;   // elements before the first pack
-  int packs;  // 16-byte pieces
-  int ends;   // elements outside of them
+  int packs;  // packs of 16 bytes
+  int ends;   // elements outside the packs
 };
 template <class T>
 __device__ Span make_span(int count, int phase, bool one_phase) {
@@ -116,6 +117,7 @@ __device__ Span make_span(int count, int phase, bool one_phase) {
   const int packs = one_phase ? (count - head) / kPack<T> : 0;
   return {head, packs, count - packs * kPack<T>};
 }
+// Calls one(e) for each element outside the packs, by the threads of the block.
 template <class T, class F>
 __device__ __forceinline__ void for_ends(const Span& span, const F& one) {
   for (int k = static_cast<int>(threadIdx.x); k < span.ends; k += static_cast<int>(blockDim.x)) {
@@ -125,14 +127,14 @@ __device__ __forceinline__ void for_ends(const Span& span, const F& one) {
 
 // ---------------------------------------------------------------- shared memory
 
-// Bytes that `take` uses up.
+// The bytes that one call of `take` uses.
 template <class E>
 STEAM_HD int64_t shared_bytes(int64_t count) {
   return ceil_div(count * static_cast<int64_t>(sizeof(E)), kAccessBytes) * kAccessBytes;
 }
 
 #if !defined(STEAM_CUDA_ON_HOST)
-// The block's dynamic shared memory, handed out in pieces aligned to 16 bytes. Every thread makes the same calls.
+// The block's dynamic shared memory, in pieces aligned to 16 bytes. Every thread makes the same calls.
 class SharedMemory {
  public:
   __device__ __forceinline__ SharedMemory() {
@@ -151,9 +153,9 @@ class SharedMemory {
 };
 #endif
 
-// ---------------------------------------------------------------- sums over threads, in an order that the shape fixes
+// ---------------------------------------------------------------- sums over threads, in an order given by the shape
 
-// Over 2^log2 neighbouring lanes; every one of them gets the sum.
+// The sum of v over 2^log2 neighbouring lanes. Each of them gets the sum.
 template <class A>
 __device__ __forceinline__ A sum_lanes(A v, int log2) {
   const unsigned lane = threadIdx.x % kWarp, lanes = 1u << log2;
@@ -162,92 +164,94 @@ __device__ __forceinline__ A sum_lanes(A v, int log2) {
   return v;
 }
 
-// f(begin) + f(begin + step) + ... below end.
+// f(begin) + f(begin + step) + ..., up to but without f(end).
 template <class A, class F>
-__device__ __forceinline__ A sum_run(int64_t begin, int64_t end, int64_t step, const F& f) {
+__device__ __forceinline__ A sum_strided(int64_t begin, int64_t end, int64_t step, const F& f) {
   A total{0};
   for (int64_t i = begin; i < end;) {
-    const int64_t stop = smaller(end, i + kRun * step);
-    A part{0};
+    const int64_t stop = smaller(end, i + kTermsPerPartial * step);
+    A partial{0};
 #pragma unroll 4
-    for (; i < stop; i += step) part += f(i);
-    total += part;
+    for (; i < stop; i += step) partial += f(i);
+    total += partial;
   }
   return total;
 }
 
-// out(row, sum of f(row, column) over the columns): a warp takes a row.
+// Calls out(row, sum of f(row, column) over the columns). A warp sums a row.
 template <class A, class F, class Out>
 __device__ __forceinline__ void sum_rows(int64_t rows, int64_t columns, const F& f, const Out& out) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp, warps = static_cast<int>(blockDim.x) / kWarp;
   for (int64_t row = threadIdx.x / kWarp; row < rows; row += warps) {
-    A sum = sum_run<A>(lane, columns, kWarp, [&](int64_t column) { return f(row, column); });
+    A sum = sum_strided<A>(lane, columns, kWarp, [&](int64_t column) { return f(row, column); });
     sum = sum_lanes(sum, 5);
     if (lane == 0) out(row, sum);
   }
 }
 
-// out(column, sum of f(row, column) over the rows): neighbouring threads take neighbouring columns. `room` holds one
-// number for each thread of the block.
+// Calls out(column, sum of f(row, column) over the rows). Neighbouring threads sum neighbouring columns, so that their
+// reads are contiguous. `scratch` has one number for each thread of the block.
 template <class A, class F, class Out>
-__device__ __forceinline__ void sum_columns(int64_t rows, int64_t columns, A* room, const F& f, const Out& out) {
+__device__ __forceinline__ void sum_columns(int64_t rows, int64_t columns, A* scratch, const F& f, const Out& out) {
   const int threads = static_cast<int>(blockDim.x), t = static_cast<int>(threadIdx.x);
   const int across = static_cast<int>(smaller<int64_t>(columns, threads));
   const int groups = threads / across, group = t / across;
   for (int64_t first = 0; first < columns; first += across) {
     const int64_t column = first + t % across;
     const bool active = group < groups && column < columns;
-    room[t] = active ? sum_run<A>(group, rows, groups, [&](int64_t row) { return f(row, column); }) : A{0};
+    scratch[t] = active ? sum_strided<A>(group, rows, groups, [&](int64_t row) { return f(row, column); }) : A{0};
     __syncthreads();
     for (int n = groups; n > 1;) {
       const int half = (n + 1) / 2;
-      if (group + half < n) room[t] += room[t + half * across];
+      if (group + half < n) scratch[t] += scratch[t + half * across];
       n = half;
       __syncthreads();
     }
-    if (active && group == 0) out(column, room[t]);
+    if (active && group == 0) out(column, scratch[t]);
     __syncthreads();
   }
 }
 
-// The sum of v over the block, in thread 0. `room` holds one number for each warp.
+// Returns the sum of v over the block in thread 0, and 0 in the other threads. `scratch` has one number for each warp.
 template <class A>
-__device__ __forceinline__ A sum_block(A v, A* room) {
+__device__ __forceinline__ A sum_block(A v, A* scratch) {
   const int t = static_cast<int>(threadIdx.x), warps = static_cast<int>(blockDim.x) / kWarp;
   v = sum_lanes(v, 5);
-  if (t % kWarp == 0) room[t / kWarp] = v;
+  if (t % kWarp == 0) scratch[t / kWarp] = v;
   __syncthreads();
   A sum{0};
   if (t == 0) {
-    for (int k = 0; k < warps; ++k) sum += room[k];
+    for (int k = 0; k < warps; ++k) sum += scratch[k];
   }
   __syncthreads();
   return sum;
 }
 
-// ---------------------------------------------------------------- one unit on one batch, as a kernel is told it
+// ---------------------------------------------------------------- the plan of a call
 
-// 2^lanes threads share a cell's pixels, 2^columns of them side by side in a row.
-struct CellShare {
-  int32_t lanes;
-  int32_t columns;
+// The lanes that sum one cell: 2^log2_count lanes, of which 2^log2_columns read neighbouring pixels of a row.
+struct CellLanes {
+  int32_t log2_count;
+  int32_t log2_columns;
 };
 
-struct Unit {
-  Problem p;
+// The plan of a call, an argument of every kernel: the problem, the weights, and the values that follow from the
+// problem.
+struct Plan {
+  Problem problem;
   Weight channel_weight;
   Weight spatial_weight;
   RingStencil ring;
-  int32_t lattice;  // bit 3 * (dr + 1) + dc + 1: a cell has a neighbour dr rows and dc columns away
-  CellShare share;
+  int32_t lattice;  // bit 3 * (dr + 1) + dc + 1: a cell attends to the cell dr rows and dc columns away
+  CellLanes cell_lanes;
 
-  STEAM_HD int64_t pixels() const { return p.height * p.width; }
-  STEAM_HD int64_t cells() const { return p.grid_h * p.grid_w; }
-  STEAM_HD int64_t sample() const { return p.channels * pixels(); }
-  STEAM_HD bool cells_are_pixels() const { return p.grid_h == p.height && p.grid_w == p.width; }
+  STEAM_HD int64_t pixels() const { return problem.height * problem.width; }
+  STEAM_HD int64_t cells() const { return problem.grid_h * problem.grid_w; }
+  STEAM_HD int64_t sample_size() const { return problem.channels * pixels(); }
+  STEAM_HD bool cells_are_pixels() const { return problem.grid_h == problem.height && problem.grid_w == problem.width; }
 };
 
-// Rows [r0, r1) and columns [q0, q1) of a cell.
+// A cell: the pixels of rows [r0, r1) and columns [q0, q1).
 struct Cell {
   int64_t r0, r1, q0, q1;
   __device__ int64_t size() const { return (r1 - r0) * (q1 - q0); }
@@ -257,7 +261,7 @@ __device__ inline Cell cell_at(const Problem& p, int64_t i, int64_t j) {
           cell_begin(j + 1, p.grid_w, p.width)};
 }
 
-// f(pixel - begin, cell) for every pixel in [begin, end), by the block's threads.
+// Calls f(pixel - begin, cell) for every pixel in [begin, end), by the threads of the block.
 template <class F>
 __device__ __forceinline__ void for_pixels(const Problem& p, int64_t begin, int64_t end, const F& f) {
   const int across = static_cast<int>(smaller<int64_t>(p.width, blockDim.x));

@@ -1,5 +1,5 @@
-// The graph stage on CUDA: a block takes one sample from sums over cells (or pixels) to the gates, and back from the
-// gates' gradients to the tokens'.
+// The graph stage on CUDA: a block computes the gates of one sample from sums over cells or pixels, and backward the
+// gradients of its tokens from the gradients of its gates.
 #pragma once
 
 #include "device.cuh"
@@ -8,11 +8,12 @@
 namespace steam {
 namespace {
 
-// ---------------------------------------------------------------- the graph transform (math step T)
+// ---------------------------------------------------------------- the graph transform T of docs/math.md
 
-// Heads whose slopes and gains are in shared memory at a time.
+// The heads that are in shared memory at a time.
 constexpr int kHeads = 16;
 
+// The slope a and the gain b of kHeads heads of a branch (docs/math.md, "It collapses").
 template <class A>
 struct HeadTable {
   A* slope;
@@ -20,8 +21,8 @@ struct HeadTable {
 };
 template <class A>
 __device__ HeadTable<A> take_heads(SharedMemory& shared) {
-  A* room = shared.take<A>(2 * kHeads);
-  return {room, room + kHeads};
+  A* memory = shared.take<A>(2 * kHeads);
+  return {memory, memory + kHeads};
 }
 
 template <class A>
@@ -40,7 +41,7 @@ __device__ void load_heads(const Problem& p, const Weight& weight, int first, co
   __syncthreads();
 }
 
-// The neighbourhood of one node, in the form of common/graph.h; `node(k)` is its k-th neighbour.
+// The neighbourhood of one node, in the form that common/graph.h needs. `node(k)` is the k-th neighbour.
 template <class A>
 struct RingNodes {
   const A* tokens;
@@ -58,7 +59,7 @@ struct RingNodes {
 template <class A>
 struct LatticeNodes {
   const A* tokens;
-  int32_t present;  // bit k: the neighbour at row k / 3 - 1, column k % 3 - 1 exists
+  int32_t present;  // bit k: the neighbour k / 3 - 1 rows and k % 3 - 1 columns away exists
   int64_t columns, self;
   __device__ __forceinline__ int64_t count() const { return 9; }
   __device__ __forceinline__ bool exists(int64_t k) const { return (present >> k & 1) != 0; }
@@ -68,32 +69,32 @@ struct LatticeNodes {
 
 template <class A>
 struct Ring {
-  const Unit& unit;
+  const Plan& plan;
   const A* tokens;
-  __device__ int64_t nodes() const { return unit.p.channels; }
-  __device__ RingNodes<A> at(int64_t i) const { return {tokens, unit.ring, unit.p.channels, i}; }
+  __device__ int64_t nodes() const { return plan.problem.channels; }
+  __device__ RingNodes<A> at(int64_t i) const { return {tokens, plan.ring, plan.problem.channels, i}; }
 };
 
 template <class A>
 struct Lattice {
-  const Unit& unit;
+  const Plan& plan;
   const A* tokens;
-  __device__ int64_t nodes() const { return unit.cells(); }
+  __device__ int64_t nodes() const { return plan.cells(); }
   __device__ LatticeNodes<A> at(int64_t i) const {
-    const int64_t r = i / unit.p.grid_w, c = i % unit.p.grid_w;
-    int32_t present = unit.lattice;
+    const int64_t r = i / plan.problem.grid_w, c = i % plan.problem.grid_w;
+    int32_t present = plan.lattice;
     if (r == 0) present &= ~0007;
-    if (r == unit.p.grid_h - 1) present &= ~0700;
+    if (r == plan.problem.grid_h - 1) present &= ~0700;
     if (c == 0) present &= ~0111;
-    if (c == unit.p.grid_w - 1) present &= ~0444;
-    return {tokens, present, unit.p.grid_w, i};
+    if (c == plan.problem.grid_w - 1) present &= ~0444;
+    return {tokens, present, plan.problem.grid_w, i};
   }
 };
 
 template <class A>
 struct Gate {
   A open;    // sigmoid(o)
-  A closed;  // 1 - sigmoid(o), from the pre-activation
+  A closed;  // sigmoid(-o), because 1 - open would lose digits
 };
 template <class A>
 __device__ __forceinline__ Gate<A> sigmoid(A o) {
@@ -101,7 +102,7 @@ __device__ __forceinline__ Gate<A> sigmoid(A o) {
   return o < 0 ? Gate<A>{small, large} : Gate<A>{large, small};
 }
 
-// o = T(tokens) and the gates sigmoid(o), by the block's threads.
+// o = T(tokens) and the gates sigmoid(o), by the threads of the block.
 template <class A, class G>
 __device__ void transform(const Problem& p, const Weight& weight, const G& graph, const HeadTable<A>& heads, A* o,
                           A* gate) {
@@ -124,16 +125,17 @@ __device__ void transform(const Problem& p, const Weight& weight, const G& graph
   __syncthreads();
 }
 
-// What the heads' backward pass keeps of each node.
+// The attention of one head at every node. The backward pass reads it at the neighbours of a node.
 template <class A>
 struct GraphTape {
   A *extreme, *inverse, *mean;
 };
 
-// From the gradient of o to that of the tokens, and to those of the heads' a and b, which go to `sums` (2 * heads).
+// Computes the gradients of the tokens, and in `sums` (2 * heads) the gradients of the heads' a and b. `flow` is the
+// gradient of o.
 template <class A, class G>
 __device__ void transform_backward(const Problem& p, const Weight& weight, const G& graph, const HeadTable<A>& heads,
-                                   const A* grad, const GraphTape<A>& tape, A* room, A* token_grad, double* sums) {
+                                   const A* flow, const GraphTape<A>& tape, A* scratch, A* token_grad, double* sums) {
   using L = ScalarLane<A>;
   for (int h = 0; h < p.num_heads; ++h) {
     if (h % kHeads == 0) load_heads(p, weight, h, heads);
@@ -141,7 +143,7 @@ __device__ void transform_backward(const Problem& p, const Weight& weight, const
     A slope_grad{0}, gain_grad{0};
     for (int64_t i = threadIdx.x; i < graph.nodes(); i += blockDim.x) {
       const auto nodes = graph.at(i);
-      const A t = graph.tokens[i], mean_grad = b * grad[i];
+      const A t = graph.tokens[i], mean_grad = b * flow[i];
       A lo, hi;
       extremes<L>(nodes, lo, hi);
       const Attention<L> head = attend<L>(nodes, a * t, lo, hi, nullptr);
@@ -151,10 +153,10 @@ __device__ void transform_backward(const Problem& p, const Weight& weight, const
       tape.mean[i] = head.mean;
       token_grad[i] = (h == 0 ? A{0} : token_grad[i]) + mean_grad * a * variance;
       slope_grad += mean_grad * t * variance;
-      gain_grad += grad[i] * (head.extreme + head.mean);
+      gain_grad += flow[i] * (head.extreme + head.mean);
     }
     __syncthreads();
-    // A gather: the graphs are symmetric, so that those who attend to j are j's own neighbours.
+    // The graphs are symmetric: the nodes that attend to j are the neighbours of j. So the sum needs no atomics.
     for (int64_t j = threadIdx.x; j < graph.nodes(); j += blockDim.x) {
       const auto nodes = graph.at(j);
       A sum{0};
@@ -162,12 +164,12 @@ __device__ void transform_backward(const Problem& p, const Weight& weight, const
         if (!nodes.exists(k)) continue;
         const int64_t i = nodes.node(k);
         const Attention<L> head{tape.extreme[i], tape.inverse[i], tape.mean[i]};
-        sum += edge_gradient(graph.tokens[j] - head.extreme, a * graph.tokens[i], b * grad[i], head);
+        sum += edge_gradient(graph.tokens[j] - head.extreme, a * graph.tokens[i], b * flow[i], head);
       }
       token_grad[j] += sum;
     }
-    slope_grad = sum_block(slope_grad, room);
-    gain_grad = sum_block(gain_grad, room);
+    slope_grad = sum_block(slope_grad, scratch);
+    gain_grad = sum_block(gain_grad, scratch);
     if (threadIdx.x == 0) {
       sums[h] = static_cast<double>(slope_grad);
       sums[p.num_heads + h] = static_cast<double>(gain_grad);
@@ -178,7 +180,7 @@ __device__ void transform_backward(const Problem& p, const Weight& weight, const
 
 // ---------------------------------------------------------------- between maps and tokens
 
-// One sample's numbers by channel c and place s, of the memory order's layout. Places are cells, or pixels.
+// The order of the numbers of a sample in memory, one for each channel c and place s. A place is a cell or a pixel.
 template <bool kChannelsLast>
 struct Layout {
   int64_t channels, places;
@@ -187,7 +189,7 @@ struct Layout {
   }
 };
 
-// Cells' sums from memory.
+// The sums over cells in global memory.
 template <class A>
 struct StoredSums {
   const A* values;
@@ -197,177 +199,180 @@ struct StoredSums {
   __device__ StoredSums at(int64_t e) const { return {values ? values + e : nullptr, products + e}; }
 };
 
-// out(c, sum of f(c, s) over places), and out(s, sum of f(c, s) over channels).
+// Calls out(c, sum of f(c, s) over the places).
 template <class A, bool kChannelsLast, class F, class Out>
-__device__ void sum_places(const Layout<kChannelsLast>& layout, A* room, const F& f, const Out& out) {
+__device__ void sum_places(const Layout<kChannelsLast>& layout, A* scratch, const F& f, const Out& out) {
   if constexpr (kChannelsLast) {
-    sum_columns<A>(layout.places, layout.channels, room, [&](int64_t s, int64_t c) { return f(c, s); }, out);
+    sum_columns<A>(layout.places, layout.channels, scratch, [&](int64_t s, int64_t c) { return f(c, s); }, out);
   } else {
     sum_rows<A>(layout.channels, layout.places, f, out);
   }
 }
+// Calls out(s, sum of f(c, s) over the channels).
 template <class A, bool kChannelsLast, class F, class Out>
-__device__ void sum_channels(const Layout<kChannelsLast>& layout, A* room, const F& f, const Out& out) {
+__device__ void sum_channels(const Layout<kChannelsLast>& layout, A* scratch, const F& f, const Out& out) {
   if constexpr (kChannelsLast) {
     sum_rows<A>(layout.places, layout.channels, [&](int64_t s, int64_t c) { return f(c, s); }, out);
   } else {
-    sum_columns<A>(layout.channels, layout.places, room, f, out);
+    sum_columns<A>(layout.channels, layout.places, scratch, f, out);
   }
 }
 
-// out(cell, sum of `map` over it), where `map` holds a number for each pixel.
+// Calls out(cell, sum over the pixels of the cell). `pixels` has a number for each pixel.
 template <class A, class Out>
-__device__ void sum_pixels(const Unit& unit, const A* map, const Out& out) {
-  const int lanes = 1 << unit.share.lanes, lane = static_cast<int>(threadIdx.x) & (lanes - 1);
-  const int64_t groups = blockDim.x >> unit.share.lanes;
-  for (int64_t k = threadIdx.x >> unit.share.lanes; k < unit.cells(); k += groups) {
+__device__ void sum_pixels(const Plan& plan, const A* pixels, const Out& out) {
+  const int lanes = 1 << plan.cell_lanes.log2_count, lane = static_cast<int>(threadIdx.x) & (lanes - 1);
+  const int64_t groups = blockDim.x >> plan.cell_lanes.log2_count;
+  for (int64_t k = threadIdx.x >> plan.cell_lanes.log2_count; k < plan.cells(); k += groups) {
     A sum{0};
-    const Cell cell = cell_at(unit.p, k / unit.p.grid_w, k % unit.p.grid_w);
-    for_cell(cell, unit.p.width, 0, unit.pixels(), unit.share, lane, [&](int e) { sum += map[e]; });
-    sum = sum_lanes(sum, unit.share.lanes);
+    const Cell cell = cell_at(plan.problem, k / plan.problem.grid_w, k % plan.problem.grid_w);
+    for_cell(cell, plan.problem.width, 0, plan.pixels(), plan.cell_lanes, lane, [&](int e) { sum += pixels[e]; });
+    sum = sum_lanes(sum, plan.cell_lanes.log2_count);
     if (lane == 0) out(k, sum);
   }
 }
 
-// C n_ij: the numbers that a spatial token is the mean of.
+// C * n_ij, the number of elements in the mean of spatial token k.
 template <class A>
-__device__ A token_size(const Unit& unit, int64_t k) {
-  const Cell cell = cell_at(unit.p, k / unit.p.grid_w, k % unit.p.grid_w);
-  return static_cast<A>(unit.p.channels) * static_cast<A>(cell.size());
+__device__ A token_size(const Plan& plan, int64_t k) {
+  const Cell cell = cell_at(plan.problem, k / plan.problem.grid_w, k % plan.problem.grid_w);
+  return static_cast<A>(plan.problem.channels) * static_cast<A>(cell.size());
 }
 
 // ---------------------------------------------------------------- one sample
 
-// Tokens, pre-activations and gates of both branches.
+// The tokens, pre-activations and gates of both branches.
 template <class A>
 struct Nodes {
-  A *z, *o_c, *u, *o_s;  // as a row of `saved`
+  A *z, *o_c, *u, *o_s;  // in the order of a row of `saved`
   A *g_c, *g_s;
 };
 template <class A>
-__device__ Nodes<A> make_nodes(const Unit& unit, A* row, A* gates) {
-  const int64_t c = unit.p.channels, cells = unit.cells();
+__device__ Nodes<A> make_nodes(const Plan& plan, A* row, A* gates) {
+  const int64_t c = plan.problem.channels, cells = plan.cells();
   return {row, row + c, row + 2 * c, row + 2 * c + cells, gates, gates + c};
 }
 
-// `map` holds a number for each pixel; null where the places are cells. `room` holds one for each thread.
+// Fills `nodes`. `pixel_sums` has a number for each pixel, and is null if the places are cells. `scratch` has a number
+// for each thread.
 template <class A, bool kChannelsLast, class Source>
-__device__ void graph_forward(const Unit& unit, const Source& source, const Layout<kChannelsLast>& layout,
-                              const Nodes<A>& nodes, A* map, A* room, const HeadTable<A>& heads) {
-  const Problem& p = unit.p;
-  const A pixels = static_cast<A>(unit.pixels());
+__device__ void graph_forward(const Plan& plan, const Source& source, const Layout<kChannelsLast>& layout,
+                              const Nodes<A>& nodes, A* pixel_sums, A* scratch, const HeadTable<A>& heads) {
+  const Problem& p = plan.problem;
+  const A pixels = static_cast<A>(plan.pixels());
   sum_places<A>(
-      layout, room, [&](int64_t c, int64_t s) { return source.value(layout.at(c, s)); },
+      layout, scratch, [&](int64_t c, int64_t s) { return source.value(layout.at(c, s)); },
       [&](int64_t c, A sum) { nodes.z[c] = sum / pixels; });
   __syncthreads();
-  transform(p, unit.channel_weight, Ring<A>{unit, nodes.z}, heads, nodes.o_c, nodes.g_c);
-  const auto token = [&](int64_t k, A sum) { nodes.u[k] = sum / token_size<A>(unit, k); };
+  transform(p, plan.channel_weight, Ring<A>{plan, nodes.z}, heads, nodes.o_c, nodes.g_c);
+  const auto token = [&](int64_t k, A sum) { nodes.u[k] = sum / token_size<A>(plan, k); };
   sum_channels<A>(
-      layout, room,
+      layout, scratch,
       [&](int64_t c, int64_t s) {
         const A v = source.value(layout.at(c, s));
         return p.sequential ? nodes.g_c[c] * v : v;
       },
       [&](int64_t s, A sum) {
-        if (map) {
-          map[s] = sum;
+        if (pixel_sums) {
+          pixel_sums[s] = sum;
         } else {
           token(s, sum);
         }
       });
   __syncthreads();
-  if (map) {
-    sum_pixels(unit, map, token);
+  if (pixel_sums) {
+    sum_pixels(plan, pixel_sums, token);
     __syncthreads();
   }
-  transform(p, unit.spatial_weight, Lattice<A>{unit, nodes.u}, heads, nodes.o_s, nodes.g_s);
+  transform(p, plan.spatial_weight, Lattice<A>{plan, nodes.u}, heads, nodes.o_s, nodes.g_s);
 }
 
-// Working memory of a sample's backward pass.
+// The gradients of one sample.
 template <class A>
 struct Grads {
-  A *channel, *spatial;  // of the gates, then of the pre-activations: C, cells
-  A* z;                  // C
-  A* share;              // du / (C n_ij), what one pixel's token gradient comes to: cells
-  GraphTape<A> tape;     // max(C, cells) each
+  A *flow_c, *flow_s;  // (C) and (cells)
+  A* dz;               // (C)
+  A* share;            // (cells), and the gradients of u before their division
+  GraphTape<A> tape;   // three arrays of max(C, cells)
 };
 template <class A>
-STEAM_HD Grads<A> make_grads(const Unit& unit, A* row) {
-  const int64_t c = unit.p.channels, cells = unit.cells(), nodes = larger(c, cells);
+STEAM_HD Grads<A> make_grads(const Plan& plan, A* row) {
+  const int64_t c = plan.problem.channels, cells = plan.cells(), nodes = larger(c, cells);
   A* tape = row + 2 * (c + cells);
   return {row, row + c, row + c + cells, row + 2 * c + cells, {tape, tape + nodes, tape + 2 * nodes}};
 }
-STEAM_HD int64_t grads_count(const Unit& unit) {
-  return 2 * (unit.p.channels + unit.cells()) + 3 * larger(unit.p.channels, unit.cells());
+STEAM_HD int64_t grads_count(const Plan& plan) {
+  return 2 * (plan.problem.channels + plan.cells()) + 3 * larger(plan.problem.channels, plan.cells());
 }
 
-// What the places' gates and shares are read through: straight where places are cells, else spread to pixels.
+// The gate and the share of each pixel, copied from its cell, so that a sum over pixels need not compute the cell of
+// each pixel. Before that, `gate` has sums over the channels. Both are null if the places are cells.
 template <class A>
-struct PlaceMaps {
-  A* gate;  // null where places are cells; so is share
+struct PerPixel {
+  A* gate;
   A* share;
 };
 
-// `sums` receives the gradients of the channel branch's a and b, then of the spatial branch's: 4 * heads. g_c and g_s
-// are restored from the pre-activations.
+// Fills `d`, and computes g_c and g_s again from the pre-activations. `sums` (4 * heads) gets the gradients of the
+// heads' a and b, first of the channel branch, then of the spatial branch.
 template <class A, bool kChannelsLast, class Source>
-__device__ void graph_backward(const Unit& unit, const Source& source, const Layout<kChannelsLast>& layout,
-                               const Nodes<A>& nodes, const Grads<A>& d, const PlaceMaps<A>& maps, A* room,
+__device__ void graph_backward(const Plan& plan, const Source& source, const Layout<kChannelsLast>& layout,
+                               const Nodes<A>& nodes, const Grads<A>& d, const PerPixel<A>& per_pixel, A* scratch,
                                const HeadTable<A>& heads, double* sums) {
-  const Problem& p = unit.p;
+  const Problem& p = plan.problem;
   const A scale = static_cast<A>(p.scale);
   for (int64_t c = threadIdx.x; c < p.channels; c += blockDim.x) nodes.g_c[c] = sigmoid(nodes.o_c[c]).open;
-  for (int64_t k = threadIdx.x; k < unit.cells(); k += blockDim.x) nodes.g_s[k] = sigmoid(nodes.o_s[k]).open;
+  for (int64_t k = threadIdx.x; k < plan.cells(); k += blockDim.x) nodes.g_s[k] = sigmoid(nodes.o_s[k]).open;
   __syncthreads();
 
-  const auto through_gate = [&](A sum, A o) {
+  const auto flow = [&](A sum, A o) {
     const Gate<A> gate = sigmoid(o);
     return sum * gate.open * gate.closed;
   };
-  const auto gate_grad = [&](int64_t k, A sum) { d.spatial[k] = through_gate(scale * sum, nodes.o_s[k]); };
+  const auto write_flow_s = [&](int64_t k, A sum) { d.flow_s[k] = flow(scale * sum, nodes.o_s[k]); };
   sum_channels<A>(
-      layout, room, [&](int64_t c, int64_t s) { return nodes.g_c[c] * source.product(layout.at(c, s)); },
+      layout, scratch, [&](int64_t c, int64_t s) { return nodes.g_c[c] * source.product(layout.at(c, s)); },
       [&](int64_t s, A sum) {
-        if (maps.gate) {
-          maps.gate[s] = sum;
+        if (per_pixel.gate) {
+          per_pixel.gate[s] = sum;
         } else {
-          gate_grad(s, sum);
+          write_flow_s(s, sum);
         }
       });
   __syncthreads();
-  if (maps.gate) {
-    sum_pixels(unit, maps.gate, gate_grad);
+  if (per_pixel.gate) {
+    sum_pixels(plan, per_pixel.gate, write_flow_s);
     __syncthreads();
   }
-  transform_backward(p, unit.spatial_weight, Lattice<A>{unit, nodes.u}, heads, d.spatial, d.tape, room, d.share,
+  transform_backward(p, plan.spatial_weight, Lattice<A>{plan, nodes.u}, heads, d.flow_s, d.tape, scratch, d.share,
                      sums + 2 * p.num_heads);
-  for (int64_t k = threadIdx.x; k < unit.cells(); k += blockDim.x) d.share[k] /= token_size<A>(unit, k);
+  for (int64_t k = threadIdx.x; k < plan.cells(); k += blockDim.x) d.share[k] /= token_size<A>(plan, k);
   __syncthreads();
-  if (maps.gate) {
-    for_pixels(p, 0, unit.pixels(), [&](int64_t e, int64_t k) {
-      maps.gate[e] = nodes.g_s[k];
-      maps.share[e] = d.share[k];
+  if (per_pixel.gate) {
+    for_pixels(p, 0, plan.pixels(), [&](int64_t e, int64_t k) {
+      per_pixel.gate[e] = nodes.g_s[k];
+      per_pixel.share[e] = d.share[k];
     });
     __syncthreads();
   }
 
-  const A* gates = maps.gate ? maps.gate : nodes.g_s;
-  const A* shares = maps.gate ? maps.share : d.share;
+  const A* gates = per_pixel.gate ? per_pixel.gate : nodes.g_s;
+  const A* shares = per_pixel.gate ? per_pixel.share : d.share;
   sum_places<A>(
-      layout, room,
+      layout, scratch,
       [&](int64_t c, int64_t s) {
         const int64_t e = layout.at(c, s);
         const A through_gates = scale * gates[s] * source.product(e);
         return p.sequential ? through_gates + shares[s] * source.value(e) : through_gates;
       },
-      [&](int64_t c, A sum) { d.channel[c] = through_gate(sum, nodes.o_c[c]); });
+      [&](int64_t c, A sum) { d.flow_c[c] = flow(sum, nodes.o_c[c]); });
   __syncthreads();
-  transform_backward(p, unit.channel_weight, Ring<A>{unit, nodes.z}, heads, d.channel, d.tape, room, d.z, sums);
+  transform_backward(p, plan.channel_weight, Ring<A>{plan, nodes.z}, heads, d.flow_c, d.tape, scratch, d.dz, sums);
 }
 
-// ---------------------------------------------------------------- the kernels: one block a sample
+// ---------------------------------------------------------------- the kernels: one block for each sample
 
-// Threads of the blocks that take a sample each; a float64 fills two registers.
+// The threads of a block that processes one sample. A float64 needs two registers, so such a block has fewer threads.
 template <class A>
 constexpr int kSampleThreads = sizeof(A) == 8 ? 256 : 512;
 
@@ -376,33 +381,35 @@ int64_t graph_bytes() {
   return shared_bytes<A>(kSampleThreads<A>) + shared_bytes<A>(2 * kHeads);
 }
 
-// values: a cell's sums, or x itself where cells are pixels. rows: (N, 2 (C + cells)); gates: (N, C + cells).
+// values has the sums over cells, or x itself if the cells are pixels. saved is (N, 2 * (C + cells)), and gates is
+// (N, C + cells).
 template <class T, bool kChannelsLast>
 __global__ void __launch_bounds__(kSampleThreads<Accumulate<T>>, 1)
-    steam_graph_forward(Unit unit, const T* values, Accumulate<T>* rows, Accumulate<T>* gates) {
+    steam_graph_forward(Plan plan, const T* values, Accumulate<T>* saved, Accumulate<T>* gates) {
   using A = Accumulate<T>;
   SharedMemory shared;
-  A* room = shared.take<A>(kSampleThreads<A>);
+  A* scratch = shared.take<A>(kSampleThreads<A>);
   const HeadTable<A> heads = take_heads<A>(shared);
-  const int64_t n = blockIdx.x, nodes = unit.p.channels + unit.cells();
-  const Maps<T> source{values + n * unit.p.channels * unit.cells(), nullptr, nullptr};
-  graph_forward<A>(unit, source, Layout<kChannelsLast>{unit.p.channels, unit.cells()},
-                   make_nodes(unit, rows + n * 2 * nodes, gates + n * nodes), nullptr, room, heads);
+  const int64_t n = blockIdx.x, nodes = plan.problem.channels + plan.cells();
+  const Maps<T> source{values + n * plan.problem.channels * plan.cells(), nullptr, nullptr};
+  graph_forward<A>(plan, source, Layout<kChannelsLast>{plan.problem.channels, plan.cells()},
+                   make_nodes(plan, saved + n * 2 * nodes, gates + n * nodes), nullptr, scratch, heads);
 }
 
-// source: StoredSums of cells, or Maps where cells are pixels. grads: (N, grads_count); sums: (N, 4 * heads).
+// source has the sums over cells (StoredSums), or x and dy themselves if the cells are pixels (Maps). grads is
+// (N, grads_count), and sums is (N, 4 * heads).
 template <class Source, class A, bool kChannelsLast>
 __global__ void __launch_bounds__(kSampleThreads<A>, 1)
-    steam_graph_backward(Unit unit, Source source, const A* saved, A* gates, A* grads, double* sums) {
+    steam_graph_backward(Plan plan, Source source, const A* saved, A* gates, A* grads, double* sums) {
   SharedMemory shared;
-  A* room = shared.take<A>(kSampleThreads<A>);
+  A* scratch = shared.take<A>(kSampleThreads<A>);
   const HeadTable<A> heads = take_heads<A>(shared);
-  const int64_t n = blockIdx.x, nodes = unit.p.channels + unit.cells();
-  graph_backward<A>(unit, source.at(n * unit.p.channels * unit.cells()),
-                    Layout<kChannelsLast>{unit.p.channels, unit.cells()},
-                    make_nodes(unit, const_cast<A*>(saved) + n * 2 * nodes, gates + n * nodes),
-                    make_grads(unit, grads + n * grads_count(unit)), PlaceMaps<A>{nullptr, nullptr}, room, heads,
-                    sums + n * 4 * unit.p.num_heads);
+  const int64_t n = blockIdx.x, nodes = plan.problem.channels + plan.cells();
+  graph_backward<A>(plan, source.at(n * plan.problem.channels * plan.cells()),
+                    Layout<kChannelsLast>{plan.problem.channels, plan.cells()},
+                    make_nodes(plan, const_cast<A*>(saved) + n * 2 * nodes, gates + n * nodes),
+                    make_grads(plan, grads + n * grads_count(plan)), PerPixel<A>{nullptr, nullptr}, scratch, heads,
+                    sums + n * 4 * plan.problem.num_heads);
 }
 
 }  // namespace

@@ -1,4 +1,5 @@
-// The CUDA kernels' interface: plain arguments, one entry for each direction. No torch, and nothing of CUDA's headers.
+// The interface of the CUDA kernels, without torch and without CUDA's headers: plain structs, and one entry for each
+// direction.
 #pragma once
 
 #include <cstddef>
@@ -10,9 +11,9 @@
 namespace steam {
 namespace cuda {
 
-// All maps and weights lie in memory of the current device, maps dense in the problem's memory order. `saved` is
-// (N, 2 * (C + gh * gw)) in the accumulation type: a sample's row holds channel tokens, channel pre-activations,
-// spatial tokens, spatial pre-activations.
+// All pointers are to memory of the current device. All maps are dense in the problem's memory format. `saved` is
+// (N, 2 * (C + gh * gw)) in the accumulation type. The row of a sample holds the channel tokens, the channel
+// pre-activations, the spatial tokens and the spatial pre-activations.
 struct ForwardArgs {
   Problem problem;
   Weight channel_weight;
@@ -21,7 +22,7 @@ struct ForwardArgs {
   const void* residual;  // may be null
   void* y;               // may be x itself
   void* saved;           // may be null
-  void* workspace;       // forward_workspace_bytes, aligned to 16; may be null where that is 0
+  void* workspace;       // of forward_workspace_bytes, aligned to 16 bytes; may be null if that is 0
 };
 
 struct BackwardArgs {
@@ -30,22 +31,22 @@ struct BackwardArgs {
   Weight spatial_weight;
   const void* dy;
   const void* x;
-  const void* y;  // read where problem.relu
+  const void* y;  // read only if problem.relu
   const void* saved;
-  void* dx;         // null: not asked for
-  void* dresidual;  // null: not asked for; only where problem.relu
+  void* dx;         // may be null, then it is not computed
+  void* dresidual;  // may be null, then it is not computed; null without problem.relu
   WeightGrad channel_grad;
   WeightGrad spatial_grad;
-  void* workspace;  // backward_workspace_bytes, aligned to 16; may be null where that is 0
+  void* workspace;  // of backward_workspace_bytes, aligned to 16 bytes; may be null if that is 0
 };
 
-// Bytes of device memory that a call needs beside its arguments, on the current device. What it holds before the call
-// is of no account; it must live until the stream has passed the call.
+// Returns the bytes of workspace that a call needs on the current device. The call ignores the content of the
+// workspace. The workspace must stay allocated until the stream has run all kernels of the call.
 size_t forward_workspace_bytes(const Problem& problem);
 size_t backward_workspace_bytes(const Problem& problem);
 
-// Queue the call on `stream` (a cudaStream_t) of the current device and return without waiting. Empty where every
-// launch was accepted, else a sentence with the kernel, the shape and CUDA's reason.
+// Queues the kernels of a call on `stream`, a cudaStream_t of the current device, and does not wait for them. Returns
+// an empty string if CUDA accepted every launch, else a sentence with the kernel, the shape and CUDA's reason.
 std::string forward(const ForwardArgs& args, void* stream);
 std::string backward(const BackwardArgs& args, void* stream);
 

@@ -1,4 +1,4 @@
-// The host side of the CUDA kernels: what a call works out from its shape, and how a kernel is launched and checked.
+// The host side of the CUDA kernels: the plan of a call, the sizes of its launches, and checked launches.
 #pragma once
 
 #include <climits>
@@ -34,73 +34,79 @@ inline int floor_log2(int64_t n) {
   return log2;
 }
 
-inline Unit make_unit(const Problem& problem, const Weight& channel_weight, const Weight& spatial_weight) {
-  Unit u{};
-  u.p = problem;
-  Problem& p = u.p;
-  u.channel_weight = channel_weight;
-  u.spatial_weight = spatial_weight;
-  // Where one axis is 1 both memory orders are one; take the one with the longer rows.
+inline Plan make_plan(const Problem& problem, const Weight& channel_weight, const Weight& spatial_weight) {
+  Plan plan{};
+  plan.problem = problem;
+  Problem& p = plan.problem;
+  plan.channel_weight = channel_weight;
+  plan.spatial_weight = spatial_weight;
+  // If C or H * W is 1, both memory formats are the same memory. The kernels use the one with the longer rows.
   if (p.channels == 1) p.channels_last = false;
-  if (u.pixels() == 1) p.channels_last = true;
-  u.ring = ring_stencil(p.channels, p.channel_radius, p.self_loops);
+  if (plan.pixels() == 1) p.channels_last = true;
+  plan.ring = ring_stencil(p.channels, p.channel_radius, p.self_loops);
   const LatticeStencil lattice = lattice_stencil(p.grid_h, p.grid_w, p.spatial_neighbors, p.self_loops);
-  for (int k = 0; k < lattice.count; ++k) u.lattice |= 1 << (3 * (lattice.dr[k] + 1) + lattice.dc[k] + 1);
-  // Some eight pixels a lane.
+  for (int k = 0; k < lattice.count; ++k) plan.lattice |= 1 << (3 * (lattice.dr[k] + 1) + lattice.dc[k] + 1);
+  // A lane has about eight pixels of a cell.
   const int64_t height = p.height / p.grid_h, width = p.width / p.grid_w;
-  u.share.lanes = smaller(5, floor_log2(larger<int64_t>(1, height * width / 8)));
-  u.share.columns = smaller(u.share.lanes, floor_log2(width));
-  return u;
+  plan.cell_lanes.log2_count = smaller(5, floor_log2(larger<int64_t>(1, height * width / 8)));
+  plan.cell_lanes.log2_columns = smaller(plan.cell_lanes.log2_count, floor_log2(width));
+  return plan;
 }
 
-// ---------------------------------------------------------------- plans
+// ---------------------------------------------------------------- the sizes of launches
 
+// `wide`: whether every pixel begins at a 16-byte boundary and has whole packs of channels (channels_last).
 template <class T>
-PoolPlan pool_plan(const Unit& u, bool wide) {
+PoolSizes pool_sizes(const Plan& plan, bool wide) {
   constexpr int kTileBytes = 16384;
-  PoolPlan plan{};
-  if (!u.p.channels_last) {
+  PoolSizes sizes{};
+  if (!plan.problem.channels_last) {
     const int64_t tile = kTileBytes / static_cast<int64_t>(sizeof(T));
-    plan.channels = static_cast<int32_t>(smaller(u.p.channels, larger<int64_t>(1, tile / u.pixels())));
-    plan.tile = static_cast<int32_t>(smaller(tile, plan.channels * u.pixels()));
-    plan.slices = ceil_div(u.p.channels, plan.channels);
+    sizes.channels = static_cast<int32_t>(smaller(plan.problem.channels, larger<int64_t>(1, tile / plan.pixels())));
+    sizes.tile = static_cast<int32_t>(smaller(tile, sizes.channels * plan.pixels()));
+    sizes.slices = ceil_div(plan.problem.channels, sizes.channels);
   } else {
-    plan.width = wide ? kPack<T> : 1;
-    const int64_t pixels = u.p.height / u.p.grid_h * (u.p.width / u.p.grid_w);
-    plan.share = 1 << smaller(5, floor_log2(larger<int64_t>(1, pixels / 8)));
-    plan.slices = ceil_div(u.cells() * (u.p.channels / plan.width), kPoolThreads / plan.share);
+    sizes.width = wide ? kPack<T> : 1;
+    const int64_t pixels = plan.problem.height / plan.problem.grid_h * (plan.problem.width / plan.problem.grid_w);
+    sizes.threads_per_cell = 1 << smaller(5, floor_log2(larger<int64_t>(1, pixels / 8)));
+    sizes.slices =
+        ceil_div(plan.cells() * (plan.problem.channels / sizes.width), kPoolThreads / sizes.threads_per_cell);
   }
-  return plan;
+  return sizes;
 }
 
 template <class T, bool kProducts>
-int64_t pool_bytes(const Unit& u, const PoolPlan& plan) {
-  return u.p.channels_last ? pool_channels_last_bytes<T>(plan, kPoolThreads) : pool_planar_bytes<T, kProducts>(plan);
+int64_t pool_bytes(const Plan& plan, const PoolSizes& sizes) {
+  return plan.problem.channels_last ? pool_channels_last_bytes<T>(sizes, kPoolThreads)
+                                    : pool_nchw_bytes<T, kProducts>(sizes);
 }
 
 template <class T>
-GatePlan gate_plan(const Unit& u, bool backward) {
+GateSizes gate_sizes(const Plan& plan, bool backward) {
   constexpr int64_t kRows = 512, kElements = 16384, kFewBlocks = 512;
-  // The column maps take 16 KB each in NCHW, which has two of them backwards, and 8 KB in channels_last.
-  const int64_t most = (u.p.channels_last && backward ? 8192 : 16384) / static_cast<int64_t>(sizeof(Accumulate<T>));
-  const int64_t rows = u.p.channels_last ? u.pixels() : u.p.channels;
-  const int64_t columns = u.p.channels_last ? u.p.channels : u.pixels();
-  GatePlan plan{};
-  plan.column_blocks = ceil_div(columns, most);
-  plan.columns = static_cast<int32_t>(ceil_div(ceil_div(columns, plan.column_blocks), kPack<T>) * kPack<T>);
-  if (plan.column_blocks == 1) plan.columns = static_cast<int32_t>(columns);
-  plan.column_blocks = ceil_div(columns, plan.columns);
-  // Which block writes an element changes no bit of it, so that small batches may have smaller blocks.
-  const bool few = u.p.samples * u.sample() < kFewBlocks * kElements;
-  const int64_t wanted = (few ? kElements / 4 : kElements) / plan.columns;
-  plan.rows = static_cast<int32_t>(smaller(rows, smaller(kRows, larger<int64_t>(1, wanted))));
-  plan.row_blocks = ceil_div(rows, plan.rows);
-  return plan;
+  // An array of factors by column takes at most 16 KB of shared memory. In the backward pass in channels_last there are
+  // three such arrays, so each takes at most 8 KB.
+  const int64_t most =
+      (plan.problem.channels_last && backward ? 8192 : 16384) / static_cast<int64_t>(sizeof(Accumulate<T>));
+  const int64_t rows = plan.problem.channels_last ? plan.pixels() : plan.problem.channels;
+  const int64_t columns = plan.problem.channels_last ? plan.problem.channels : plan.pixels();
+  GateSizes sizes{};
+  sizes.column_blocks = ceil_div(columns, most);
+  sizes.columns = static_cast<int32_t>(ceil_div(ceil_div(columns, sizes.column_blocks), kPack<T>) * kPack<T>);
+  if (sizes.column_blocks == 1) sizes.columns = static_cast<int32_t>(columns);
+  sizes.column_blocks = ceil_div(columns, sizes.columns);
+  // The bits of an element do not depend on the block that writes it, so small batches may have smaller blocks.
+  const bool few = plan.problem.samples * plan.sample_size() < kFewBlocks * kElements;
+  const int64_t wanted = (few ? kElements / 4 : kElements) / sizes.columns;
+  sizes.rows = static_cast<int32_t>(smaller(rows, smaller(kRows, larger<int64_t>(1, wanted))));
+  sizes.row_blocks = ceil_div(rows, sizes.rows);
+  return sizes;
 }
 
 // ---------------------------------------------------------------- launches
 
-// Shared memory that a block may ask for on the current device; what every GPU has where there is none.
+// The bytes of shared memory that a block may request on the current device. Without a device it is 48 KB, which every
+// GPU has.
 inline int64_t shared_memory_limit() {
   int device = 0, bytes = 0;
   if (cudaGetDevice(&device) != cudaSuccess ||
@@ -111,7 +117,7 @@ inline int64_t shared_memory_limit() {
   return bytes;
 }
 
-// Queues one call's kernels in order; after a failure it queues no more, and `error` says which kernel it was.
+// Queues the kernels of one call in order. After a failure it queues no more kernels, and `error` names the kernel.
 class Launcher {
  public:
   Launcher(const Problem& problem, void* stream) : p_(problem), stream_(static_cast<cudaStream_t>(stream)) {}
@@ -129,7 +135,7 @@ class Launcher {
       STEAM_LAUNCH(kernel, static_cast<unsigned>(blocks), static_cast<unsigned>(threads), static_cast<size_t>(shared),
                    stream_, args...);
     }
-    // Reads and clears it, whichever of the two it came from.
+    // The error is of the attribute or of the launch. Reading it also clears it.
     status = cudaGetLastError();
     if (status != cudaSuccess) fail(name, blocks, shared, cudaGetErrorString(status));
   }
@@ -154,7 +160,7 @@ class Launcher {
   const cudaStream_t stream_;
 };
 
-// Hands out a workspace piece by piece. From null it only counts.
+// Gives a workspace out in pieces. If the base is null, it only counts their bytes.
 class Workspace {
  public:
   explicit Workspace(void* base) : base_(static_cast<unsigned char*>(base)) {}

@@ -1,4 +1,4 @@
-// Kernels with one mistake each, which the stand-in and the sanitizers must catch; `planted 0` has none.
+// Kernels with one mistake each, which cuda_on_host.h or a sanitizer must catch. `planted 0` has no mistake.
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
@@ -36,7 +36,8 @@ enum Mistake {
   kConversionOutOfRange,
 };
 
-// Each block reverses its part of x and adds the sum of each warp's numbers. `chain` is what no mistake but two writes.
+// Each block reverses its 64 numbers of x, and adds to each number its neighbour. Only the mistakes of an order write
+// `chain`.
 __global__ void planted(Mistake mistake, const float* x, float* y, float* chain, int count) {
   SharedMemory shared;
   const int t = static_cast<int>(threadIdx.x), first = static_cast<int>(blockIdx.x) * kThreads, i = first + t;
@@ -66,9 +67,9 @@ __global__ void planted(Mistake mistake, const float* x, float* y, float* chain,
   if (mistake == kUnwrittenOutput && i == count - 1) return;
   y[mistake == kRaceOfBlocks ? t : i] = v;
   if (mistake == kBlockReadsOther) y[i] += y[(i + kThreads) % count];
-  // Every order has a result of its own.
+  // Each order of the blocks or threads gives another result.
   if ((mistake == kOrderOfBlocks && t == 0) || (mistake == kOrderOfThreads && first == 0)) *chain = *chain / 2 + v;
-  // What does not fit, by numbers that the compiler does not know.
+  // The compiler does not know these numbers, so it cannot find the overflows.
   if (mistake == kOffsetOverflow) y[i] += static_cast<float>((t + 1) * (INT32_MAX / count * 4));
   if (mistake == kShiftTooFar) y[i] += static_cast<float>(1 << (count + t));
   if (mistake == kConversionOutOfRange) y[i] += static_cast<float>(static_cast<int>(v * 1e9f));

@@ -1,5 +1,6 @@
-// In the place of the kernels behind the runner: calls with one mistake each, which the runner or a sanitizer must
-// catch. The channel radius says which: 0 has none and copies x to y; k writes into the k-th array that a call reads.
+// This file replaces the kernels behind the runner. Its calls have one mistake each, which the runner or a sanitizer
+// must catch. The channel radius selects the mistake: 0 has no mistake and copies x to y, and k writes into the k-th
+// array that a call reads.
 #include "../../csrc/cuda/kernels.h"
 #include "device.cuh"
 

@@ -1,8 +1,8 @@
 // Runs the CUDA kernels on this machine's memory: reads calls from standard input, writes results to standard output.
 //
-// A call is a Call and then, for each of its arrays that the call reads, its bytes. The reply is an int64 and as many
-// characters of error; where there are none, the number of launches, these, and the bytes of each array that is
-// written. A call that only plans has arrays by name alone: their memory is nowhere, and the kernels are not run.
+// A call is a Call, and then the bytes of each array that the call reads. The reply is an int64, and as many characters
+// of error. If there is no error, the number of launches, the launches, and the bytes of each written array follow. A
+// call that only plans has no bytes: its arrays have no memory, and no kernel runs.
 #include <unistd.h>
 
 #include <cstdio>
@@ -61,7 +61,7 @@ void write_all(const void* from, size_t bytes) {
   }
 }
 
-// An array that ends where its heap block ends, so that AddressSanitizer sees what lies behind it.
+// An array that ends at the end of its heap block, so that AddressSanitizer finds an access behind it.
 class Memory {
  public:
   Memory(int64_t bytes, int64_t offset)
