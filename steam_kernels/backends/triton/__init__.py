@@ -28,8 +28,8 @@ from ...config import accumulation_dtype
 from . import launch
 from .arguments import INTERPRETED, Options, constants
 from .gate import gate, gate_backward
-from .graph import graph
-from .graph_backward import graph_backward
+from .graph import graph, lattice
+from .graph_backward import graph_backward_cells, graph_backward_ring, lattice_backward
 from .pool import pool_runs, pool_tiles
 from .weights import weights_backward
 from .whole import whole, whole_backward
@@ -49,9 +49,15 @@ class _Call(NamedTuple):
     acc: tl.dtype
 
     @property
-    def graph_key(self) -> tuple[launch.Pass, int, int, int]:
+    def graph_key(self) -> tuple[launch.Pass, int, int]:
         """The arguments of the launch table for the graph stage."""
-        return self.of, self.heads, self.head_width, self.ring[1]
+        return self.of, self.heads, self.head_width
+
+    @property
+    def reach(self) -> int:
+        """The distance of a channel's farthest neighbour on the ring."""
+        first, count = self.ring
+        return max(-first, first + count - self.options.RING_LOOPS)
 
     def sizes(self, how: launch.Launch) -> tuple[int, int, int, int, int]:
         """Channels, area and width, divided by the divisors in the constants of a launch, and the grid."""
@@ -64,42 +70,69 @@ class _Call(NamedTuple):
             p.grid_w,
         )
 
-    def graph_arguments(self, how: launch.Launch, weights: _Weights) -> tuple[Any, ...]:
-        """The last runtime arguments of the kernels of the graph stage, and of a whole sample."""
-        sizes, strides = self.sizes(how), (*weights.channel.stride(), *weights.spatial.stride())
-        return (*weights, *strides, *sizes, self.heads, self.head_width, *self.ring)
+    def branch(self, how: launch.Launch, weight: Tensor, ring: bool) -> tuple[Any, ...]:
+        """The last runtime arguments of a kernel of one branch of the graph stage."""
+        last = self.ring if ring else ()
+        return (weight, *weight.stride(), *self.sizes(how), self.heads, self.head_width, *last)
+
+    def branches(self, how: launch.Launch, weights: _Weights) -> tuple[Any, ...]:
+        """The last runtime arguments of a kernel of a whole sample."""
+        strides = *weights.channel.stride(), *weights.spatial.stride()
+        return (*weights, *strides, *self.sizes(how), self.heads, self.head_width, *self.ring)
 
     @property
     def graph_constants(self) -> dict[str, Any]:
-        """The constants of the same kernels that do not depend on the launch."""
+        """The constants of these kernels that do not depend on the launch."""
         return {"OPTIONS": constants(Options, self.options._asdict()), "ACC": self.acc}
 
 
 class _Weights(NamedTuple):
-    channel: Tensor
-    spatial: Tensor
+    """Both weights, or their gradients, where None is not needed."""
+
+    channel: Any
+    spatial: Any
 
 
 class _Maps(NamedTuple):
-    """The maps that the backward pass reads; y is None without a ReLU."""
+    """The maps of the backward pass; y is None without a ReLU, and a gradient is None if it is not needed."""
 
     dy: Tensor
     x: Tensor
     y: Tensor | None
+    dx: Tensor | None
+    dresidual: Tensor | None
 
 
-class _Rows(NamedTuple):
-    """The vectors of each sample that the backward pass reads and writes.
+class _Forward(NamedTuple):
+    """Working memory of the forward pass.
 
-    ``saved`` is from the forward pass: (N, 2 (C + gh gw)). ``gates``, ``flows`` and ``shifts`` are (N, C + gh gw), and
-    ``partials`` is (N, 4 heads).
+    ``sums`` are (N, C gh gw), and None where each cell is a pixel. ``gates`` are (N, C + gh gw). ``windows`` and
+    ``partials`` have a row for each block of channels of each sample, of CHANNELS + 2 x reach and of gh gw numbers.
     """
 
-    saved: Tensor
+    sums: Tensor | None
+    gates: Tensor
+    windows: Tensor
+    partials: Tensor
+
+
+class _Backward(NamedTuple):
+    """Working memory of the backward pass.
+
+    ``sums`` and ``products`` are (N, C gh gw), and None if they are not needed. ``gates``, ``flows`` and ``shifts`` are
+    (N, C + gh gw). ``windows``, ``partials`` and ``partials_c`` have a row for each block of channels of each sample:
+    of 2 (CHANNELS + 4 x reach), of gh gw and of 2 heads numbers. ``partials_s`` is (N, 2 heads).
+    """
+
+    sums: Tensor | None
+    products: Tensor | None
     gates: Tensor
     flows: Tensor
     shifts: Tensor
+    windows: Tensor
     partials: Tensor
+    partials_c: Tensor
+    partials_s: Tensor
 
 
 def _is_channels_last(x: Tensor) -> bool:
@@ -166,9 +199,14 @@ def _call(
     return _Call(p, num_heads, weight.shape[1] // num_heads, ring, options, acc)
 
 
-def _rows(x: Tensor, numbers: int) -> Tensor:
-    """Working memory of ``numbers`` numbers per sample."""
-    return torch.empty((x.shape[0], numbers), dtype=accumulation_dtype(x.dtype), device=x.device)
+def _cut(x: Tensor, *sizes: int) -> list[Tensor | None]:
+    """Working memory in one allocation: views of so many numbers, aligned to 128 bytes; None for a size of 0."""
+    starts, end = [], 0
+    for size in sizes:
+        starts.append(end)
+        end += -(-size // 32) * 32
+    memory = torch.empty(end, dtype=accumulation_dtype(x.dtype), device=x.device)
+    return [memory[start : start + size] if size else None for start, size in zip(starts, sizes, strict=True)]
 
 
 def _pool(
@@ -176,8 +214,11 @@ def _pool(
 ) -> None:
     how = launch.pool(call.of)
     assert how is not None
-    kernel = pool_runs if how.kernel == "pool_runs" else pool_tiles
-    kernel[(how.programs,)](x, dy, y, sums, products, *call.sizes(how), ACC=call.acc, **how.keywords)
+    arguments = x, dy, y, sums, products, *call.sizes(how)
+    if how.kernel == "pool_runs":
+        pool_runs[(how.programs,)](*arguments, how.steps, ACC=call.acc, **how.keywords)
+    else:
+        pool_tiles[(how.programs,)](*arguments, ACC=call.acc, **how.keywords)
 
 
 def _forward(
@@ -185,36 +226,50 @@ def _forward(
 ) -> Tensor:
     """Writes y, and returns the tokens and pre-activations."""
     p = call.of
-    saved = _rows(x, 2 * (p.channels + p.cells))
+    saved = x.new_empty((p.samples, 2 * (p.channels + p.cells)), dtype=accumulation_dtype(x.dtype))
     if p.samples == 0:
         return saved
-    gates = _rows(x, p.channels + p.cells)
-    if launch.is_small(p):
-        how = launch.whole(*call.graph_key)
+    small = launch.is_small(p)
+    how = (launch.whole if small else launch.graph)(*call.graph_key)
+    channels = how.constants["GRAPH_CHANNELS" if small else "CHANNELS"]
+    blocks = p.samples * launch.ceil_div(p.channels, channels)
+    memory = _Forward(
+        *_cut(
+            x,
+            0 if p.pixel_cells else p.samples * p.channels * p.cells,
+            p.samples * (p.channels + p.cells),
+            blocks * (channels + 2 * call.reach),
+            blocks * p.cells,
+        )
+    )
+    if small:
         whole[(how.programs,)](
             x,
             residual,
             y,
-            None if p.pixel_cells else _rows(x, p.channels * p.cells),
+            memory.sums,
             saved,
-            gates,
-            *call.graph_arguments(how, weights),
+            *memory[1:],
+            *call.branches(how, weights),
             SCALE=scale,
             RELU=relu,
             **call.graph_constants,
             **how.keywords,
         )
         return saved
-    sums = x
-    if not p.pixel_cells:
-        sums = _rows(x, p.channels * p.cells)
-        _pool(call, x, None, None, sums, None)
-    how = launch.graph(*call.graph_key)
-    arguments = call.graph_arguments(how, weights)
-    graph[(how.programs,)](sums, saved, gates, *arguments, **call.graph_constants, **how.keywords)
+    if memory.sums is not None:
+        _pool(call, x, None, None, memory.sums, None)
+    sums = x if memory.sums is None else memory.sums
+    arguments = call.branch(how, weights.channel, True)
+    graph[(how.programs,)](sums, saved, *memory[1:], *arguments, **call.graph_constants, **how.keywords)
+    how = launch.lattice(*call.graph_key)
+    arguments = call.branch(how, weights.spatial, False)
+    lattice[(how.programs,)](
+        saved, memory.gates, memory.partials, *arguments, **call.graph_constants, **how.keywords
+    )  # fmt: skip
     how = launch.gate(p)
     gate[(how.programs,)](
-        x, residual, y, gates, *call.sizes(how), SCALE=scale, RELU=relu, ACC=call.acc, **how.keywords
+        x, residual, y, memory.gates, how.steps, *call.sizes(how), SCALE=scale, RELU=relu, ACC=call.acc, **how.keywords
     )  # fmt: skip
     return saved
 
@@ -318,102 +373,145 @@ def backward(
     weights = _Weights(channel_weight, spatial_weight)
     needs = need_channel_weight, need_spatial_weight
     dweights = _Weights(*(w.new_empty(w.shape if need else 0) for w, need in zip(weights, needs, strict=True)))
-    gates, flows, shifts = (_rows(x, p.channels + p.cells) for _ in range(3))
-    rows = _Rows(saved, gates, flows, shifts, _rows(x, 4 * call.heads))
     ring = need_x or need_channel_weight  # whether a gradient behind the channel gate is needed
     graphs = ring or need_spatial_weight
-    needed = (dx if need_x else None), (dresidual if need_residual else None)
-    maps = _Maps(dy, x, y)
-    if p.samples and graphs and launch.is_small(p):
-        _whole_backward(call, maps, needed, weights, rows, scale, ring)
-    elif p.samples:
-        if graphs:
-            _graph_backward(call, maps, weights, rows, scale, ring)
-        if need_x or need_residual:
-            how = launch.gate(p)
-            gate_backward[(how.programs,)](
-                dy,
-                y,
-                *needed,
-                rows.gates,
-                rows.shifts,
-                *call.sizes(how),
-                SCALE=scale,
-                SEQUENTIAL=sequential,
-                ACC=call.acc,
-                **how.keywords,
-            )
-    if need_channel_weight or need_spatial_weight:
-        _weights_backward(call, weights, dweights, needs, rows.partials)
+    maps = _Maps(dy, x, y, dx if need_x else None, dresidual if need_residual else None)
+    gradients = _Weights(*(w if need else None for w, need in zip(dweights, needs, strict=True)))
+    if p.samples == 0:
+        for gradient in dweights:
+            gradient.zero_()
+    elif not graphs:
+        if need_residual:
+            _gate_backward(call, maps, weights, gradients, None, 0, scale)
+    else:
+        _graphs_backward(call, maps, weights, gradients, saved, scale, ring)
     return dx, *dweights, dresidual
 
 
-def _sums_and_products(call: _Call, x: Tensor, ring: bool) -> tuple[Tensor | None, Tensor | None]:
-    """Memory for the sums of x and of x dy; None for the sums if they are not needed, for both if a cell is a pixel."""
-    p = call.of
-    if p.pixel_cells:
-        return None, None
-    sums = _rows(x, p.channels * p.cells) if ring and call.options.SEQUENTIAL else None
-    return sums, _rows(x, p.channels * p.cells)
+def _graphs_backward(
+    call: _Call, maps: _Maps, weights: _Weights, gradients: _Weights, saved: Tensor, scale: float, ring: bool
+) -> None:
+    """The backward pass of the graphs, and of the gate stage behind them."""
+    p, small = call.of, launch.is_small(call.of)
+    how = (launch.whole if small else launch.graph)(*call.graph_key)
+    channels = how.constants["GRAPH_CHANNELS" if small else "CHANNELS"]
+    blocks = p.samples * launch.ceil_div(p.channels, channels)
+    sums = 0 if p.pixel_cells else p.samples * p.channels * p.cells
+    row = p.samples * (p.channels + p.cells)
+    memory = _Backward(
+        *_cut(
+            maps.x,
+            sums if ring and call.options.SEQUENTIAL else 0,
+            sums,
+            *(row, row, row),
+            blocks * 2 * (channels + 4 * call.reach),
+            blocks * p.cells,
+            blocks * 2 * call.heads,
+            p.samples * 2 * call.heads,
+        )
+    )
+    if small:
+        whole_backward[(how.programs,)](
+            *maps,
+            *memory[:2],
+            saved,
+            *memory[2:],
+            *call.branches(how, weights),
+            SCALE=scale,
+            RING=ring,
+            **call.graph_constants,
+            **how.keywords,
+        )
+        if any(gradient is not None for gradient in gradients):
+            _weights_backward(call, weights, gradients, memory, blocks)
+        return
+    _stages_backward(call, maps, weights, saved, memory, how, scale, ring)
+    if maps.dx is not None or maps.dresidual is not None:
+        _gate_backward(call, maps, weights, gradients, memory, blocks, scale)
+    else:
+        _weights_backward(call, weights, gradients, memory, blocks)
 
 
-def _whole_backward(
+def _stages_backward(
     call: _Call,
     maps: _Maps,
-    needed: tuple[Tensor | None, Tensor | None],
     weights: _Weights,
-    rows: _Rows,
+    saved: Tensor,
+    memory: _Backward,
+    how: launch.Launch,
     scale: float,
     ring: bool,
 ) -> None:
-    how = launch.whole(*call.graph_key)
-    whole_backward[(how.programs,)](
-        *maps,
-        *needed,
-        *_sums_and_products(call, maps.x, ring),
-        *rows,
-        *call.graph_arguments(how, weights),
-        SCALE=scale,
-        RING=ring,
-        **call.graph_constants,
-        **how.keywords,
-    )
+    """The pool and graph stages; ``how`` is the launch of the kernels of blocks of channels."""
+    dy, x, y, *_ = maps
+    if memory.products is None:
+        factor, sums = (x, dy, y), x
+    else:
+        _pool(call, x, dy, y, memory.sums, memory.products)
+        factor, sums = (memory.products, None, None), memory.sums
+    options, keywords = call.graph_constants, how.keywords
+    graph_backward_cells[(how.programs,)](
+        *factor, saved, memory.gates, memory.flows, memory.partials, *call.sizes(how),
+        SCALE=scale, RING=ring, ACC=call.acc, **keywords,
+    )  # fmt: skip
+    single = launch.lattice(*call.graph_key)
+    lattice_backward[(single.programs,)](
+        saved, memory.gates, memory.flows, memory.shifts, memory.partials, memory.partials_s,
+        *call.branch(single, weights.spatial, False), SCALE=scale, **options, **single.keywords,
+    )  # fmt: skip
+    if ring:
+        graph_backward_ring[(how.programs,)](
+            sums if call.options.SEQUENTIAL else None,
+            saved, memory.flows, memory.shifts, memory.windows, memory.partials_c,
+            *call.branch(how, weights.channel, True), **options, **keywords,
+        )  # fmt: skip
 
 
-def _graph_backward(call: _Call, maps: _Maps, weights: _Weights, rows: _Rows, scale: float, ring: bool) -> None:
-    dy, x, y = maps
-    sums, products = _sums_and_products(call, x, ring)
-    if products is not None:
-        _pool(call, x, dy, y, sums, products)
-    how = launch.graph(*call.graph_key)
-    graph_backward[(how.programs,)](
-        x if products is None else products if sums is None else sums,
-        products,
-        dy if products is None else None,
-        y if products is None else None,
-        *rows,
-        *call.graph_arguments(how, weights),
+def _gate_backward(
+    call: _Call,
+    maps: _Maps,
+    weights: _Weights,
+    gradients: _Weights,
+    memory: _Backward | None,
+    blocks: int,
+    scale: float,
+) -> None:
+    """The gate stage, with one more program if a gradient of a weight is needed."""
+    how = launch.gate(call.of)
+    of_weights = any(gradient is not None for gradient in gradients)
+    vectors = (None, None) if memory is None else (memory.gates, memory.shifts)
+    table = launch.weights(call.heads, call.head_width).keywords["TILE"] if of_weights else None
+    gate_backward[(how.programs + of_weights,)](
+        maps.dy,
+        maps.y,
+        maps.dx,
+        maps.dresidual,
+        *vectors,
+        *_weight_arguments(call, weights, gradients, memory if of_weights else None, blocks),
+        how.steps,
+        *call.sizes(how),
         SCALE=scale,
-        RING=ring,
-        **call.graph_constants,
+        SEQUENTIAL=call.options.SEQUENTIAL,
+        WEIGHTS=table,
+        ACC=call.acc,
         **how.keywords,
     )
 
 
 def _weights_backward(
-    call: _Call, weights: _Weights, gradients: _Weights, needs: tuple[bool, bool], partials: Tensor
+    call: _Call, weights: _Weights, gradients: _Weights, memory: _Backward, blocks: int
 ) -> None:
-    given = [gradient if need else None for gradient, need in zip(gradients, needs, strict=True)]
+    how = launch.weights(call.heads, call.head_width)
+    arguments = _weight_arguments(call, weights, gradients, memory, blocks)
+    weights_backward[(how.programs,)](*arguments, ACC=call.acc, **how.keywords)
+
+
+def _weight_arguments(
+    call: _Call, weights: _Weights, gradients: _Weights, memory: _Backward | None, blocks: int
+) -> tuple[Any, ...]:
+    """The arguments for the gradients of the weights; ``blocks`` are the blocks of channels of all samples."""
+    partials = (None, None) if memory is None else (memory.partials_c, memory.partials_s)
     # A kernel takes strides also of a gradient that is not needed; those of the weight cause no other compilation.
-    strided = [w if gradient is None else gradient for gradient, w in zip(given, weights, strict=True)]
-    weights_backward[(1,)](
-        partials,
-        *weights,
-        *given,
-        *(stride for t in (*weights, *strided) for stride in t.stride()),
-        call.of.samples,
-        call.heads,
-        call.head_width,
-        ACC=call.acc,
-        **launch.weights(call.heads, call.head_width).keywords,
-    )
+    strided = [w if gradient is None else gradient for gradient, w in zip(gradients, weights, strict=True)]
+    strides = (stride for t in (*weights, *strided) for stride in t.stride())
+    return (*partials, *weights, *gradients, *strides, blocks, call.of.samples, call.heads, call.head_width)
