@@ -216,20 +216,16 @@ def gate_backward(
     WEIGHTS: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """With partials, the first program computes the gradients of the weights; each other program is ``steps`` tiles of a sample.
+    """A program is ``steps`` tiles of a sample. With partials, the first program computes the gradients of the weights.
 
-    The programs begin with the last sample, which the pool stage read last.
+    The other programs begin with the last sample, which the pool stage read last.
     """
     sizes = sizes_of(channels, area, width, grid_h, grid_w, LAYOUT)
     row_blocks, run_blocks = gate_tiles(sizes, steps, TILE)
     tiles = row_blocks * run_blocks
     t = tl.num_programs(0) - 1 - tl.program_id(0)
     n = (t // tiles).to(tl.int64)
-    if partials_c is None:
-        gate_backward_of(
-            n, t % tiles, dy, y, dx, dresidual, gates, shifts, sizes, steps, SCALE, SEQUENTIAL, LAYOUT, TILE, ACC
-        )  # fmt: skip
-    elif tl.program_id(0) > 0:
+    if partials_c is None or tl.program_id(0) > 0:
         gate_backward_of(
             n, t % tiles, dy, y, dx, dresidual, gates, shifts, sizes, steps, SCALE, SEQUENTIAL, LAYOUT, TILE, ACC
         )  # fmt: skip

@@ -149,6 +149,33 @@ def load_cells(
 
 
 @triton.jit
+def load_halo(
+    cell,
+    sums,
+    factor,  # None: 1 for each cell
+    c,
+    inside,
+    sizes,
+    LAYOUT: tl.constexpr,
+    TILE: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """The (CELLS, HALO) tile of the sums of channels c, each cell times its ``factor``, from ``cell`` on."""
+    cells = sizes.grid_h * sizes.grid_w
+    # [CELLS, 1]
+    ij = cell + tl.arange(0, TILE.CELLS)[:, None]
+    # [CELLS, HALO]
+    if LAYOUT.CHANNELS_LAST:
+        offset = ij.to(tl.int64) * sizes.channels + c[None, :]
+    else:
+        offset = c[None, :].to(tl.int64) * cells + ij
+    tile = tl.load(sums + offset, mask=(ij < cells) & inside[None, :], other=0.0).to(ACC)
+    if factor is not None:
+        tile *= tl.load(factor + ij, mask=ij < cells, other=0.0)
+    return tile
+
+
+@triton.jit
 def halo_sums(
     sums,
     factor,  # None: 1 for each cell
@@ -160,21 +187,11 @@ def halo_sums(
     ACC: tl.constexpr,
 ):
     """The sums of channels c, each cell times its ``factor``, added up over the cells; (HALO,)."""
-    cells = sizes.grid_h * sizes.grid_w
     # [CELLS, HALO]
-    total = tl.zeros([TILE.CELLS, TILE.HALO], ACC)
-    for cell in range(0, cells, TILE.CELLS):
-        # [CELLS, 1]
-        ij = cell + tl.arange(0, TILE.CELLS)[:, None]
-        # [CELLS, HALO]
-        if LAYOUT.CHANNELS_LAST:
-            offset = ij.to(tl.int64) * sizes.channels + c[None, :]
-        else:
-            offset = c[None, :].to(tl.int64) * cells + ij
-        tile = tl.load(sums + offset, mask=(ij < cells) & inside[None, :], other=0.0).to(ACC)
-        if factor is not None:
-            tile *= tl.load(factor + ij, mask=ij < cells, other=0.0)
-        total += tile
+    total = load_halo(0, sums, factor, c, inside, sizes, LAYOUT, TILE, ACC)
+    if not TILE.ONCE:
+        for cell in range(TILE.CELLS, sizes.grid_h * sizes.grid_w, TILE.CELLS):
+            total += load_halo(cell, sums, factor, c, inside, sizes, LAYOUT, TILE, ACC)
     return tl.sum(total, 0)
 
 
@@ -263,8 +280,8 @@ def graph_of(
         h = first + tl.arange(0, TILE.HALO)
         node, c = halo_node(h, block, sizes.channels)
         exists = h < 2 * block.halo
-        z = halo_sums(sums, None, c, exists, sizes, LAYOUT, TILE, ACC) / sizes.area
-        tl.store(window + node, z, mask=exists)
+        z_h = halo_sums(sums, None, c, exists, sizes, LAYOUT, TILE, ACC) / sizes.area
+        tl.store(window + node, z_h, mask=exists)
     tl.debug_barrier()
 
     score, value = collapse(weight, TILE, ACC)

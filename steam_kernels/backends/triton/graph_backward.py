@@ -58,12 +58,53 @@ def store_partial(partial, da, db, heads, TILE: tl.constexpr):
 
 
 @triton.jit
+def weigh(
+    cell,
+    products,
+    dy,
+    y,
+    block_first,
+    gate_c,
+    rows,
+    partial,
+    sizes,
+    RING: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    TILE: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """Stores the sums over a block of channels of g_c R, for CELLS cells from ``cell``; returns the tile of g_s R."""
+    cells = sizes.grid_h * sizes.grid_w
+    # [CELLS]
+    ij = cell + tl.arange(0, TILE.CELLS)
+    # [CELLS, CHANNELS]
+    tile = load_cells(products, dy, y, block_first, cell, sizes, LAYOUT, TILE, ACC)
+    tl.store(partial + ij, tl.sum(tile * gate_c[None, :], 1), mask=ij < cells)
+    if RING:
+        gate_s, _ = sigmoid(tl.load(rows.o_s + ij, mask=ij < cells, other=0.0))
+        tile *= gate_s[:, None]
+    return tile
+
+
+@triton.jit
+def share_of_cells(
+    cell, sums, shift_s, block_first, sizes, LAYOUT: tl.constexpr, TILE: tl.constexpr, ACC: tl.constexpr
+):
+    """The tile of sums times the shares of the cells, for CELLS cells from ``cell``."""
+    # [CELLS, 1]
+    ij = cell + tl.arange(0, TILE.CELLS)[:, None]
+    # [CELLS, CHANNELS]
+    tile = load_cells(sums, None, None, block_first, cell, sizes, LAYOUT, TILE, ACC)
+    return tile * tl.load(shift_s + ij, mask=ij < sizes.grid_h * sizes.grid_w, other=0.0)
+
+
+@triton.jit
 def cells_of(
     n,
     b,
-    factor,  # the products, or x if each cell is a pixel
-    dy,  # None: factor are the products
-    y,  # None: no ReLU, or factor are the products
+    products,  # or x if each cell is a pixel
+    dy,  # None: there are products
+    y,  # None: no ReLU, or there are products
     saved,
     gates,
     flows,
@@ -77,7 +118,7 @@ def cells_of(
 ):
     """The sums over block b of the channels of sample n, of g_c R. If RING, also g_c and dg_c of the block."""
     cells = sizes.grid_h * sizes.grid_w
-    factor += n * sizes.channels * cells
+    products += n * sizes.channels * cells
     if dy is not None:
         dy += n * sizes.channels * cells
     if y is not None:
@@ -87,17 +128,12 @@ def cells_of(
     # [CHANNELS]
     c = b * TILE.CHANNELS + tl.arange(0, TILE.CHANNELS)
     gate_c, _ = sigmoid(tl.load(rows.o_c + c, mask=c < sizes.channels, other=0.0))
+    first = b * TILE.CHANNELS
     # [CELLS, CHANNELS]
-    total = tl.zeros([TILE.CELLS, TILE.CHANNELS], ACC)
-    for cell in range(0, cells, TILE.CELLS):
-        # [CELLS]
-        ij = cell + tl.arange(0, TILE.CELLS)
-        # [CELLS, CHANNELS]
-        tile = load_cells(factor, dy, y, b * TILE.CHANNELS, cell, sizes, LAYOUT, TILE, ACC)
-        tl.store(partial + ij, tl.sum(tile * gate_c[None, :], 1), mask=ij < cells)
-        if RING:
-            gate_s, _ = sigmoid(tl.load(rows.o_s + ij, mask=ij < cells, other=0.0))
-            total += tile * gate_s[:, None]
+    total = weigh(0, products, dy, y, first, gate_c, rows, partial, sizes, RING, LAYOUT, TILE, ACC)
+    if not TILE.ONCE:
+        for cell in range(TILE.CELLS, cells, TILE.CELLS):
+            total += weigh(cell, products, dy, y, first, gate_c, rows, partial, sizes, RING, LAYOUT, TILE, ACC)
     if RING:
         dg_c = flows + n * (sizes.channels + cells)
         tl.store(rows.g_c + c, gate_c, mask=c < sizes.channels)
@@ -169,7 +205,7 @@ def ring_backward_of(
     TILE: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """The shifts dz / (H W) of block b of the channels of sample n, and its terms of the gradient of the channel weight.
+    """The shifts dz / (H W) of block b of the channels of sample n, and its terms of the channel weight's gradient.
 
     The transform of a node needs the flows of its neighbours and the tokens of their neighbours. ``windows`` are two
     rows of CHANNELS + 4 x reach numbers for each block, flows and tokens, in which a channel has the same place.
@@ -192,12 +228,10 @@ def ring_backward_of(
     if OPTIONS.SEQUENTIAL:
         sums += n * sizes.channels * cells
         # [CELLS, CHANNELS]
-        total = tl.zeros([TILE.CELLS, TILE.CHANNELS], ACC)
-        for cell in range(0, cells, TILE.CELLS):
-            # [CELLS, 1]
-            ij = cell + tl.arange(0, TILE.CELLS)[:, None]
-            tile = load_cells(sums, None, None, block.first, cell, sizes, LAYOUT, TILE, ACC)
-            total += tile * tl.load(gradients.shift_s + ij, mask=ij < cells, other=0.0)
+        total = share_of_cells(0, sums, gradients.shift_s, block.first, sizes, LAYOUT, TILE, ACC)
+        if not TILE.ONCE:
+            for cell in range(TILE.CELLS, cells, TILE.CELLS):
+                total += share_of_cells(cell, sums, gradients.shift_s, block.first, sizes, LAYOUT, TILE, ACC)
         # [CHANNELS]
         gradient += tl.sum(total, 0)
     _, slope_c = sigmoid(tl.load(rows.o_c + c, mask=inside, other=0.0))
@@ -210,8 +244,8 @@ def ring_backward_of(
         gradient_h = tl.load(gradients.dg_c + c_h, mask=exists, other=0.0)
         if OPTIONS.SEQUENTIAL:
             gradient_h += halo_sums(sums, gradients.shift_s, c_h, exists, sizes, LAYOUT, TILE, ACC)
-        _, slope_h = sigmoid(tl.load(rows.o_c + c_h, mask=exists, other=0.0))
-        tl.store(flow + block.halo - near.halo + node, gradient_h * slope_h, mask=exists)
+        gate_h = sigmoid(tl.load(rows.o_c + c_h, mask=exists, other=0.0))
+        tl.store(flow + block.halo - near.halo + node, gradient_h * gate_h[1], mask=exists)
     tl.store(token + block.halo + i, tl.load(rows.z + c, mask=inside, other=0.0), mask=inside)
     for first in range(0, 2 * block.halo, TILE.CHANNELS):
         # [CHANNELS]
@@ -238,9 +272,9 @@ def ring_backward_of(
 
 @triton.jit(do_not_specialize=DO_NOT_SPECIALIZE)
 def graph_backward_cells(
-    factor,  # the products, or x if each cell is a pixel
-    dy,  # None: factor are the products
-    y,  # None: no ReLU, or factor are the products
+    products,  # or x if each cell is a pixel
+    dy,  # None: there are products
+    y,  # None: no ReLU, or there are products
     saved,
     gates,
     flows,
@@ -261,7 +295,7 @@ def graph_backward_cells(
     blocks = tl.cdiv(sizes.channels, TILE.CHANNELS)
     n = (tl.program_id(0) // blocks).to(tl.int64)
     b = tl.program_id(0) % blocks
-    cells_of(n, b, factor, dy, y, saved, gates, flows, partials, sizes, SCALE, RING, LAYOUT, TILE, ACC)
+    cells_of(n, b, products, dy, y, saved, gates, flows, partials, sizes, SCALE, RING, LAYOUT, TILE, ACC)
 
 
 @triton.jit(do_not_specialize=DO_NOT_SPECIALIZE)
