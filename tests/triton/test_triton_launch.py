@@ -35,7 +35,8 @@ def test_launch_table() -> None:
             blocks = {k: v for k, v in told.items() if not isinstance(v, bool) and v}
             assert all(v & (v - 1) == 0 for v in blocks.values()), (p, told)
             assert p.channels % told["CHANNELS_MULTIPLE"] == 0 and p.area % told.get("AREA_MULTIPLE", 1) == 0
-            assert how.num_warps * launch.FAMILIES[p.family].warp in (128, 256)
+            threads = how.num_warps * launch.FAMILIES[p.family].warp
+            assert threads in (128, 256) or (how.kernel == "pool_tiles" and how.num_warps == 8)
             assert set(how.options) - {"num_warps", "num_stages", "maxnreg", "enable_fp_fusion"} == set(told)
             # A kernel that adds up products across lanes is compiled without contraction.
             assert how.options.get("enable_fp_fusion", True) == how.kernel.startswith("gate")
@@ -43,7 +44,7 @@ def test_launch_table() -> None:
         if pooling is not None and pooling.kernel == "pool_tiles":
             told = pooling.constants
             tile = told["CHANNELS"] * told["ROWS"] * told["CELLS"] * told["COLUMNS"]
-            assert tile <= 1024 * pooling.num_warps * launch.FAMILIES[p.family].warp // 32
+            assert tile <= 1024 * pooling.num_warps
         if pooling is not None and pooling.kernel == "pool_runs":
             told = pooling.constants
             assert told["CHANNELS"] * p.area <= told["RUN"] <= 4096 and told["CELLS"] >= p.cells
@@ -94,9 +95,9 @@ def tiles_of(how: launch.Launch, p: launch.Pass) -> int:
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
 @pytest.mark.parametrize("shape", LARGE, ids=str)
 def test_nothing_large_is_serial(shape: tuple[int, ...], channels_last: bool, family: str) -> None:
-    """A program has at most 8 tiles one after the other. A kernel that reads maps has at least four programs for each
-    multiprocessor, or at most two tiles of half size or more in each program. The graph stage has a program for each
-    block of 64 channels at most."""
+    """A program has at most 8 tiles one after the other. The pool and gate stages have at least 16 warps, four programs
+    of 4 warps, for each multiprocessor, or at most two tiles in each program. The graph stage has a program for at most
+    64 channels."""
     for itemsize in (2, 4):
         if itemsize * shape[0] * shape[1] * shape[2] * shape[3] < 2 << 20:
             continue
@@ -108,7 +109,7 @@ def test_nothing_large_is_serial(shape: tuple[int, ...], channels_last: bool, fa
                     continue
                 assert tiles_of(how, p) <= 8, how
                 if how.kernel.startswith(("pool", "gate")):
-                    assert how.programs >= 4 * p.processors or tiles_of(how, p) <= 2, how
+                    assert how.programs * how.num_warps >= 16 * p.processors or tiles_of(how, p) <= 2, how
                 if how.kernel.startswith("graph"):
                     assert how.programs >= p.samples * p.channels // 64
 

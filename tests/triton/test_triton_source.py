@@ -104,7 +104,8 @@ class _WithoutDocstrings(ast.NodeTransformer):
 @pytest.mark.parametrize(
     "name",
     [
-        "__init__", "arguments", "calls", "gate", "graph", "graph_backward", "launch", "pool", "transform", "weights", "whole",
+        "__init__", "arguments", "calls", "gate", "graph", "graph_backward", "launch", "pool", "transform", "weights",
+        "whole",
     ],
 )  # fmt: skip
 def test_knows_no_device_and_uses_nothing_special(name: str) -> None:
