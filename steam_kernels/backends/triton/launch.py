@@ -240,18 +240,18 @@ def pool_channels(p: Pass, cell_width: int, cell_height: int) -> tuple[int, int]
     """The channels of a tile in channels_last, and its warps.
 
     The fewer channels, the more programs has a sample, and the fewer tiles has a program one after the other. The
-    channels are the most for which a program has at most two tiles, and at least 64 bytes, whole sectors of memory.
+    channels are the most for which a program has at most two tiles, with at least 64 bytes. In large maps a program has
+    up to eight tiles of twice the size, with at least 32 bytes, a whole sector of memory.
     """
-    least = 64 // p.itemsize
-    for warps in (4, 8):
+    channels, warps = 0, 0
+    for most, least, warps in ((2, 64, 4), (8, 64, 8), (8, 32, 8)):
         tile, channels = pool_tile(p) * warps // 4, fitting(p.channels, 512, 64)
         while True:
             columns = min(power(cell_width), tile // channels)
             rows = min(power(cell_height), tile // (channels * columns))
-            tiles = ceil_div(cell_height, rows) * ceil_div(cell_width, columns)
-            if tiles <= (2 if channels > least else 8):
+            if ceil_div(cell_height, rows) * ceil_div(cell_width, columns) <= most:
                 return channels, warps
-            if channels <= least:
+            if channels * p.itemsize <= least:
                 break
             channels //= 2
     return channels, warps
