@@ -63,10 +63,13 @@ class PoolTile(NamedTuple):
 
 
 class GraphTile(NamedTuple):
-    """Blocks of the graph stage: tiles of (CELLS, CHANNELS) sums, NODES cells, and one weight's (HEADS, WIDTH)."""
+    """Blocks of the graph stage: tiles of CELLS x CHANNELS sums, NODES cells, and one weight's (HEADS, WIDTH)."""
 
     #: The channels of a program.
     CHANNELS: int
+    #: The channels of a group. Several groups let a thread hold several channels of a cell and several cells of a
+    #: channel, so that it adds up most of both sums in its own registers.
+    LANES: int
     CELLS: int
     #: Whether one tile has all cells. The sums then stay in registers until the gates of their channels are known.
     ONCE: bool

@@ -104,15 +104,18 @@ def load_cells(
     TILE: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """A (CELLS, CHANNELS) tile of the sums of a sample, 0 outside. With dy, where each cell is a pixel, of x dy.
+    """A tile of the sums of a sample, 0 outside. With dy, where each cell is a pixel, of x dy.
 
-    RUN is the length of a run of memory that holds CHANNELS rows of all cells and is sorted on the chip.
+    The tile is (GROUPS, CELLS, LANES), and its channels are in groups of LANES. RUN is the length of a run of memory
+    that holds CHANNELS rows of all cells and is sorted on the chip.
     """
     channels, cells = sizes.channels, sizes.grid_h * sizes.grid_w
-    # [CELLS, 1] and [1, CHANNELS]
-    ij = first_cell + tl.arange(0, TILE.CELLS)[:, None]
-    c = first_channel + tl.arange(0, TILE.CHANNELS)[None, :]
-    # [CELLS, CHANNELS]
+    GROUPS: tl.constexpr = TILE.CHANNELS // TILE.LANES
+    # [GROUPS, 1, LANES] and [1, CELLS, 1]
+    member = tl.arange(0, GROUPS)[:, None, None] * TILE.LANES + tl.arange(0, TILE.LANES)[None, None, :]
+    c = first_channel + member
+    ij = first_cell + tl.arange(0, TILE.CELLS)[None, :, None]
+    # [GROUPS, CELLS, LANES]
     inside = (ij < cells) & (c < channels)
     if TILE.RUN > 0:
         # [RUN]
@@ -122,21 +125,11 @@ def load_cells(
         values = tl.load(x + start + flat, mask=read, other=0.0)
         if dy is not None:
             values = values.to(ACC) * upstream(dy, y, start + flat, read, ACC)
-        # The channels are in groups of LANES, so that a thread holds several channels of a cell and several cells of a
-        # channel, and adds up most of both sums in its own registers.
-        LANES: tl.constexpr = 16 if TILE.CHANNELS > 16 else TILE.CHANNELS
-        GROUPS: tl.constexpr = TILE.CHANNELS // LANES
-        # [GROUPS, 1, LANES] and [1, CELLS, 1]
-        member = tl.arange(0, GROUPS)[:, None, None] * LANES + tl.arange(0, LANES)[None, None, :]
-        cell = tl.arange(0, TILE.CELLS)[None, :, None]
-        # [GROUPS, CELLS, LANES]
-        index = tl.where((cell < cells) & (first_channel + member < channels), member * cells + cell, 0)
         # [GROUPS * CELLS * LANES]
-        tile = tl.gather(values, tl.reshape(index, [TILE.CELLS * TILE.CHANNELS]), 0)
-        # [CELLS, GROUPS, LANES]
-        tile = tl.permute(tl.reshape(tile, [GROUPS, TILE.CELLS, LANES]), (1, 0, 2))
-        # [CELLS, CHANNELS]
-        tile = tl.where(inside, tl.reshape(tile, [TILE.CELLS, TILE.CHANNELS]).to(ACC), 0.0)
+        index = tl.reshape(tl.where(inside, member * cells + ij, 0), [TILE.CHANNELS * TILE.CELLS])
+        tile = tl.reshape(tl.gather(values, index, 0), [GROUPS, TILE.CELLS, TILE.LANES])
+        # [GROUPS, CELLS, LANES]
+        tile = tl.where(inside, tile.to(ACC), 0.0)
     else:
         if LAYOUT.CHANNELS_LAST:
             offset = ij.to(tl.int64) * channels + c
@@ -146,6 +139,24 @@ def load_cells(
         if dy is not None:
             tile *= upstream(dy, y, offset, inside, ACC)
     return tile
+
+
+@triton.jit
+def sum_of_cells(tile, TILE: tl.constexpr):
+    """The sums of a tile over its cells, (CHANNELS,)."""
+    return tl.reshape(tl.sum(tile, 1), [TILE.CHANNELS])
+
+
+@triton.jit
+def sum_of_channels(tile):
+    """The sums of a tile over its channels, (CELLS,)."""
+    return tl.sum(tl.sum(tile, 0), 1)
+
+
+@triton.jit
+def by_channel(numbers, TILE: tl.constexpr):
+    """(CHANNELS,) numbers in the shape of a tile, (GROUPS, 1, LANES)."""
+    return tl.reshape(numbers, [TILE.CHANNELS // TILE.LANES, 1, TILE.LANES])
 
 
 @triton.jit
@@ -265,14 +276,14 @@ def graph_of(
     i = tl.arange(0, TILE.CHANNELS)
     inside = i < block.own
 
-    # [CELLS, CHANNELS]
+    # [GROUPS, CELLS, LANES]
     tile = load_cells(sums, None, None, block.first, 0, sizes, LAYOUT, TILE, ACC)
     total = tile
     if not TILE.ONCE:
         for cell in range(TILE.CELLS, cells, TILE.CELLS):
             total += load_cells(sums, None, None, block.first, cell, sizes, LAYOUT, TILE, ACC)
     # [CHANNELS]
-    z = tl.sum(total, 0) / sizes.area
+    z = sum_of_cells(total, TILE) / sizes.area
     tl.store(rows.z + block.first + i, z, mask=inside)
     tl.store(window + block.halo + i, z, mask=inside)
     for first in range(0, 2 * block.halo, TILE.HALO):
@@ -291,19 +302,19 @@ def graph_of(
     g, _ = sigmoid(o)
     tl.store(rows.o_c + block.first + i, o, mask=inside)
     tl.store(rows.g_c + block.first + i, g, mask=inside)
-    # [1, CHANNELS]
-    g = tl.where(inside, g, 0.0)[None, :]
+    # [GROUPS, 1, LANES]
+    g = by_channel(tl.where(inside, g, 0.0), TILE)
     # [CELLS]
     ij = tl.arange(0, TILE.CELLS)
     if OPTIONS.SEQUENTIAL:
         tile *= g
-    tl.store(partial + ij, tl.sum(tile, 1), mask=ij < cells)
+    tl.store(partial + ij, sum_of_channels(tile), mask=ij < cells)
     if not TILE.ONCE:
         for cell in range(TILE.CELLS, cells, TILE.CELLS):
             tile = load_cells(sums, None, None, block.first, cell, sizes, LAYOUT, TILE, ACC)
             if OPTIONS.SEQUENTIAL:
                 tile *= g
-            tl.store(partial + cell + ij, tl.sum(tile, 1), mask=cell + ij < cells)
+            tl.store(partial + cell + ij, sum_of_channels(tile), mask=cell + ij < cells)
 
 
 @triton.jit

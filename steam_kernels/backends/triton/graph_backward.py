@@ -13,6 +13,7 @@ import triton.language as tl
 from .arguments import DO_NOT_SPECIALIZE, Weight, sizes_of
 from .graph import (
     block_of,
+    by_channel,
     halo_node,
     halo_sums,
     lattice_of,
@@ -20,6 +21,8 @@ from .graph import (
     pixels_of,
     ring_of,
     rows_of,
+    sum_of_cells,
+    sum_of_channels,
     sums_of_blocks,
 )
 from .transform import collapse, sigmoid, transform_backward
@@ -77,12 +80,12 @@ def weigh(
     cells = sizes.grid_h * sizes.grid_w
     # [CELLS]
     ij = cell + tl.arange(0, TILE.CELLS)
-    # [CELLS, CHANNELS]
+    # [GROUPS, CELLS, LANES]
     tile = load_cells(products, dy, y, block_first, cell, sizes, LAYOUT, TILE, ACC)
-    tl.store(partial + ij, tl.sum(tile * gate_c[None, :], 1), mask=ij < cells)
+    tl.store(partial + ij, sum_of_channels(tile * by_channel(gate_c, TILE)), mask=ij < cells)
     if RING:
         gate_s, _ = sigmoid(tl.load(rows.o_s + ij, mask=ij < cells, other=0.0))
-        tile *= gate_s[:, None]
+        tile *= gate_s[None, :, None]
     return tile
 
 
@@ -91,9 +94,9 @@ def share_of_cells(
     cell, sums, shift_s, block_first, sizes, LAYOUT: tl.constexpr, TILE: tl.constexpr, ACC: tl.constexpr
 ):
     """The tile of sums times the shares of the cells, for CELLS cells from ``cell``."""
-    # [CELLS, 1]
-    ij = cell + tl.arange(0, TILE.CELLS)[:, None]
-    # [CELLS, CHANNELS]
+    # [1, CELLS, 1]
+    ij = cell + tl.arange(0, TILE.CELLS)[None, :, None]
+    # [GROUPS, CELLS, LANES]
     tile = load_cells(sums, None, None, block_first, cell, sizes, LAYOUT, TILE, ACC)
     return tile * tl.load(shift_s + ij, mask=ij < sizes.grid_h * sizes.grid_w, other=0.0)
 
@@ -129,7 +132,7 @@ def cells_of(
     c = b * TILE.CHANNELS + tl.arange(0, TILE.CHANNELS)
     gate_c, _ = sigmoid(tl.load(rows.o_c + c, mask=c < sizes.channels, other=0.0))
     first = b * TILE.CHANNELS
-    # [CELLS, CHANNELS]
+    # [GROUPS, CELLS, LANES]
     total = weigh(0, products, dy, y, first, gate_c, rows, partial, sizes, RING, LAYOUT, TILE, ACC)
     if not TILE.ONCE:
         for cell in range(TILE.CELLS, cells, TILE.CELLS):
@@ -137,7 +140,7 @@ def cells_of(
     if RING:
         dg_c = flows + n * (sizes.channels + cells)
         tl.store(rows.g_c + c, gate_c, mask=c < sizes.channels)
-        tl.store(dg_c + c, tl.sum(total, 0) * SCALE, mask=c < sizes.channels)
+        tl.store(dg_c + c, sum_of_cells(total, TILE) * SCALE, mask=c < sizes.channels)
 
 
 @triton.jit
@@ -227,13 +230,13 @@ def ring_backward_of(
     gradient = tl.load(gradients.dg_c + c, mask=inside, other=0.0)
     if OPTIONS.SEQUENTIAL:
         sums += n * sizes.channels * cells
-        # [CELLS, CHANNELS]
+        # [GROUPS, CELLS, LANES]
         total = share_of_cells(0, sums, gradients.shift_s, block.first, sizes, LAYOUT, TILE, ACC)
         if not TILE.ONCE:
             for cell in range(TILE.CELLS, cells, TILE.CELLS):
                 total += share_of_cells(cell, sums, gradients.shift_s, block.first, sizes, LAYOUT, TILE, ACC)
         # [CHANNELS]
-        gradient += tl.sum(total, 0)
+        gradient += sum_of_cells(total, TILE)
     _, slope_c = sigmoid(tl.load(rows.o_c + c, mask=inside, other=0.0))
     tl.store(flow + block.halo + i, gradient * slope_c, mask=inside)
     for first in range(0, 2 * near.halo, TILE.HALO):

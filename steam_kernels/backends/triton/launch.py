@@ -212,7 +212,7 @@ def pool_tiles(p: Pass, cell_width: int, cell_height: int, uniform: bool) -> Lau
     tile, warps = pool_tile(p), 4
     if p.channels_last:
         channels, warps = pool_channels(p, cell_width, cell_height)
-        tile *= warps // 4
+        tile = tile * warps // 4
         columns = min(power(cell_width), tile // channels)
         rows = min(power(cell_height), tile // (channels * columns))
         cells = min(power(p.grid_w), tile // (channels * columns * rows))
@@ -240,21 +240,22 @@ def pool_channels(p: Pass, cell_width: int, cell_height: int) -> tuple[int, int]
     """The channels of a tile in channels_last, and its warps.
 
     The fewer channels, the more programs has a sample, and the fewer tiles has a program one after the other. The
-    channels are the most for which a program has at most two tiles, with at least 64 bytes. In large maps a program has
-    up to eight tiles of twice the size, with at least 32 bytes, a whole sector of memory.
+    channels are the most for which a program has one tile, with at least 64 bytes. In large maps a program has two tiles,
+    or up to eight tiles of twice the size, with at least 32 bytes, a whole sector of memory.
     """
-    channels, warps = 0, 0
-    for most, least, warps in ((2, 64, 4), (8, 64, 8), (8, 32, 8)):
-        tile, channels = pool_tile(p) * warps // 4, fitting(p.channels, 512, 64)
-        while True:
-            columns = min(power(cell_width), tile // channels)
-            rows = min(power(cell_height), tile // (channels * columns))
-            if ceil_div(cell_height, rows) * ceil_div(cell_width, columns) <= most:
-                return channels, warps
-            if channels * p.itemsize <= least:
-                break
-            channels //= 2
-    return channels, warps
+
+    def tiles(channels: int, warps: int) -> int:
+        tile = pool_tile(p) * warps // 4
+        columns = min(power(cell_width), tile // channels)
+        rows = min(power(cell_height), tile // (channels * columns))
+        return ceil_div(cell_height, rows) * ceil_div(cell_width, columns)
+
+    channels, least = fitting(p.channels, 512, 64), 64 // p.itemsize
+    while channels > least and tiles(channels, 4) > 1:
+        channels //= 2
+    if tiles(channels, 4) <= 2:
+        return channels, 4
+    return channels if tiles(channels, 8) <= 8 else min(channels, least // 2), 8
 
 
 #: The threads of a program of the graph stage, and of one that processes a whole sample.
@@ -270,13 +271,16 @@ def graph_blocks(p: Pass, heads: int, head_width: int, tile: int) -> dict[str, A
     # The ring's transform has a number for each channel and head: eight for a thread.
     channels = max(1, min(power(p.channels), tile // cells, 256, 1024 // power(heads)))
     once = p.cells <= cells
+    runs = once and not p.channels_last
     return {
         "CHANNELS_MULTIPLE": divisor(p.channels, p.vector),
         "CHANNELS_LAST": p.channels_last,
         "CHANNELS": channels,
+        # In channels_last the wide loads of one group have this effect.
+        "LANES": min(16, channels) if runs else channels,
         "CELLS": cells,
         "ONCE": once,
-        "RUN": power(channels * p.cells) if once and not p.channels_last else 0,
+        "RUN": power(channels * p.cells) if runs else 0,
         "HALO": max(2, min(16, 128 // cells)),
         "BLOCKS": min(power(ceil_div(p.channels, channels)), max(1, 2048 // cells)),
         # One cell and head per thread.
