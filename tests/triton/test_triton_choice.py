@@ -47,6 +47,7 @@ def test_why_not_sizes() -> None:
         assert "C + gh gw + channel_radius + 2^15 below 2^31" in gpu.why_not_triton(call_of(one.expand(1, size, 1, 1)))
     wide = one.expand(1, 2**30, 1, 1)
     assert gpu.why_not_triton(call_of(wide, channel_radius=2**28)) == ""
+    assert "4 channel_radius + 2^15 below 2^31" in gpu.why_not_triton(call_of(wide, channel_radius=2**29))
     assert gpu.why_not_triton(call_of(one.expand(1, 3 * 2**29, 1, 1), channel_radius=2**31)) != ""
     for space, name in (((2**25, 1), "gh (H + 1)"), ((1, 2**25), "gw (W + 1)")):
         # 63 cells of 2^25 pixels fit; with 64, one pixel less leaves the product below 2^31 and not what ends a cell
