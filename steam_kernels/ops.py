@@ -324,12 +324,15 @@ def _first_on_gpu(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
         unit, grid = _unit(*args[options + 1 : options + 7]), (args[options][0], args[options][1])
         call = backends.Call(x, channel_weight, spatial_weight, None, unit, grid)
         backend = backends.first(call)
+        if backend == "triton":  # a function of this module: its operator would be another dispatch
+            return getattr(_TRITON, name)(*args)
         return getattr(OPERATORS[backend], name)(*args) if backend in _NAMED else plain(*args)
 
     return run
 
 
-for _name, _kernel in with_any_strides(Operators(*map(_triton, Operators._fields)))._asdict().items():
+_TRITON = with_any_strides(Operators(*map(_triton, Operators._fields)))
+for _name, _kernel in _TRITON._asdict().items():
     _LIBRARY.impl(f"triton_{_name}", _kernel, "CompositeExplicitAutograd")
 for _name, _plain in _PLAIN._asdict().items():
     _LIBRARY.impl(_name, _first_on_gpu(_name, _plain), "CUDA")
