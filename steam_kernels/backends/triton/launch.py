@@ -240,8 +240,8 @@ def pool_channels(p: Pass, cell_width: int, cell_height: int) -> tuple[int, int]
     """The channels of a tile in channels_last, and its warps.
 
     The fewer channels, the more programs has a sample, and the fewer tiles has a program one after the other. The
-    channels are the most for which a program has one tile, with at least 64 bytes. In large maps a program has two tiles,
-    or up to eight tiles of twice the size, with at least 32 bytes, a whole sector of memory.
+    channels are the most for which a program has one tile, with at least 64 bytes. In large maps a program has two
+    tiles, or up to eight tiles of twice the size, with at least 32 bytes, a whole sector of memory.
     """
 
     def tiles(channels: int, warps: int) -> int:
