@@ -200,12 +200,16 @@ def _on_gpu(name: str, of: Callable[..., Forward | Backward]) -> Callable[..., A
     def run(*args: Any) -> Any:
         call = of(*args)
         judged = backends.Call(*call.inputs, call.arguments.options(), call.grid)
-        return getattr(OPERATORS.get(backends.first(judged), _PLAIN), name)(*args)
+        chosen = backends.first(judged)
+        # Functions of this module are called directly, because their operators would be another dispatch.
+        operators = _TRITON if chosen == "triton" else OPERATORS.get(chosen, _PLAIN)
+        return getattr(operators, name)(*args)
 
     return run
 
 
-for _name, _kernel in with_any_strides(Operators(*map(_triton, Operators._fields)))._asdict().items():
+_TRITON = with_any_strides(Operators(*map(_triton, Operators._fields)))
+for _name, _kernel in _TRITON._asdict().items():
     _LIBRARY.impl(f"triton_{_name}", _kernel, "CompositeExplicitAutograd")
 for _name, _of in (("forward", Forward.of), ("backward", Backward.of), ("forward_", Forward.of_in_place)):
     _LIBRARY.impl(_name, _on_gpu(_name, _of), "CUDA")

@@ -140,23 +140,27 @@ def record(run: Callable[[], Any]) -> list[Recorded]:
 
 def launches(case: Compiled, family: str) -> Iterator[tuple[str, Recorded, list[Tensor]]]:
     """For each launch of a case: the direction, the launch, and the maps of the case."""
-    from steam_kernels.backends import triton as backend
+    from steam_kernels.backends.triton import operators
+    from steam_kernels.config import Arguments, Inputs
+    from steam_kernels.schemas import Backward, Forward
 
     x, dy = case.empty(), case.empty()
     residual = case.empty() if case.tail else None
     weights = torch.empty(4, 8), torch.empty(4, 8)
-    options = ((min(case.grid[0], case.shape[2]), min(case.grid[1], case.shape[3])), case.heads, 1, 4, True)
-    options += (case.sequential, 1.0)
+    grid = min(case.grid[0], case.shape[2]), min(case.grid[1], case.shape[3])
+    arguments = Arguments(case.heads, 1, 4, True, case.sequential, 1.0, case.tail)
     returned: dict[str, Any] = {}
 
     def forward() -> None:
-        returned["forward"] = backend.forward(x, *weights, residual, *options, case.tail, True, family=family)
+        given = Forward(Inputs(x, *weights, residual), True, grid, arguments)
+        returned["forward"] = operators.forward(given, family)
 
     def backward() -> None:
         y, saved = returned["forward"]
         needs = (True, True, True, case.tail)
         masked = y if case.tail else None
-        returned["backward"] = backend.backward(dy, x, masked, *weights, saved, *options, *needs, family=family)
+        given = Backward(dy, Inputs(x, *weights), masked, saved, needs, grid, arguments)
+        returned["backward"] = operators.backward(given, family)
 
     for direction, run in (("forward", forward), ("backward", backward)):
         found = record(run)

@@ -155,8 +155,8 @@ class Guard:
 
     Args:
         seed: the seed of the order of programs; None keeps the interpreter's own order.
-        last: the number of programs of each launch that run, the last ones, with checks of bounds and alignment alone.
-            No other memory is accessed, so that a tensor of more than 2**31 elements costs nothing.
+        last: the number of the first and of the last programs of each launch that run, with checks of bounds and
+            alignment alone. No other memory is accessed, so that a tensor of more than 2**31 elements costs nothing.
     """
 
     def __init__(self, seed: int | None = 0, last: int | None = None) -> None:
@@ -257,7 +257,7 @@ class Guard:
             self._parameters, self._unseen, self._patched = parameters, list(parameters), set()
             spans = _spans(parameters) if self.last is None else []
             if self.last is not None:
-                executor.grid = (min(self.last, int(np.prod(grid))),)
+                executor.grid = (min(2 * self.last, int(np.prod(grid))),)
             try:
                 original(executor, *args, **kwargs)
             except interpreter.InterpreterError as error:
@@ -297,8 +297,10 @@ class Guard:
         def set_dims(builder: Any, *dims: int) -> None:
             grid = self.launches[-1].grid
             true = grid + (1,) * (3 - len(grid))
-            count, run = int(np.prod(true)), int(np.prod(dims))  # run is less than count if only the last programs run
-            self._order = count - run + (np.arange(run) if self.seed is None else self._random.permutation(run))
+            count, run = int(np.prod(true)), int(np.prod(dims))  # run is less than count if only the ends run
+            programs = np.arange(run)
+            programs[run // 2 :] += count - run
+            self._order = programs if self.seed is None else self._random.permutation(programs)
             original(builder, *true)
 
         return set_dims

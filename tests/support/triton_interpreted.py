@@ -204,7 +204,10 @@ def _plan(launch: Any, stage: Stage, layout: str, backward: bool, batch: int, fa
     channels, size, grid, _ = stage
     p = launch.Pass(batch, channels, size, size, grid, grid, 4, layout == "nhwc", backward, family)
     pooling, gating = launch.pool(p), launch.gate(p)
-    return [launch.is_small(p), pooling and pooling.options, gating.options]
+    plan = [launch.is_small(p)]
+    for how in (pooling, gating):
+        plan += [how and how.options, how and how.steps]
+    return plan
 
 
 def offsets(wanted: list[str]) -> Iterator[dict[str, Any]]:

@@ -74,8 +74,9 @@ def test_the_oldest_gpu_has_every_kernel() -> None:
     found = triton_aot.answer(triton_aot.worker("--oldest"))
     assert min(found.values()) > 0
     assert {key.split()[-1] for key in found} == {
-        "pool_runs", "pool_tiles", "graph", "gate", "whole",
-        "graph_backward", "gate_backward", "whole_backward", "weights_backward",
+        "pool_runs", "pool_tiles", "graph", "lattice", "gate", "whole",
+        "graph_backward_cells", "lattice_backward", "graph_backward_ring", "gate_backward", "whole_backward",
+        "weights_backward",
     }  # fmt: skip
 
 

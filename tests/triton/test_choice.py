@@ -53,6 +53,7 @@ def test_why_not_sizes() -> None:
         assert "C + gh gw + channel_radius + 2^15 below 2^31" in backend.why_not(call_of(one.expand(1, size, 1, 1)))
     wide = one.expand(1, 2**30, 1, 1)
     assert backend.why_not(call_of(wide, channel_radius=2**28)) == ""
+    assert "4 channel_radius + 2^15 below 2^31" in backend.why_not(call_of(wide, channel_radius=2**29))
     assert backend.why_not(call_of(one.expand(1, 3 * 2**29, 1, 1), channel_radius=2**31)) != ""
     for space, name in (((2**25, 1), "gh (H + 1)"), ((1, 2**25), "gw (W + 1)")):
         # 63 cells of 2^25 pixels fit. With 64 cells and one pixel less, the product is below 2^31, but not the number

@@ -348,6 +348,7 @@ def test_last_programs_of_a_huge_tensor() -> None:
         wrapping_kernel[grid](x, n, BLOCK=1024, WIDE=True)
     assert guard.launches[0].highest == {"x": n - 1}
     assert x[-1124:].tolist() == [1.0] * 1124 and x[-1125] == 0  # two programs, and each once
+    assert x[:2048].tolist() == [1.0] * 2048 and x[2048] == 0
     with Guard(last=2), pytest.raises((GuardError, InterpreterError)):
         wrapping_kernel[grid](x, n, BLOCK=1024, WIDE=False)
 

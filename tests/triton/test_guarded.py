@@ -50,8 +50,9 @@ def test_guarded(case: Any, plan: str, rows: dict[str, dict[str, Any]]) -> None:
 def test_every_kernel_was_guarded(rows: dict[str, dict[str, Any]]) -> None:
     seen = {kernel for row in rows.values() for d in ("forward", "backward") for kernel in row[d]["kernels"]}
     assert seen == {
-        "pool_runs", "pool_tiles", "graph", "gate", "whole",
-        "graph_backward", "gate_backward", "whole_backward", "weights_backward",
+        "pool_runs", "pool_tiles", "graph", "lattice", "gate", "whole",
+        "graph_backward_cells", "lattice_backward", "graph_backward_ring", "gate_backward", "whole_backward",
+        "weights_backward",
     }  # fmt: skip
 
 

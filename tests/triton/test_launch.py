@@ -27,37 +27,105 @@ def passes() -> list[launch.Pass]:
 def test_launch_table() -> None:
     """Blocks are powers of two, tiles fit, programs cover the map, and divisors divide. Sizes are no constants."""
     for p in passes():
-        shown = [launch.pool(p), launch.graph(p, 4, 2, 3), launch.gate(p), launch.whole(p, 4, 2, 3)]
+        shown = [launch.pool(p), launch.graph(p, 4, 2), launch.gate(p), launch.whole(p, 4, 2), launch.lattice(p, 4, 2)]
         for how in shown:
             if how is None:
                 assert p.pixel_cells
                 continue
             told = how.constants
-            blocks = {k: v for k, v in told.items() if not isinstance(v, bool) and "STEPS" not in k and v}
+            blocks = {k: v for k, v in told.items() if not isinstance(v, bool) and v}
             assert all(v & (v - 1) == 0 for v in blocks.values()), (p, told)
             assert p.channels % told["CHANNELS_MULTIPLE"] == 0 and p.area % told.get("AREA_MULTIPLE", 1) == 0
-            assert how.num_warps * launch.FAMILIES[p.family].warp in (128, 256)
-            assert set(how.options) - {"num_warps", "num_stages", "maxnreg"} == set(told)
-        pooling, graphs, gating, _ = shown
+            threads = how.num_warps * launch.FAMILIES[p.family].warp
+            assert threads in (128, 256) or (how.kernel == "pool_tiles" and how.num_warps == 8)
+            assert set(how.options) - {"num_warps", "num_stages", "maxnreg", "enable_fp_fusion"} == set(told)
+            # A kernel that adds up products across lanes is compiled without contraction.
+            assert how.options.get("enable_fp_fusion", True) == how.kernel.startswith("gate")
+        pooling, graphs, gating, _, lattices = shown
         if pooling is not None and pooling.kernel == "pool_tiles":
             told = pooling.constants
-            assert told["CHANNELS"] * told["ROWS"] * told["CELLS"] * told["COLUMNS"] <= 4096
+            tile = told["CHANNELS"] * told["ROWS"] * told["CELLS"] * told["COLUMNS"]
+            assert tile <= 1024 * pooling.num_warps
         if pooling is not None and pooling.kernel == "pool_runs":
             told = pooling.constants
             assert told["CHANNELS"] * p.area <= told["RUN"] <= 4096 and told["CELLS"] >= p.cells
             assert told["CHANNELS"] * told["CELLS"] * told["PIXELS"] <= 8192
-        assert graphs.constants["CHANNELS"] * graphs.constants["CELLS"] <= 8192
-        assert graphs.constants["RUN"] <= 8192 and graphs.programs == p.samples
+        told = graphs.constants
+        assert told["CHANNELS"] * told["CELLS"] <= 4096 and told["RUN"] <= 4096
+        assert graphs.programs == p.samples * -(-p.channels // told["CHANNELS"]) and lattices.programs == p.samples
+        assert lattices.constants == told
         told = gating.constants
-        assert told["ROWS"] * told["RUN"] <= 4096
+        # An element has no copy in another thread, which could read x after y has been stored in its place.
+        assert launch.WHOLE_THREADS <= launch.GATE_THREADS <= told["ROWS"] * told["RUN"] <= 4096
         for how in (pooling, graphs, gating):
             if how is not None:
                 told, group = how.constants, how.constants.get("GROUP", 1)
-                walked = told.get("CHANNELS", told.get("ROWS", 1)) * told.get("STEPS", 1) * group
+                walked = told.get("CHANNELS", told.get("ROWS", 1)) * how.steps * group
                 assert max(walked, told.get("NODES", 1)) <= backend.LARGEST_BLOCK
         told = gating.constants
-        covered = gating.programs // p.samples * told["ROWS"] * told["RUN"] * told["STEPS"]
+        covered = gating.programs // p.samples * told["ROWS"] * told["RUN"] * gating.steps
         assert covered >= p.channels * p.area
+
+
+# ---- nothing large is serial -----------------------------------------------------------------------------------------
+
+#: Maps of 2 MB and more: the stages of a ResNet, and two stages of a detector with one large image.
+LARGE = [
+    *((batch, *stage) for batch in (1, 32, 256) for stage in ((256, 56, 56), (512, 28, 28), (1024, 14, 14))),
+    *((batch, 2048, 7, 7) for batch in (32, 256)),
+    (1, 256, 200, 334),
+    (1, 512, 100, 167),
+]
+
+
+def tiles_of(how: launch.Launch, p: launch.Pass) -> int:
+    """The tiles of a program, one after the other."""
+    told = how.constants
+    if how.kernel == "pool_tiles":
+        cell = -(-p.height // p.grid_h), -(-p.width // p.grid_w)
+        return -(-cell[0] // told["ROWS"]) * -(-cell[1] // told["COLUMNS"])
+    if how.kernel.startswith("graph"):
+        return -(-p.cells // told["CELLS"]) * (1 if told["ONCE"] or p.backward else 2)
+    if how.kernel.startswith("lattice"):
+        blocks = -(-p.channels // told["CHANNELS"])
+        return max(-(-blocks // told["BLOCKS"]) * -(-p.cells // told["CELLS"]), -(-p.cells // told["NODES"]))
+    return how.steps
+
+
+@pytest.mark.parametrize("family", ["sm80", "sm90", "sm100"])
+@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("shape", LARGE, ids=str)
+def test_nothing_large_is_serial(shape: tuple[int, ...], channels_last: bool, family: str) -> None:
+    """A program has at most 8 tiles one after the other. The pool and gate stages have at least 16 warps, four programs
+    of 4 warps, for each multiprocessor, or at most two tiles in each program. The graph stage has a program for at most
+    64 channels."""
+    for itemsize in (2, 4):
+        if itemsize * shape[0] * shape[1] * shape[2] * shape[3] < 2 << 20:
+            continue
+        for backward in (False, True):
+            p = launch.Pass(*shape, 7, 7, itemsize, channels_last, backward, family)
+            assert not launch.is_small(p)
+            for how in (launch.pool(p), launch.graph(p, 4, 2), launch.lattice(p, 4, 2), launch.gate(p)):
+                if how is None:
+                    continue
+                assert tiles_of(how, p) <= 8, how
+                if how.kernel.startswith(("pool", "gate")):
+                    assert how.programs * how.num_warps >= 16 * p.processors or tiles_of(how, p) <= 2, how
+                if how.kernel.startswith("graph"):
+                    assert how.programs >= p.samples * p.channels // 64
+
+
+def test_the_batch_changes_no_constant() -> None:
+    """A new batch size compiles no kernel, and a sample has the same sums in any batch."""
+    for family in launch.FAMILIES:
+        for last in (False, True):
+            for backward in (False, True):
+                plans = []
+                for batch in (1, 2, 32, 256, 4096):
+                    p = launch.Pass(batch, 256, 14, 14, 7, 7, 4, last, backward, family)
+                    shown = launch.pool(p), launch.graph(p, 4, 2), launch.lattice(p, 4, 2), launch.gate(p)
+                    plans.append([how and how.options for how in shown])
+                assert all(plan == plans[0] for plan in plans)
 
 
 # ---- the tuner -------------------------------------------------------------------------------------------------------
@@ -73,11 +141,15 @@ def test_tuner_candidates_compute_the_same(monkeypatch: pytest.MonkeyPatch) -> N
     given = Forward.of(x, weight, weight, None, False, (7, 7), 4, 1, 4, True, True, 1.0, False)
     kernels = backend.triton_kernels().module
     expected, _ = kernels.forward(given)
-    for stage, how in (("pool", launch.pool(p)), ("graph", launch.graph(p, 4, 2, 3)), ("gate", launch.gate(p))):
+    for stage, how in (
+        ("pool", launch.pool(p)),
+        ("graph", launch.graph(p, 4, 2)),
+        ("lattice", launch.lattice(p, 4, 2)),
+        ("gate", launch.gate(p)),
+    ):
         found = list(tune.candidates(how, p))
-        assert (
-            how in found and len(found) > 1 and len({(*c.constants.values(), c.num_warps) for c in found}) == len(found)
-        )
+        assert how in found and len(found) > 1
+        assert len({(*c.constants.values(), c.steps, c.num_warps) for c in found}) == len(found)
         for other in found[:: max(1, len(found) // 4)]:
             with monkeypatch.context() as patch:
                 patch.setattr(launch, stage, lambda *_, other=other: other)
@@ -90,9 +162,9 @@ def test_tuner_finds_and_prints_the_fastest() -> None:
 
     p = next(p for p, _ in tune.passes(32, "sm90") if not p.pixel_cells)
     results = tune.search(p, lambda how: 100.0 / how.num_warps)
-    assert [r.table.kernel for r in results] == [launch.pool(p).kernel, "graph", "gate"]
+    assert [r.table.kernel for r in results] == [launch.pool(p).kernel, "graph", "lattice", "gate"]
     for r in results:
-        assert r.table == launch.pool(p) or r.table.kernel in ("graph", "gate")
+        assert r.table == launch.pool(p) or r.table.kernel in ("graph", "lattice", "gate")
         assert r.best.num_warps == 2 * r.table.num_warps and r.gain == pytest.approx(1.0)
     lines = tune.table(results).splitlines()
     assert len(lines) == 2 + len(results) and all(line.endswith("| 100% |") for line in lines[2:])

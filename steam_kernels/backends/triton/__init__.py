@@ -110,12 +110,15 @@ def _why_not_sizes(call: Call) -> str:
     gh, gw = call.grid
     # the largest numbers that a kernel computes in 32 bits: the end of a group of 16 channels' pixels, what is divided
     # for the end of the last cell, and the farthest that a block, or a neighbour on the ring, reaches beyond all nodes
-    reach = min(call.options.channel_radius, channels // 2) + LARGEST_BLOCK
+    radius = min(call.options.channel_radius, channels // 2)
+    reach = radius + LARGEST_BLOCK
     for name, size in (
         ("16 H W", 16 * height * width),
         ("gh (H + 1)", gh * (height + 1)),
         ("gw (W + 1)", gw * (width + 1)),
         ("C + gh gw + channel_radius + 2^15", channels + gh * gw + reach),
+        # the window of a block of channels on the ring in the backward pass
+        ("4 channel_radius + 2^15", 4 * radius + LARGEST_BLOCK),
     ):
         if reason := too_large("triton", name, size, BITS):
             return reason

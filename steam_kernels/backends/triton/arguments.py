@@ -13,6 +13,8 @@ import triton.language as tl
 #: depends (``Layout``), so Triton does not specialise kernels by sizes.
 DO_NOT_SPECIALIZE = (
     "samples",
+    "rows",
+    "steps",
     "channels",
     "area",
     "width",
@@ -58,40 +60,44 @@ class PoolTile(NamedTuple):
     COLUMNS: int = 0
     PIXELS: int = 0
     RUN: int = 0
-    STEPS: int = 0
 
 
 class GraphTile(NamedTuple):
-    """Blocks of the graph stage: tiles of (CHANNELS, CELLS) sums, NODES nodes, and one weight's (HEADS, WIDTH)."""
+    """Blocks of the graph stage: tiles of CELLS x CHANNELS sums, NODES cells, and one weight's (HEADS, WIDTH)."""
 
+    #: The channels of a program.
     CHANNELS: int
+    #: The channels of a group. Several groups let a thread hold several channels of a cell and several cells of a
+    #: channel, so that it adds up most of both sums in its own registers.
+    LANES: int
     CELLS: int
+    #: Whether one tile has all cells. The sums then stay in registers until the gates of their channels are known.
+    ONCE: bool
     #: The length of a run of memory that holds a tile, or 0: the tile is read in place.
     RUN: int
+    #: The channels of the neighbouring blocks whose sums are read at once.
+    HALO: int
+    #: The blocks of channels whose partials are read at once.
+    BLOCKS: int
     NODES: int
     HEADS: int
     WIDTH: int
-    #: Forward: the stage walks over the ring, and reads the sums once.
-    WALK: bool = False
-    #: Backward: one tile has all cells, so the stage reads the products once.
-    ONCE: bool = False
 
 
 class GateTile(NamedTuple):
-    """Blocks of the gate stage: STEPS tiles of (ROWS, RUN) numbers; a row has GROUP channels."""
+    """Blocks of the gate stage: tiles of (ROWS, RUN) numbers; a row has GROUP channels."""
 
     GROUP: int
     ROWS: int
     RUN: int
-    STEPS: int
 
 
 class WeightsTile(NamedTuple):
-    """Blocks of ``weights_backward``: one weight's (HEADS, WIDTH), and SAMPLES samples at a time."""
+    """Blocks of the gradients of the weights: one weight's (HEADS, WIDTH), and ROWS rows of partials at a time."""
 
     HEADS: int
     WIDTH: int
-    SAMPLES: int
+    ROWS: int
 
 
 # ---- runtime arguments -----------------------------------------------------------------------------------------------

@@ -8,21 +8,22 @@ are channels, and its columns are pixels.
 import triton
 import triton.language as tl
 
-from .arguments import DO_NOT_SPECIALIZE, sizes_of
+from .arguments import DO_NOT_SPECIALIZE, Weight, sizes_of
 from .pool import upstream
+from .weights import weight_gradients
 
 
 @triton.jit
-def gate_tiles(sizes, TILE: tl.constexpr):
-    """The numbers of blocks of rows and of blocks of columns of a sample; a block of rows has STEPS tiles."""
-    row_blocks = tl.cdiv(tl.cdiv(sizes.channels, TILE.GROUP), TILE.ROWS * TILE.STEPS)
+def gate_tiles(sizes, steps, TILE: tl.constexpr):
+    """The numbers of blocks of rows and of blocks of columns of a sample; a block of rows has ``steps`` tiles."""
+    row_blocks = tl.cdiv(tl.cdiv(sizes.channels, TILE.GROUP), TILE.ROWS * steps)
     return row_blocks, tl.cdiv(sizes.area * TILE.GROUP, TILE.RUN)
 
 
 @triton.jit
-def place(t, sizes, LAYOUT: tl.constexpr, TILE: tl.constexpr):
+def place(t, sizes, steps, LAYOUT: tl.constexpr, TILE: tl.constexpr):
     """The first row of tile t, its columns e, and for each column its channel within the group and its cell."""
-    row_blocks, run_blocks = gate_tiles(sizes, TILE)
+    row_blocks, run_blocks = gate_tiles(sizes, steps, TILE)
     # Programs that run at the same time read neighbouring memory.
     if LAYOUT.CHANNELS_LAST:
         row_block = t % row_blocks
@@ -40,7 +41,7 @@ def place(t, sizes, LAYOUT: tl.constexpr, TILE: tl.constexpr):
     row = pixel // sizes.width
     column = pixel - row * sizes.width
     cell = row * sizes.grid_h // (sizes.area // sizes.width) * sizes.grid_w + column * sizes.grid_w // sizes.width
-    return row_block * TILE.STEPS * TILE.ROWS, e, member, cell
+    return row_block * steps * TILE.ROWS, e, member, cell
 
 
 @triton.jit
@@ -75,23 +76,25 @@ def gate_of(
     y,
     gates,
     sizes,
+    steps,
     SCALE: tl.constexpr,
     RELU: tl.constexpr,
     LAYOUT: tl.constexpr,
     TILE: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """y for tile t of sample n: STEPS tiles of (ROWS, RUN), one below the other, which have the same cells."""
-    first, e, member, cell = place(t, sizes, LAYOUT, TILE)
+    """y for tile t of sample n: ``steps`` tiles of (ROWS, RUN), one below the other, which have the same cells."""
+    first, e, member, cell = place(t, sizes, steps, LAYOUT, TILE)
     base = n * (sizes.channels.to(tl.int64) * sizes.area)
     g_c = gates + n * (sizes.channels + sizes.grid_h * sizes.grid_w)
     # [1, RUN]
     g_s = tl.load(g_c + sizes.channels + cell, mask=e < sizes.area * TILE.GROUP, other=0.0)[None, :]
-    for step in range(TILE.STEPS):
+    for step in range(steps):
         # [ROWS, RUN]
         offset, inside, channel = elements(first + step * TILE.ROWS, e, member, sizes, LAYOUT, TILE)
         g = tl.load(g_c + channel, mask=channel < sizes.channels, other=0.0) * SCALE * g_s
-        out = tl.load(x + base + offset, mask=inside, other=0.0).to(ACC) * g
+        # No later kernel of this call reads x, and the next layer reads y: the cache should keep y.
+        out = tl.load(x + base + offset, mask=inside, other=0.0, eviction_policy="evict_first").to(ACC) * g
         if residual is not None:
             out += tl.load(residual + base + offset, mask=inside, other=0.0).to(ACC)
         if RELU:
@@ -105,6 +108,7 @@ def gate(
     residual,  # None: no residual
     y,
     gates,
+    steps,
     channels,
     area,
     width,
@@ -116,12 +120,15 @@ def gate(
     TILE: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """A program is STEPS tiles of a sample."""
+    """A program is ``steps`` tiles of a sample. The programs begin with the last sample.
+
+    The pool stage read this sample last, so that the cache may still hold it.
+    """
     sizes = sizes_of(channels, area, width, grid_h, grid_w, LAYOUT)
-    row_blocks, run_blocks = gate_tiles(sizes, TILE)
+    row_blocks, run_blocks = gate_tiles(sizes, steps, TILE)
     tiles = row_blocks * run_blocks
-    n = (tl.program_id(0) // tiles).to(tl.int64)
-    gate_of(n, tl.program_id(0) % tiles, x, residual, y, gates, sizes, SCALE, RELU, LAYOUT, TILE, ACC)
+    t = tl.num_programs(0) - 1 - tl.program_id(0)
+    gate_of((t // tiles).to(tl.int64), t % tiles, x, residual, y, gates, sizes, steps, SCALE, RELU, LAYOUT, TILE, ACC)
 
 
 @triton.jit
@@ -135,6 +142,7 @@ def gate_backward_of(
     gates,
     shifts,
     sizes,
+    steps,
     SCALE: tl.constexpr,
     SEQUENTIAL: tl.constexpr,
     LAYOUT: tl.constexpr,
@@ -145,14 +153,14 @@ def gate_backward_of(
 
     dy counts as 0 where the ReLU was off, and dresidual is this masked dy.
     """
-    first, e, member, cell = place(t, sizes, LAYOUT, TILE)
+    first, e, member, cell = place(t, sizes, steps, LAYOUT, TILE)
     base = n * (sizes.channels.to(tl.int64) * sizes.area)
     at = n * (sizes.channels + sizes.grid_h * sizes.grid_w)
     if dx is not None:
         # [1, RUN]
         g_s = tl.load(gates + at + sizes.channels + cell, mask=e < sizes.area * TILE.GROUP, other=0.0)[None, :]
         share = tl.load(shifts + at + sizes.channels + cell, mask=e < sizes.area * TILE.GROUP, other=0.0)[None, :]
-    for step in range(TILE.STEPS):
+    for step in range(steps):
         # [ROWS, RUN]
         offset, inside, channel = elements(first + step * TILE.ROWS, e, member, sizes, LAYOUT, TILE)
         g = upstream(dy, y, base + offset, inside, ACC)
@@ -177,6 +185,25 @@ def gate_backward(
     dresidual,  # None: not needed
     gates,
     shifts,
+    partials_c,  # None: all programs are tiles
+    partials_s,
+    channel_weight,
+    spatial_weight,
+    dchannel_weight,  # None: not needed
+    dspatial_weight,  # None: not needed
+    channel_row,
+    channel_column,
+    spatial_row,
+    spatial_column,
+    dchannel_row,
+    dchannel_column,
+    dspatial_row,
+    dspatial_column,
+    rows,
+    samples,
+    heads,
+    head_width,
+    steps,
     channels,
     area,
     width,
@@ -186,12 +213,25 @@ def gate_backward(
     SEQUENTIAL: tl.constexpr,
     LAYOUT: tl.constexpr,
     TILE: tl.constexpr,
+    WEIGHTS: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """A program is STEPS tiles of a sample."""
+    """A program is ``steps`` tiles of a sample. With partials, the first program computes the gradients of the weights.
+
+    The other programs begin with the last sample, which the pool stage read last.
+    """
     sizes = sizes_of(channels, area, width, grid_h, grid_w, LAYOUT)
-    row_blocks, run_blocks = gate_tiles(sizes, TILE)
+    row_blocks, run_blocks = gate_tiles(sizes, steps, TILE)
     tiles = row_blocks * run_blocks
-    n = (tl.program_id(0) // tiles).to(tl.int64)
-    t = tl.program_id(0) % tiles
-    gate_backward_of(n, t, dy, y, dx, dresidual, gates, shifts, sizes, SCALE, SEQUENTIAL, LAYOUT, TILE, ACC)
+    t = tl.num_programs(0) - 1 - tl.program_id(0)
+    n = (t // tiles).to(tl.int64)
+    if partials_c is None or tl.program_id(0) > 0:
+        gate_backward_of(
+            n, t % tiles, dy, y, dx, dresidual, gates, shifts, sizes, steps, SCALE, SEQUENTIAL, LAYOUT, TILE, ACC
+        )  # fmt: skip
+    else:
+        channel = Weight(channel_weight, channel_row, channel_column, heads, head_width)
+        spatial = Weight(spatial_weight, spatial_row, spatial_column, heads, head_width)
+        dchannel = Weight(dchannel_weight, dchannel_row, dchannel_column, heads, head_width)
+        dspatial = Weight(dspatial_weight, dspatial_row, dspatial_column, heads, head_width)
+        weight_gradients(channel, spatial, dchannel, dspatial, partials_c, partials_s, rows, samples, WEIGHTS, ACC)

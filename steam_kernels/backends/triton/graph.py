@@ -1,7 +1,7 @@
 """The graph stage, forward: from sums over cells to tokens, pre-activations and gates.
 
-One program processes a sample. A token that other nodes read is written to global memory and read again after a
-barrier, so the number of nodes has no limit.
+``graph`` processes a block of channels of a sample, and ``lattice`` the cells of a sample. A token that other nodes of
+the program read is written to global memory and read again after a barrier, so the number of nodes has no limit.
 """
 
 from typing import Any, NamedTuple
@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .arguments import DO_NOT_SPECIALIZE, Weight, sizes_of
-from .pool import cell_begin, rearrange, upstream
+from .pool import cell_begin, upstream
 from .transform import Graph, collapse, sigmoid, transform
 
 
@@ -23,6 +23,19 @@ class Rows(NamedTuple):
     o_s: Any
     g_c: Any
     g_s: Any
+
+
+class Block(NamedTuple):
+    """A block of channels of a sample, and the halo of channels on either side that its program also needs.
+
+    ``first`` is the first channel, ``own`` is the number of channels, and ``halo`` is the number of channels on each
+    side. ``reach`` is the distance of the farthest neighbour on the ring. A block of all channels has no halo.
+    """
+
+    first: Any
+    own: Any
+    halo: Any
+    reach: Any
 
 
 @triton.jit
@@ -38,6 +51,47 @@ def rows_of(n, saved, gates, sizes):
     return Rows(z, o_c, u, o_s, g_c, g_s)
 
 
+# ---- blocks of channels, and windows of the ring ---------------------------------------------------------------------
+
+
+@triton.jit
+def block_of(b, sizes, ring_first, ring_count, WIDER: tl.constexpr, OPTIONS: tl.constexpr, TILE: tl.constexpr):
+    """Block b of the channels, with a halo of WIDER times the reach of the ring."""
+    first = b * TILE.CHANNELS
+    last = ring_first + ring_count
+    if OPTIONS.RING_LOOPS:
+        last -= 1
+    reach = tl.maximum(-ring_first, last)
+    halo = tl.where(sizes.channels > TILE.CHANNELS, WIDER * reach, 0)
+    return Block(first, tl.minimum(TILE.CHANNELS, sizes.channels - first), halo, reach)
+
+
+@triton.jit
+def ring_of(block, ring_first, ring_count, OPTIONS: tl.constexpr):
+    """The graph of the channel branch in a window: the left halo, the block and the right halo are one row of nodes.
+
+    The neighbours of the block's own nodes never wrap, except in a window of all channels, which is the whole ring.
+    """
+    nodes = block.own + 2 * block.halo
+    return Graph(nodes, nodes, ring_first, ring_count, True, OPTIONS.RING_LOOPS, False)
+
+
+@triton.jit
+def halo_node(h, block, channels):
+    """For number h of the 2 x halo channels beside a block: its node in the window, and its channel."""
+    left = h < block.halo
+    node = tl.where(left, h, h + block.own)
+    # The distance is compared before it is added to a channel, so that the sum stays below 2^31.
+    after = h - block.halo
+    right = tl.where(
+        after >= channels - block.first - block.own,
+        after - (channels - block.first - block.own),
+        block.first + block.own + after,
+    )
+    before = block.first + after
+    return node, tl.where(left, tl.where(before < 0, before + channels, before), right)
+
+
 @triton.jit
 def load_cells(
     x,
@@ -50,16 +104,19 @@ def load_cells(
     TILE: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """A (CHANNELS, CELLS) tile of the sums of a sample, 0 outside. With dy, where each cell is a pixel, of x dy.
+    """A tile of the sums of a sample, 0 outside. With dy, where each cell is a pixel, of x dy.
 
-    RUN is the length of a run of memory that holds CHANNELS rows of all cells and is sorted on the chip.
+    The tile is (GROUPS, CELLS, LANES), and its channels are in groups of LANES. RUN is the length of a run of memory
+    that holds CHANNELS rows of all cells and is sorted on the chip.
     """
     channels, cells = sizes.channels, sizes.grid_h * sizes.grid_w
-    # [CHANNELS, 1] and [1, CELLS]
-    c = first_channel + tl.arange(0, TILE.CHANNELS)[:, None]
-    ij = first_cell + tl.arange(0, TILE.CELLS)[None, :]
-    # [CHANNELS, CELLS]
-    inside = (c < channels) & (ij < cells)
+    GROUPS: tl.constexpr = TILE.CHANNELS // TILE.LANES
+    # [GROUPS, 1, LANES] and [1, CELLS, 1]
+    member = tl.arange(0, GROUPS)[:, None, None] * TILE.LANES + tl.arange(0, TILE.LANES)[None, None, :]
+    c = first_channel + member
+    ij = first_cell + tl.arange(0, TILE.CELLS)[None, :, None]
+    # [GROUPS, CELLS, LANES]
+    inside = (ij < cells) & (c < channels)
     if TILE.RUN > 0:
         # [RUN]
         flat = tl.arange(0, TILE.RUN)
@@ -68,9 +125,11 @@ def load_cells(
         values = tl.load(x + start + flat, mask=read, other=0.0)
         if dy is not None:
             values = values.to(ACC) * upstream(dy, y, start + flat, read, ACC)
-        # [CHANNELS, CELLS]
-        index = tl.where(inside, (c - first_channel) * cells + ij, 0)
-        tile = rearrange(values, index, inside, TILE.CHANNELS, TILE.CELLS, ACC)
+        # [GROUPS * CELLS * LANES]
+        index = tl.reshape(tl.where(inside, member * cells + ij, 0), [TILE.CHANNELS * TILE.CELLS])
+        tile = tl.reshape(tl.gather(values, index, 0), [GROUPS, TILE.CELLS, TILE.LANES])
+        # [GROUPS, CELLS, LANES]
+        tile = tl.where(inside, tile.to(ACC), 0.0)
     else:
         if LAYOUT.CHANNELS_LAST:
             offset = ij.to(tl.int64) * channels + c
@@ -80,6 +139,86 @@ def load_cells(
         if dy is not None:
             tile *= upstream(dy, y, offset, inside, ACC)
     return tile
+
+
+@triton.jit
+def sum_of_cells(tile, TILE: tl.constexpr):
+    """The sums of a tile over its cells, (CHANNELS,)."""
+    return tl.reshape(tl.sum(tile, 1), [TILE.CHANNELS])
+
+
+@triton.jit
+def sum_of_channels(tile):
+    """The sums of a tile over its channels, (CELLS,)."""
+    return tl.sum(tl.sum(tile, 0), 1)
+
+
+@triton.jit
+def by_channel(numbers, TILE: tl.constexpr):
+    """(CHANNELS,) numbers in the shape of a tile, (GROUPS, 1, LANES)."""
+    return tl.reshape(numbers, [TILE.CHANNELS // TILE.LANES, 1, TILE.LANES])
+
+
+@triton.jit
+def load_halo(
+    cell,
+    sums,
+    factor,  # None: 1 for each cell
+    c,
+    inside,
+    sizes,
+    LAYOUT: tl.constexpr,
+    TILE: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """The (CELLS, HALO) tile of the sums of channels c, each cell times its ``factor``, from ``cell`` on."""
+    cells = sizes.grid_h * sizes.grid_w
+    # [CELLS, 1]
+    ij = cell + tl.arange(0, TILE.CELLS)[:, None]
+    # [CELLS, HALO]
+    if LAYOUT.CHANNELS_LAST:
+        offset = ij.to(tl.int64) * sizes.channels + c[None, :]
+    else:
+        offset = c[None, :].to(tl.int64) * cells + ij
+    tile = tl.load(sums + offset, mask=(ij < cells) & inside[None, :], other=0.0).to(ACC)
+    if factor is not None:
+        tile *= tl.load(factor + ij, mask=ij < cells, other=0.0)
+    return tile
+
+
+@triton.jit
+def halo_sums(
+    sums,
+    factor,  # None: 1 for each cell
+    c,
+    inside,
+    sizes,
+    LAYOUT: tl.constexpr,
+    TILE: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """The sums of channels c, each cell times its ``factor``, added up over the cells; (HALO,)."""
+    # [CELLS, HALO]
+    total = load_halo(0, sums, factor, c, inside, sizes, LAYOUT, TILE, ACC)
+    if not TILE.ONCE:
+        for cell in range(TILE.CELLS, sizes.grid_h * sizes.grid_w, TILE.CELLS):
+            total += load_halo(cell, sums, factor, c, inside, sizes, LAYOUT, TILE, ACC)
+    return tl.sum(total, 0)
+
+
+@triton.jit
+def sums_of_blocks(partial, cell, blocks, sizes, TILE: tl.constexpr, ACC: tl.constexpr):
+    """The partials of all blocks of channels of a sample, added up in a fixed order, for CELLS cells from ``cell``."""
+    cells = sizes.grid_h * sizes.grid_w
+    # [1, CELLS]
+    ij = cell + tl.arange(0, TILE.CELLS)[None, :]
+    # [BLOCKS, CELLS]
+    total = tl.zeros([TILE.BLOCKS, TILE.CELLS], ACC)
+    for first in range(0, blocks, TILE.BLOCKS):
+        b = first + tl.arange(0, TILE.BLOCKS)[:, None]
+        total += tl.load(partial + b.to(tl.int64) * cells + ij, mask=(b < blocks) & (ij < cells), other=0.0)
+    # [CELLS]
+    return tl.sum(total, 0)
 
 
 @triton.jit
@@ -93,118 +232,6 @@ def pixels_of(cell, sizes):
 
 
 @triton.jit
-def channel_gate(c, rows, a, b, heads, ring):
-    """The gates of channels c, stored with their pre-activations; 0 beyond the channels."""
-    node = tl.where(c < ring.nodes, c, 0)
-    o = transform(rows.z, node, a, b, heads, ring)
-    g, _ = sigmoid(o)
-    tl.store(rows.o_c + c, o, mask=c < ring.nodes)
-    tl.store(rows.g_c + c, g, mask=c < ring.nodes)
-    return tl.where(c < ring.nodes, g, 0.0)
-
-
-@triton.jit
-def store_spatial_tokens(total, ij, rows, sizes, ACC: tl.constexpr):
-    """Stores u of cells ij, from (CHANNELS, CELLS) sums over blocks of channels."""
-    # [CELLS]
-    pixels = pixels_of(ij, sizes).to(ACC)
-    cells = sizes.grid_h * sizes.grid_w
-    tl.store(rows.u + ij, tl.sum(total, 0) / (pixels * sizes.channels), mask=ij < cells)
-
-
-@triton.jit
-def walk_over_the_ring(
-    sums, rows, a, b, heads, ring, sizes, OPTIONS: tl.constexpr, LAYOUT: tl.constexpr, TILE: tl.constexpr,
-    ACC: tl.constexpr,
-):  # fmt: skip
-    """z, o_c, g_c and u; the sums are read once.
-
-    One tile has all cells, and the neighbours of a channel are at most one block of channels away. A block stays in
-    registers until the tokens of its neighbours are stored: the first block until the end, every other block until the
-    next block is read.
-    """
-    # [CHANNELS, CELLS]
-    total = tl.zeros([TILE.CHANNELS, TILE.CELLS], ACC)
-    # [CHANNELS]
-    c = tl.arange(0, TILE.CHANNELS)
-    # [CHANNELS, CELLS]
-    head = load_cells(sums, None, None, 0, 0, sizes, LAYOUT, TILE, ACC)
-    tl.store(rows.z + c, tl.sum(head, 1) / sizes.area, mask=c < sizes.channels)
-    last = head
-    for first in range(TILE.CHANNELS, sizes.channels, TILE.CHANNELS):
-        c = first + tl.arange(0, TILE.CHANNELS)
-        tile = load_cells(sums, None, None, first, 0, sizes, LAYOUT, TILE, ACC)
-        tl.store(rows.z + c, tl.sum(tile, 1) / sizes.area, mask=c < sizes.channels)
-        tl.debug_barrier()
-        if first > TILE.CHANNELS:
-            g = channel_gate(c - TILE.CHANNELS, rows, a, b, heads, ring)
-            total += last * g[:, None] if OPTIONS.SEQUENTIAL else last
-        last = tile
-    tl.debug_barrier()
-    # [CHANNELS]
-    c = tl.arange(0, TILE.CHANNELS)
-    if sizes.channels > TILE.CHANNELS:
-        first = (sizes.channels - 1) // TILE.CHANNELS * TILE.CHANNELS
-        g = channel_gate(first + c, rows, a, b, heads, ring)
-        total += last * g[:, None] if OPTIONS.SEQUENTIAL else last
-    g = channel_gate(c, rows, a, b, heads, ring)
-    total += head * g[:, None] if OPTIONS.SEQUENTIAL else head
-    # [CELLS]
-    ij = tl.arange(0, TILE.CELLS)
-    store_spatial_tokens(total, ij, rows, sizes, ACC)
-
-
-@triton.jit
-def channel_tokens(sums, rows, sizes, LAYOUT: tl.constexpr, TILE: tl.constexpr, ACC: tl.constexpr):
-    """z of all channels."""
-    for first in range(0, sizes.channels, TILE.CHANNELS):
-        # [CHANNELS, CELLS]
-        total = tl.zeros([TILE.CHANNELS, TILE.CELLS], ACC)
-        for cell in range(0, sizes.grid_h * sizes.grid_w, TILE.CELLS):
-            total += load_cells(sums, None, None, first, cell, sizes, LAYOUT, TILE, ACC)
-        # [CHANNELS]
-        c = first + tl.arange(0, TILE.CHANNELS)
-        tl.store(rows.z + c, tl.sum(total, 1) / sizes.area, mask=c < sizes.channels)
-
-
-@triton.jit
-def spatial_tokens(
-    sums, rows, sizes, OPTIONS: tl.constexpr, LAYOUT: tl.constexpr, TILE: tl.constexpr, ACC: tl.constexpr
-):
-    """u of all cells."""
-    for cell in range(0, sizes.grid_h * sizes.grid_w, TILE.CELLS):
-        # [CHANNELS, CELLS]
-        total = tl.zeros([TILE.CHANNELS, TILE.CELLS], ACC)
-        for first in range(0, sizes.channels, TILE.CHANNELS):
-            tile = load_cells(sums, None, None, first, cell, sizes, LAYOUT, TILE, ACC)
-            if OPTIONS.SEQUENTIAL:
-                c = first + tl.arange(0, TILE.CHANNELS)
-                tile *= tl.load(rows.g_c + c, mask=c < sizes.channels, other=0.0)[:, None]
-            total += tile
-        # [CELLS]
-        ij = cell + tl.arange(0, TILE.CELLS)
-        store_spatial_tokens(total, ij, rows, sizes, ACC)
-
-
-@triton.jit
-def spatial_gates(block, rows, a, b, heads, lattice, TILE: tl.constexpr):
-    """o_s and g_s of all cells; ``block`` numbers the nodes of one step."""
-    for first in range(0, lattice.nodes, TILE.NODES):
-        # [NODES], which may be another length than CELLS
-        i = first + block
-        node = tl.where(i < lattice.nodes, i, 0)
-        o = transform(rows.u, node, a, b, heads, lattice)
-        tl.store(rows.o_s + i, o, mask=i < lattice.nodes)
-        tl.store(rows.g_s + i, sigmoid(o)[0], mask=i < lattice.nodes)
-
-
-@triton.jit
-def ring_of(sizes, ring_first, ring_count, OPTIONS: tl.constexpr):
-    """The graph of the channel branch."""
-    return Graph(sizes.channels, sizes.channels, ring_first, ring_count, True, OPTIONS.RING_LOOPS, False)
-
-
-@triton.jit
 def lattice_of(sizes, OPTIONS: tl.constexpr):
     """The graph of the spatial branch."""
     cells = sizes.grid_h * sizes.grid_w
@@ -212,14 +239,19 @@ def lattice_of(sizes, OPTIONS: tl.constexpr):
     return Graph(cells, sizes.grid_w, 0, neighbors, False, OPTIONS.LATTICE_LOOPS, OPTIONS.DIAGONAL)
 
 
+# ---- the two steps ---------------------------------------------------------------------------------------------------
+
+
 @triton.jit
 def graph_of(
     n,
+    b,
     sums,  # over the cells, or x if each cell is a pixel
     saved,
     gates,
-    channel_weight,
-    spatial_weight,
+    windows,
+    partials,
+    weight,
     sizes,
     ring_first,
     ring_count,
@@ -228,30 +260,97 @@ def graph_of(
     TILE: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Tokens and pre-activations [z | o_c | u | o_s] of sample n, and its gates [g_c | g_s]."""
+    """z, o_c and g_c of block b of the channels of sample n, and the block's terms of the spatial tokens.
+
+    ``windows`` are rows of CHANNELS + 2 x reach tokens, one for each block. ``partials`` are rows of sums over the
+    channels of a block, of g_c P or of P.
+    """
     cells = sizes.grid_h * sizes.grid_w
     sums += n * sizes.channels * cells
     rows = rows_of(n, saved, gates, sizes)
-    ring = ring_of(sizes, ring_first, ring_count, OPTIONS)
-    lattice = lattice_of(sizes, OPTIONS)
-    # [NODES]
-    block = tl.arange(0, TILE.NODES)
+    block = block_of(b, sizes, ring_first, ring_count, 1, OPTIONS, TILE)
+    place = n * tl.cdiv(sizes.channels, TILE.CHANNELS) + b
+    window = windows + place * (TILE.CHANNELS + 2 * block.reach)
+    partial = partials + place * cells
+    # [CHANNELS]
+    i = tl.arange(0, TILE.CHANNELS)
+    inside = i < block.own
 
-    a, b = collapse(channel_weight, TILE, ACC)
-    heads = channel_weight.heads
-    if TILE.WALK:
-        walk_over_the_ring(sums, rows, a, b, heads, ring, sizes, OPTIONS, LAYOUT, TILE, ACC)
-    else:
-        channel_tokens(sums, rows, sizes, LAYOUT, TILE, ACC)
-        tl.debug_barrier()
-        for first in range(0, sizes.channels, TILE.NODES):
-            channel_gate(first + block, rows, a, b, heads, ring)
-        tl.debug_barrier()
-        spatial_tokens(sums, rows, sizes, OPTIONS, LAYOUT, TILE, ACC)
+    # [GROUPS, CELLS, LANES]
+    tile = load_cells(sums, None, None, block.first, 0, sizes, LAYOUT, TILE, ACC)
+    total = tile
+    if not TILE.ONCE:
+        for cell in range(TILE.CELLS, cells, TILE.CELLS):
+            total += load_cells(sums, None, None, block.first, cell, sizes, LAYOUT, TILE, ACC)
+    # [CHANNELS]
+    z = sum_of_cells(total, TILE) / sizes.area
+    tl.store(rows.z + block.first + i, z, mask=inside)
+    tl.store(window + block.halo + i, z, mask=inside)
+    for first in range(0, 2 * block.halo, TILE.HALO):
+        # [HALO]
+        h = first + tl.arange(0, TILE.HALO)
+        node, c = halo_node(h, block, sizes.channels)
+        exists = h < 2 * block.halo
+        z_h = halo_sums(sums, None, c, exists, sizes, LAYOUT, TILE, ACC) / sizes.area
+        tl.store(window + node, z_h, mask=exists)
     tl.debug_barrier()
 
-    a, b = collapse(spatial_weight, TILE, ACC)
-    spatial_gates(block, rows, a, b, heads, lattice, TILE)
+    score, value = collapse(weight, TILE, ACC)
+    ring = ring_of(block, ring_first, ring_count, OPTIONS)
+    # [CHANNELS]
+    o = transform(window, tl.where(inside, block.halo + i, 0), score, value, weight.heads, ring)
+    g, _ = sigmoid(o)
+    tl.store(rows.o_c + block.first + i, o, mask=inside)
+    tl.store(rows.g_c + block.first + i, g, mask=inside)
+    # [GROUPS, 1, LANES]
+    g = by_channel(tl.where(inside, g, 0.0), TILE)
+    # [CELLS]
+    ij = tl.arange(0, TILE.CELLS)
+    if OPTIONS.SEQUENTIAL:
+        tile *= g
+    tl.store(partial + ij, sum_of_channels(tile), mask=ij < cells)
+    if not TILE.ONCE:
+        for cell in range(TILE.CELLS, cells, TILE.CELLS):
+            tile = load_cells(sums, None, None, block.first, cell, sizes, LAYOUT, TILE, ACC)
+            if OPTIONS.SEQUENTIAL:
+                tile *= g
+            tl.store(partial + cell + ij, sum_of_channels(tile), mask=cell + ij < cells)
+
+
+@triton.jit
+def lattice_gates(
+    n,
+    saved,
+    gates,
+    partials,
+    weight,
+    sizes,
+    OPTIONS: tl.constexpr,
+    TILE: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """u, o_s and g_s of sample n, from the sums of its blocks of channels."""
+    cells = sizes.grid_h * sizes.grid_w
+    rows = rows_of(n, saved, gates, sizes)
+    blocks = tl.cdiv(sizes.channels, TILE.CHANNELS)
+    for cell in range(0, cells, TILE.CELLS):
+        # [CELLS]
+        ij = cell + tl.arange(0, TILE.CELLS)
+        total = sums_of_blocks(partials + n * blocks * cells, cell, blocks, sizes, TILE, ACC)
+        tl.store(rows.u + ij, total / (pixels_of(ij, sizes).to(ACC) * sizes.channels), mask=ij < cells)
+    tl.debug_barrier()
+
+    a, b = collapse(weight, TILE, ACC)
+    lattice = lattice_of(sizes, OPTIONS)
+    for first in range(0, cells, TILE.NODES):
+        # [NODES], which may be another length than CELLS
+        i = first + tl.arange(0, TILE.NODES)
+        o = transform(rows.u, tl.where(i < cells, i, 0), a, b, weight.heads, lattice)
+        tl.store(rows.o_s + i, o, mask=i < cells)
+        tl.store(rows.g_s + i, sigmoid(o)[0], mask=i < cells)
+
+
+# ---- kernels ---------------------------------------------------------------------------------------------------------
 
 
 @triton.jit(do_not_specialize=DO_NOT_SPECIALIZE)
@@ -259,12 +358,11 @@ def graph(
     sums,  # over the cells, or x if each cell is a pixel
     saved,
     gates,
+    windows,
+    partials,
     channel_weight,
-    spatial_weight,
     channel_row,
     channel_column,
-    spatial_row,
-    spatial_column,
     channels,
     area,
     width,
@@ -279,11 +377,38 @@ def graph(
     TILE: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """A program is a sample."""
-    n = tl.program_id(0).to(tl.int64)
+    """A program is a block of channels of a sample."""
     sizes = sizes_of(channels, area, width, grid_h, grid_w, LAYOUT)
-    channel = Weight(channel_weight, channel_row, channel_column, heads, head_width)
-    spatial = Weight(spatial_weight, spatial_row, spatial_column, heads, head_width)
+    blocks = tl.cdiv(sizes.channels, TILE.CHANNELS)
+    n = (tl.program_id(0) // blocks).to(tl.int64)
+    weight = Weight(channel_weight, channel_row, channel_column, heads, head_width)
     graph_of(
-        n, sums, saved, gates, channel, spatial, sizes, ring_first, ring_count, OPTIONS, LAYOUT, TILE, ACC
+        n, tl.program_id(0) % blocks, sums, saved, gates, windows, partials, weight, sizes, ring_first, ring_count,
+        OPTIONS, LAYOUT, TILE, ACC,
     )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=DO_NOT_SPECIALIZE)
+def lattice(
+    saved,
+    gates,
+    partials,
+    spatial_weight,
+    spatial_row,
+    spatial_column,
+    channels,
+    area,
+    width,
+    grid_h,
+    grid_w,
+    heads,
+    head_width,
+    OPTIONS: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    TILE: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """A program is the cells of a sample."""
+    sizes = sizes_of(channels, area, width, grid_h, grid_w, LAYOUT)
+    weight = Weight(spatial_weight, spatial_row, spatial_column, heads, head_width)
+    lattice_gates(tl.program_id(0).to(tl.int64), saved, gates, partials, weight, sizes, OPTIONS, TILE, ACC)

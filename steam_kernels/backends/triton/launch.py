@@ -81,13 +81,22 @@ GROUPS: dict[str, dict[str, Any]] = {
     "pool_runs": {"LAYOUT": Layout, "TILE": PoolTile},
     "pool_tiles": {"LAYOUT": Layout, "TILE": PoolTile},
     "graph": {"LAYOUT": Layout, "TILE": GraphTile},
-    "graph_backward": {"LAYOUT": Layout, "TILE": GraphTile},
+    "lattice": {"LAYOUT": Layout, "TILE": GraphTile},
+    "graph_backward_cells": {"LAYOUT": Layout, "TILE": GraphTile},
+    "lattice_backward": {"LAYOUT": Layout, "TILE": GraphTile},
+    "graph_backward_ring": {"LAYOUT": Layout, "TILE": GraphTile},
     "gate": {"LAYOUT": Layout, "TILE": GateTile},
     "gate_backward": {"LAYOUT": Layout, "TILE": GateTile},
     "whole": {"LAYOUT": Layout, "POOL": PoolTile, "GRAPH": GraphTile, "GATE": GateTile},
     "whole_backward": {"LAYOUT": Layout, "POOL": PoolTile, "GRAPH": GraphTile, "GATE": GateTile},
     "weights_backward": {"TILE": WeightsTile},
 }
+
+
+#: The kernels in which the compiler may contract a product and a sum. The others add up products across the lanes of a
+#: warp: contracted into the first step of a butterfly, a product would be rounded in one lane and not in the other, and
+#: lanes that hold copies of one sum would hold different bits.
+FUSING = ("gate", "gate_backward")
 
 
 @dataclass(frozen=True)
@@ -97,6 +106,8 @@ class Launch:
     kernel: str
     programs: int
     constants: dict[str, Any] = field(hash=False)
+    #: The tiles of a program one after the other, a runtime argument of ``pool_runs`` and of the gate stage.
+    steps: int = 1
     num_warps: int = 4
     #: Stages pipeline the loads of a matrix product, and no kernel has one.
     num_stages: int = 1
@@ -108,7 +119,8 @@ class Launch:
     def options(self) -> dict[str, Any]:
         """Everything that distinguishes compilations: the constants, warps, stages and the limit of registers."""
         limit = {} if self.maxnreg is None else {"maxnreg": self.maxnreg}
-        return {**self.constants, "num_warps": self.num_warps, "num_stages": self.num_stages, **limit}
+        fusion = {} if self.kernel in FUSING else {"enable_fp_fusion": False}
+        return {**self.constants, "num_warps": self.num_warps, "num_stages": self.num_stages, **limit, **fusion}
 
     @cached_property
     def keywords(self) -> dict[str, Any]:
@@ -191,16 +203,16 @@ def pool_runs(p: Pass, cells: int, pixels: int) -> Launch | None:
         "CELLS": cells,
         "PIXELS": pixels,
         "RUN": power(channels * p.area),
-        "STEPS": walk,
     }
-    return Launch("pool_runs", p.samples * ceil_div(blocks, walk), constants)
+    return Launch("pool_runs", p.samples * ceil_div(blocks, walk), constants, steps=walk)
 
 
 def pool_tiles(p: Pass, cell_width: int, cell_height: int, uniform: bool) -> Launch:
     """A tile is filled along contiguous memory first: channels in channels_last, else columns of neighbouring cells."""
-    tile = pool_tile(p)
+    tile, warps = pool_tile(p), 4
     if p.channels_last:
-        channels = fitting(p.channels, 512, 64)  # 512 half-precision channels are one wide access per thread, of 64
+        channels, warps = pool_channels(p, cell_width, cell_height)
+        tile = tile * warps // 4
         columns = min(power(cell_width), tile // channels)
         rows = min(power(cell_height), tile // (channels * columns))
         cells = min(power(p.grid_w), tile // (channels * columns * rows))
@@ -221,40 +233,89 @@ def pool_tiles(p: Pass, cell_width: int, cell_height: int, uniform: bool) -> Lau
         "COLUMNS": columns,
     }
     programs = p.samples * p.grid_h * ceil_div(p.grid_w, cells) * ceil_div(p.channels, channels)
-    return Launch("pool_tiles", programs, constants, maxnreg=FAMILIES[p.family].registers)
+    return Launch("pool_tiles", programs, constants, num_warps=warps, maxnreg=FAMILIES[p.family].registers)
 
 
-def graph_tile(p: Pass) -> int:
-    """Elements of a graph tile: 32 per thread, and fewer if the backward pass or float64 would spill."""
-    wide = p.itemsize == 8
-    return 8192 >> (p.backward + wide + (wide and not p.channels_last and not p.backward))
+def pool_channels(p: Pass, cell_width: int, cell_height: int) -> tuple[int, int]:
+    """The channels of a tile in channels_last, and its warps.
+
+    The fewer channels, the more programs has a sample, and the fewer tiles has a program one after the other. The
+    channels are the most for which a program has one tile, with at least 64 bytes. In large maps a program has two
+    tiles, or up to eight tiles of twice the size, with at least 32 bytes, a whole sector of memory.
+    """
+
+    def tiles(channels: int, warps: int) -> int:
+        tile = pool_tile(p) * warps // 4
+        columns = min(power(cell_width), tile // channels)
+        rows = min(power(cell_height), tile // (channels * columns))
+        return ceil_div(cell_height, rows) * ceil_div(cell_width, columns)
+
+    channels, least = fitting(p.channels, 512, 64), 64 // p.itemsize
+    while channels > least and tiles(channels, 4) > 1:
+        channels //= 2
+    if tiles(channels, 4) <= 2:
+        return channels, 4
+    return channels if tiles(channels, 8) <= 8 else min(channels, least // 2), 8
 
 
-@lru_cache(maxsize=4096)
-def graph(p: Pass, heads: int, head_width: int, reach: int) -> Launch:
-    """One program per sample. Its tiles are large, because no other program's loads hide the latency of its own."""
-    tile = graph_tile(p)
+#: The threads of a program of the graph stage, and of one that processes a whole sample.
+GRAPH_THREADS, WHOLE_THREADS = 128, 256
+
+
+def graph_blocks(p: Pass, heads: int, head_width: int, tile: int) -> dict[str, Any]:
+    """The constants of the graph stage, with tiles of at most ``tile`` elements.
+
+    They decide the order of sums, and do not depend on the number of samples: a sample has the same bits in any batch.
+    """
     cells = min(power(p.cells), 128)
-    channels = min(power(p.channels), tile // cells)
-    runs = not p.channels_last and p.cells <= cells
-    constants = {
+    # The ring's transform has a number for each channel and head: eight for a thread.
+    channels = max(1, min(power(p.channels), tile // cells, 256, 1024 // power(heads)))
+    once = p.cells <= cells
+    runs = once and not p.channels_last
+    return {
         "CHANNELS_MULTIPLE": divisor(p.channels, p.vector),
         "CHANNELS_LAST": p.channels_last,
         "CHANNELS": channels,
+        # In channels_last the wide loads of one group have this effect.
+        "LANES": min(16, channels) if runs else channels,
         "CELLS": cells,
+        "ONCE": once,
         "RUN": power(channels * p.cells) if runs else 0,
-        # One node and head per thread, of 256.
-        "NODES": min(power(max(p.channels, p.cells)), max(1, 256 // power(heads))),
+        "HALO": max(2, min(16, 128 // cells)),
+        "BLOCKS": min(power(ceil_div(p.channels, channels)), max(1, 2048 // cells)),
+        # One cell and head per thread.
+        "NODES": min(power(p.cells), max(1, 128 // power(heads))),
         "HEADS": power(heads),
         "WIDTH": power(head_width),
     }
-    if p.backward:
-        constants["ONCE"] = p.cells <= cells
-    else:
-        constants["WALK"] = p.cells <= cells and reach <= channels
-    name = "graph_backward" if p.backward else "graph"
+
+
+def graph_tile(p: Pass) -> int:
+    """Elements of a tile of sums: 32 per thread, and half of them in float64."""
+    return GRAPH_THREADS * 32 >> (p.itemsize == 8)
+
+
+def graph_stage(p: Pass, kernel: str, programs: int, heads: int, head_width: int) -> Launch:
     of = FAMILIES[p.family]
-    return Launch(name, p.samples, constants, num_warps=256 // of.warp, maxnreg=of.registers)
+    constants = graph_blocks(p, heads, head_width, graph_tile(p))
+    return Launch(kernel, programs, constants, num_warps=GRAPH_THREADS // of.warp, maxnreg=of.registers)
+
+
+@lru_cache(maxsize=4096)
+def graph(p: Pass, heads: int, head_width: int) -> Launch:
+    """One program per block of channels. Backward, it is the launch of both kernels of such programs."""
+    blocks = ceil_div(p.channels, graph_blocks(p, heads, head_width, graph_tile(p))["CHANNELS"])
+    return graph_stage(p, "graph_backward_ring" if p.backward else "graph", p.samples * blocks, heads, head_width)
+
+
+@lru_cache(maxsize=4096)
+def lattice(p: Pass, heads: int, head_width: int) -> Launch:
+    """One program per sample."""
+    return graph_stage(p, "lattice_backward" if p.backward else "lattice", p.samples, heads, head_width)
+
+
+#: The most threads that a program of the gate stage has, alone or in a whole sample.
+GATE_THREADS = 256
 
 
 @lru_cache(maxsize=4096)
@@ -271,6 +332,8 @@ def gate(p: Pass) -> Launch:
         group = min(p.vector // divisor(p.area, p.vector), power(p.channels))
         run = fitting(group * p.area, 1024, 128)
         rows = min(power(ceil_div(p.channels, group)), max(1, tile // run))
+    # No element has copies in other threads: a copy of x could be read after its owner has stored y in its place.
+    rows = max(rows, ceil_div(GATE_THREADS, run))
     row_blocks, run_blocks = ceil_div(ceil_div(p.channels, group), rows), ceil_div(group * p.area, run)
     # The divisions that find the cells of columns are done once for up to eight tiles.
     walk = min(row_blocks, steps(p.samples * row_blocks * run_blocks, p.processors, 8))
@@ -281,10 +344,9 @@ def gate(p: Pass) -> Launch:
         "GROUP": group,
         "ROWS": rows,
         "RUN": run,
-        "STEPS": walk,
     }
     name = "gate_backward" if p.backward else "gate"
-    return Launch(name, p.samples * ceil_div(row_blocks, walk) * run_blocks, constants)
+    return Launch(name, p.samples * ceil_div(row_blocks, walk) * run_blocks, constants, steps=walk)
 
 
 #: The most elements of a sample that one program processes through all stages: 64 for each of 256 threads.
@@ -297,9 +359,10 @@ def is_small(p: Pass) -> bool:
 
 
 @lru_cache(maxsize=4096)
-def whole(p: Pass, heads: int, head_width: int, reach: int) -> Launch:
-    """The tiles of each stage, with the threads of the graph stage."""
-    pooling, graphs, gating = pool(p), graph(p, heads, head_width, reach), gate(p)
+def whole(p: Pass, heads: int, head_width: int) -> Launch:
+    """The tiles of each stage, with more threads than those of the graph stage."""
+    pooling, gating, of = pool(p), gate(p), FAMILIES[p.family]
+    graphs = graph_blocks(p, heads, head_width, WHOLE_THREADS * 32 >> (p.backward + (p.itemsize == 8)))
     of_pool = {} if pooling is None else pooling.constants
     constants: dict[str, Any] = {
         "CHANNELS_MULTIPLE": divisor(p.channels, p.vector),
@@ -311,17 +374,16 @@ def whole(p: Pass, heads: int, head_width: int, reach: int) -> Launch:
     }
     for name in ("CHANNELS", "ROWS", "CELLS", "COLUMNS", "PIXELS", "RUN"):
         constants["POOL_" + name] = of_pool.get(name, 0)
-    for name in ("CHANNELS", "CELLS", "ONCE" if p.backward else "WALK", "RUN", "NODES", "HEADS", "WIDTH"):
-        constants["GRAPH_" + name] = graphs.constants[name]
-    for name in ("GROUP", "ROWS", "RUN"):
+    for name in GraphTile._fields:
+        constants["GRAPH_" + name] = graphs[name]
+    for name in GateTile._fields:
         constants["GATE_" + name] = gating.constants[name]
-    constants["GATE_STEPS"] = ceil_div(ceil_div(p.channels, constants["GATE_GROUP"]), constants["GATE_ROWS"])
-    return Launch(
-        "whole_backward" if p.backward else "whole", p.samples, constants, graphs.num_warps, maxnreg=graphs.maxnreg
-    )
+    kernel = "whole_backward" if p.backward else "whole"
+    return Launch(kernel, p.samples, constants, num_warps=WHOLE_THREADS // of.warp, maxnreg=of.registers)
 
 
+@lru_cache(maxsize=64)
 def weights(heads: int, head_width: int) -> Launch:
-    """One program of one warp: a few numbers per sample, 64 samples at a time."""
-    constants = {"HEADS": power(heads), "WIDTH": power(head_width), "SAMPLES": 64}
-    return Launch("weights_backward", 1, constants, num_warps=1)
+    """One program. It has eight numbers per thread of the partials of da, and of db, at a time."""
+    constants = {"HEADS": power(heads), "WIDTH": power(head_width), "ROWS": max(1, 1024 // power(heads))}
+    return Launch("weights_backward", 1, constants)

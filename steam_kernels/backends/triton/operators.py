@@ -18,8 +18,6 @@ and the options, and these operators do not.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
 import torch
 import triton.language as tl
 from torch import Tensor
@@ -27,80 +25,10 @@ from torch import Tensor
 from ...config import Arguments, accumulation_dtype
 from ...schemas import Backward, Forward
 from . import launch
-from .arguments import INTERPRETED, Options, constants
-from .gate import gate, gate_backward
-from .graph import graph
-from .graph_backward import graph_backward
-from .pool import pool_runs, pool_tiles
-from .weights import weights_backward
-from .whole import whole, whole_backward
+from .arguments import INTERPRETED, Options
+from .calls import Call, Maps, Weights, run_backward, run_forward, run_gate_backward
 
 __all__ = ["INTERPRETED", "backward", "forward", "forward_"]
-
-
-class _Call(NamedTuple):
-    """The properties of a call that all its kernels need."""
-
-    of: launch.Pass
-    heads: int
-    head_width: int
-    #: The first neighbour of a channel on the ring, as a distance, and the number of neighbours.
-    ring: tuple[int, int]
-    options: Options
-    acc: tl.dtype
-
-    @property
-    def graph_key(self) -> tuple[launch.Pass, int, int, int]:
-        """The arguments of the launch table for the graph stage."""
-        return self.of, self.heads, self.head_width, self.ring[1]
-
-    def sizes(self, how: launch.Launch) -> tuple[int, int, int, int, int]:
-        """Channels, area and width, divided by the divisors in the constants of a launch, and the grid."""
-        p, constants = self.of, how.constants
-        return (
-            p.channels // constants["CHANNELS_MULTIPLE"],
-            p.area // constants.get("AREA_MULTIPLE", 1),
-            p.width // constants.get("WIDTH_MULTIPLE", 1),
-            p.grid_h,
-            p.grid_w,
-        )
-
-    def graph_arguments(self, how: launch.Launch, weights: _Weights) -> tuple[Any, ...]:
-        """The last runtime arguments of the kernels of the graph stage, and of a whole sample."""
-        sizes, strides = self.sizes(how), (*weights.channel.stride(), *weights.spatial.stride())
-        return (*weights, *strides, *sizes, self.heads, self.head_width, *self.ring)
-
-    @property
-    def graph_constants(self) -> dict[str, Any]:
-        """The constants of the same kernels that do not depend on the launch."""
-        return {"OPTIONS": constants(Options, self.options._asdict()), "ACC": self.acc}
-
-
-class _Weights(NamedTuple):
-    channel: Tensor
-    spatial: Tensor
-
-
-class _Maps(NamedTuple):
-    """The maps that the backward pass reads; y is None without a ReLU."""
-
-    dy: Tensor
-    x: Tensor
-    y: Tensor | None
-
-
-class _Rows(NamedTuple):
-    """The vectors of each sample that the backward pass reads and writes.
-
-    ``saved`` is from the forward pass: (N, 2 (C + gh gw)). ``gates``, ``flows`` and ``shifts`` are (N, C + gh gw), and
-    ``partials`` is (N, 4 heads).
-    """
-
-    saved: Tensor
-    gates: Tensor
-    flows: Tensor
-    shifts: Tensor
-    partials: Tensor
 
 
 def _is_channels_last(x: Tensor) -> bool:
@@ -144,7 +72,7 @@ def _call(
     arguments: Arguments,
     backward: bool,
     family: str,
-) -> _Call:
+) -> Call:
     num_heads, channel_radius, spatial_neighbors, self_loops, sequential, _, _ = arguments
     samples, channels, height, width = x.shape
     channels_last = _is_channels_last(x)
@@ -161,70 +89,25 @@ def _call(
     )
     ring = lowest, highest - lowest + ring_loops
     acc = tl.float64 if x.dtype is torch.float64 else tl.float32
-    return _Call(p, num_heads, weight.shape[1] // num_heads, ring, options, acc)
-
-
-def _rows(x: Tensor, numbers: int) -> Tensor:
-    """Working memory of ``numbers`` numbers per sample."""
-    return torch.empty((x.shape[0], numbers), dtype=accumulation_dtype(x.dtype), device=x.device)
-
-
-def _pool(
-    call: _Call, x: Tensor, dy: Tensor | None, y: Tensor | None, sums: Tensor | None, products: Tensor | None
-) -> None:
-    how = launch.pool(call.of)
-    assert how is not None
-    kernel = pool_runs if how.kernel == "pool_runs" else pool_tiles
-    kernel[(how.programs,)](x, dy, y, sums, products, *call.sizes(how), ACC=call.acc, **how.keywords)
+    return Call(p, num_heads, weight.shape[1] // num_heads, ring, options, acc)
 
 
 def _forward(given: Forward, y: Tensor, family: str) -> Tensor:
     """Writes y, and returns the tokens and pre-activations."""
     x, channel_weight, spatial_weight, residual = given.inputs
-    weights, scale, relu = _Weights(channel_weight, spatial_weight), given.arguments.scale, given.arguments.relu
-    call = _call(x, channel_weight, given.grid, given.arguments, False, family)
+    arguments = given.arguments
+    call = _call(x, channel_weight, given.grid, arguments, False, family)
     if residual is not None:
         _check_like("residual", residual, x)
-    p = call.of
-    saved = _rows(x, 2 * (p.channels + p.cells))
-    if p.samples == 0:
-        return saved
-    gates = _rows(x, p.channels + p.cells)
-    if launch.is_small(p):
-        how = launch.whole(*call.graph_key)
-        whole[(how.programs,)](
-            x,
-            residual,
-            y,
-            None if p.pixel_cells else _rows(x, p.channels * p.cells),
-            saved,
-            gates,
-            *call.graph_arguments(how, weights),
-            SCALE=scale,
-            RELU=relu,
-            **call.graph_constants,
-            **how.keywords,
-        )
-        return saved
-    sums = x
-    if not p.pixel_cells:
-        sums = _rows(x, p.channels * p.cells)
-        _pool(call, x, None, None, sums, None)
-    how = launch.graph(*call.graph_key)
-    arguments = call.graph_arguments(how, weights)
-    graph[(how.programs,)](sums, saved, gates, *arguments, **call.graph_constants, **how.keywords)
-    how = launch.gate(p)
-    gate[(how.programs,)](
-        x, residual, y, gates, *call.sizes(how), SCALE=scale, RELU=relu, ACC=call.acc, **how.keywords
-    )  # fmt: skip
-    return saved
+    weights = Weights(channel_weight, spatial_weight)
+    return run_forward(x, weights, residual, y, call, arguments.scale, arguments.relu)
 
 
 def forward(given: Forward, family: str = "generic") -> tuple[Tensor, Tensor]:
     """``steam_kernels::forward``: y with x's strides, and the tokens and pre-activations for ``backward``.
 
-    The second result is (N, 2 (C + gh gw)) in the accumulation dtype if ``save``, else (0,). ``residual`` is None or a
-    map, ``options`` are :class:`~steam_kernels.config.Arguments`, and ``family`` is a key of ``launch.FAMILIES``.
+    The second result is (N, 2 (C + gh gw)) in the accumulation dtype if ``save``, else (0,). ``family`` is a key of
+    ``launch.FAMILIES``.
     """
     y = torch.empty_like(given.inputs.x)
     saved = _forward(given, y, family)
@@ -250,112 +133,26 @@ def backward(given: Backward, family: str = "generic") -> tuple[Tensor, Tensor, 
     dy, (x, channel_weight, spatial_weight, _), y, saved, needs, grid, arguments = given
     arguments.check_backward(y, needs)
     need_x, need_channel_weight, need_spatial_weight, need_residual = needs
-    call = _call(x, channel_weight, grid, arguments, True, family)
+    scale, call = arguments.scale, _call(x, channel_weight, grid, arguments, True, family)
     p = call.of
     _check_like("dy", dy, x)
     if y is not None:
         _check_like("y", y, x)
     _check_saved(saved, p, x)
     dx, dresidual = (torch.empty_like(x) if need else x.new_empty(0) for need in (need_x, need_residual))
-    weights = _Weights(channel_weight, spatial_weight)
+    weights = Weights(channel_weight, spatial_weight)
     of_weights = need_channel_weight, need_spatial_weight
-    dweights = _Weights(*(w.new_empty(w.shape if need else 0) for w, need in zip(weights, of_weights, strict=True)))
-    gates, flows, shifts = (_rows(x, p.channels + p.cells) for _ in range(3))
-    rows = _Rows(saved, gates, flows, shifts, _rows(x, 4 * call.heads))
+    dweights = Weights(*(w.new_empty(w.shape if need else 0) for w, need in zip(weights, of_weights, strict=True)))
     ring = need_x or need_channel_weight  # whether a gradient behind the channel gate is needed
     graphs = ring or need_spatial_weight
-    needed = (dx if need_x else None), (dresidual if need_residual else None)
-    maps = _Maps(dy, x, y)
-    if p.samples and graphs and launch.is_small(p):
-        _whole_backward(call, maps, needed, weights, rows, arguments.scale, ring)
-    elif p.samples:
-        if graphs:
-            _graph_backward(call, maps, weights, rows, arguments.scale, ring)
-        if need_x or need_residual:
-            how = launch.gate(p)
-            gate_backward[(how.programs,)](
-                dy,
-                y,
-                *needed,
-                rows.gates,
-                rows.shifts,
-                *call.sizes(how),
-                SCALE=arguments.scale,
-                SEQUENTIAL=arguments.sequential,
-                ACC=call.acc,
-                **how.keywords,
-            )
-    if need_channel_weight or need_spatial_weight:
-        _weights_backward(call, weights, dweights, of_weights, rows.partials)
+    maps = Maps(dy, x, y, dx if need_x else None, dresidual if need_residual else None)
+    gradients = Weights(*(w if need else None for w, need in zip(dweights, of_weights, strict=True)))
+    if p.samples == 0:
+        for gradient in dweights:
+            gradient.zero_()
+    elif not graphs:
+        if need_residual:
+            run_gate_backward(call, maps, weights, gradients, None, 0, scale)
+    else:
+        run_backward(call, maps, weights, gradients, saved, scale, ring)
     return dx, *dweights, dresidual
-
-
-def _sums_and_products(call: _Call, x: Tensor, ring: bool) -> tuple[Tensor | None, Tensor | None]:
-    """Memory for the sums of x and of x dy; None for the sums if they are not needed, for both if a cell is a pixel."""
-    p = call.of
-    if p.pixel_cells:
-        return None, None
-    sums = _rows(x, p.channels * p.cells) if ring and call.options.SEQUENTIAL else None
-    return sums, _rows(x, p.channels * p.cells)
-
-
-def _whole_backward(
-    call: _Call,
-    maps: _Maps,
-    needed: tuple[Tensor | None, Tensor | None],
-    weights: _Weights,
-    rows: _Rows,
-    scale: float,
-    ring: bool,
-) -> None:
-    how = launch.whole(*call.graph_key)
-    whole_backward[(how.programs,)](
-        *maps,
-        *needed,
-        *_sums_and_products(call, maps.x, ring),
-        *rows,
-        *call.graph_arguments(how, weights),
-        SCALE=scale,
-        RING=ring,
-        **call.graph_constants,
-        **how.keywords,
-    )
-
-
-def _graph_backward(call: _Call, maps: _Maps, weights: _Weights, rows: _Rows, scale: float, ring: bool) -> None:
-    dy, x, y = maps
-    sums, products = _sums_and_products(call, x, ring)
-    if products is not None:
-        _pool(call, x, dy, y, sums, products)
-    how = launch.graph(*call.graph_key)
-    graph_backward[(how.programs,)](
-        x if products is None else products if sums is None else sums,
-        products,
-        dy if products is None else None,
-        y if products is None else None,
-        *rows,
-        *call.graph_arguments(how, weights),
-        SCALE=scale,
-        RING=ring,
-        **call.graph_constants,
-        **how.keywords,
-    )
-
-
-def _weights_backward(
-    call: _Call, weights: _Weights, gradients: _Weights, needs: tuple[bool, bool], partials: Tensor
-) -> None:
-    given = [gradient if need else None for gradient, need in zip(gradients, needs, strict=True)]
-    # A kernel takes strides also of a gradient that is not needed; those of the weight cause no other compilation.
-    strided = [w if gradient is None else gradient for gradient, w in zip(given, weights, strict=True)]
-    weights_backward[(1,)](
-        partials,
-        *weights,
-        *given,
-        *(stride for t in (*weights, *strided) for stride in t.stride()),
-        call.of.samples,
-        call.heads,
-        call.head_width,
-        ACC=call.acc,
-        **launch.weights(call.heads, call.head_width).keywords,
-    )

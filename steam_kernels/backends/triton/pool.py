@@ -109,16 +109,17 @@ def pool_runs(
     width,
     grid_h,
     grid_w,
+    steps,
     LAYOUT: tl.constexpr,
     TILE: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """A program is STEPS runs of a sample."""
+    """A program is ``steps`` runs of a sample."""
     sizes = sizes_of(channels, area, width, grid_h, grid_w, LAYOUT)
-    blocks = tl.cdiv(sizes.channels, TILE.CHANNELS * TILE.STEPS)
+    blocks = tl.cdiv(sizes.channels, TILE.CHANNELS * steps)
     n = (tl.program_id(0) // blocks).to(tl.int64)
-    first = (tl.program_id(0) % blocks) * TILE.STEPS * TILE.CHANNELS
-    pool_runs_of(n, first, TILE.STEPS, x, dy, y, sums, products, sizes, TILE, ACC)
+    first = (tl.program_id(0) % blocks) * steps * TILE.CHANNELS
+    pool_runs_of(n, first, steps, x, dy, y, sums, products, sizes, TILE, ACC)
 
 
 @triton.jit

@@ -1,8 +1,8 @@
 """``python -m steam_kernels.backends.triton.tune``: times other entries of the launch table on this machine's GPU.
 
-For each stage of a ResNet, dtype, memory format and direction, this program prints the launches of the pool, graph and
-gate kernels in the table, the fastest launches that it found, and the gain. A person copies the results into
-``launch.py``: nothing reads them at run time. The program needs a GPU.
+For each stage of a ResNet, dtype, memory format and direction, this program prints the launches of the pool, graph,
+lattice and gate kernels in the table, the fastest launches that it found, and the gain. A person copies the results
+into ``launch.py``: nothing reads them at run time. The program needs a GPU.
 """
 
 from __future__ import annotations
@@ -23,15 +23,20 @@ from .operators import INTERPRETED, backward, forward
 STAGES = ((256, 56, 56), (512, 28, 28), (1024, 14, 14), (2048, 7, 7), (96, 14, 14))
 DTYPES = (torch.float32, torch.bfloat16)
 GRID = 7
-#: The constants of each kernel that the search changes: blocks that the kernel accepts in other sizes.
+#: The constants of each kernel that the search changes: blocks that the kernel accepts in other sizes, and the steps.
+#: The kernels of the graph stage share their other blocks.
 BLOCKS = {
     "pool_runs": ("STEPS",),
     "pool_tiles": ("CHANNELS", "ROWS", "CELLS", "COLUMNS"),
-    "graph": ("NODES",),
-    "graph_backward": ("NODES",),
+    "graph": ("HALO",),
+    "graph_backward_ring": ("HALO",),
+    "lattice": ("NODES", "BLOCKS"),
+    "lattice_backward": ("NODES", "BLOCKS"),
     "gate": ("ROWS", "RUN", "STEPS"),
     "gate_backward": ("ROWS", "RUN", "STEPS"),
 }
+#: The constants that shape no tile of a map.
+NO_TILE = ("STEPS", "HALO", "NODES", "BLOCKS")
 #: The most elements of a candidate's tile.
 LARGEST_TILE = 8192
 
@@ -53,38 +58,43 @@ class Result:
 
 def candidates(how: launch.Launch, p: launch.Pass) -> Iterator[launch.Launch]:
     """The table's launch, and launches with blocks and warps of half and twice the size."""
-    names = BLOCKS[how.kernel]
-    choices = [
-        sorted({max(1, how.constants[name] // 2), how.constants[name], 2 * how.constants[name]}) for name in names
-    ]
+    names, own = BLOCKS[how.kernel], settings(how)
+    choices = [sorted({max(1, own[name] // 2), own[name], 2 * own[name]}) for name in names]
     seen = set()
     for values in itertools.product(*choices):
         blocks = dict(zip(names, values, strict=True))
         tile = 1
         for name in names:
-            tile *= 1 if name in ("STEPS", "NODES") else blocks[name]
+            tile *= 1 if name in NO_TILE else blocks[name]
         if tile > LARGEST_TILE:
             continue
         for warps in (how.num_warps // 2, how.num_warps, how.num_warps * 2):
-            constants = {**how.constants, **blocks}
+            changed = own | blocks
+            steps = changed.pop("STEPS")
             key = (*values, warps)
             if warps < 1 or key in seen:
                 continue
             seen.add(key)
-            yield replace(how, constants=constants, num_warps=warps, programs=programs(how, constants, p))
+            count = programs(how, changed, steps, p)
+            yield replace(how, constants=changed, steps=steps, num_warps=warps, programs=count)
 
 
-def programs(how: launch.Launch, constants: dict[str, Any], p: launch.Pass) -> int:
-    """The number of programs of a kernel with these constants."""
+def settings(how: launch.Launch) -> dict[str, Any]:
+    """The constants of a launch, and its steps."""
+    return {**how.constants, "STEPS": how.steps}
+
+
+def programs(how: launch.Launch, constants: dict[str, Any], steps: int, p: launch.Pass) -> int:
+    """The number of programs of a kernel with these constants and steps."""
     if how.kernel == "pool_runs":
-        return p.samples * launch.ceil_div(p.channels, constants["CHANNELS"] * constants["STEPS"])
+        return p.samples * launch.ceil_div(p.channels, constants["CHANNELS"] * steps)
     if how.kernel == "pool_tiles":
         cells = launch.ceil_div(p.grid_w, constants["CELLS"])
         return p.samples * p.grid_h * cells * launch.ceil_div(p.channels, constants["CHANNELS"])
     if how.kernel.startswith("gate"):
-        rows = launch.ceil_div(launch.ceil_div(p.channels, constants["GROUP"]), constants["ROWS"] * constants["STEPS"])
+        rows = launch.ceil_div(launch.ceil_div(p.channels, constants["GROUP"]), constants["ROWS"] * steps)
         return p.samples * rows * launch.ceil_div(p.area * constants["GROUP"], constants["RUN"])
-    return p.samples
+    return how.programs
 
 
 def passes(samples: int, family: str) -> Iterator[tuple[launch.Pass, torch.dtype]]:
@@ -100,7 +110,7 @@ def search(p: launch.Pass, time: Callable[[launch.Launch], float]) -> list[Resul
     ``time`` gives the microseconds of a launch.
     """
     found = []
-    for how in (launch.pool(p), launch.graph(p, 4, 2, 3), launch.gate(p)):
+    for how in (launch.pool(p), launch.graph(p, 4, 2), launch.lattice(p, 4, 2), launch.gate(p)):
         if how is None:
             continue
         timed = [(time(candidate), candidate) for candidate in candidates(how, p)]
@@ -125,7 +135,8 @@ def table(results: Iterable[Result]) -> str:
 
 
 def describe(how: launch.Launch) -> str:
-    blocks = " ".join(f"{name}={how.constants[name]}" for name in BLOCKS[how.kernel])
+    own = settings(how)
+    blocks = " ".join(f"{name}={own[name]}" for name in BLOCKS[how.kernel])
     return f"{blocks}, {how.num_warps} warps"
 
 

@@ -1,4 +1,4 @@
-"""The gradients of both weights, from the partials of all samples."""
+"""The gradients of both weights, from the partials of all blocks of channels and of all samples."""
 
 import triton
 import triton.language as tl
@@ -7,17 +7,17 @@ from .arguments import DO_NOT_SPECIALIZE, Weight
 
 
 @triton.jit
-def weight_gradient(weight, gradient, partials, samples, TILE: tl.constexpr, ACC: tl.constexpr):
-    """The gradient of one weight: the partials of da and db of all samples, added up in a fixed order."""
+def add_up(weight, gradient, partials, rows, TILE: tl.constexpr, ACC: tl.constexpr):
+    """The gradient of one weight: its partials, ``rows`` rows of (2, heads) terms of da and db, in a fixed order."""
     # [1, HEADS]
     head = tl.arange(0, TILE.HEADS)[None, :]
-    # [SAMPLES, HEADS]
-    da = tl.zeros([TILE.SAMPLES, TILE.HEADS], ACC)
-    db = tl.zeros([TILE.SAMPLES, TILE.HEADS], ACC)
-    for first in range(0, samples, TILE.SAMPLES):
-        n = first + tl.arange(0, TILE.SAMPLES)[:, None]
-        inside = (n < samples) & (head < weight.heads)
-        at = partials + n.to(tl.int64) * 4 * weight.heads + head
+    # [ROWS, HEADS]
+    da = tl.zeros([TILE.ROWS, TILE.HEADS], ACC)
+    db = tl.zeros([TILE.ROWS, TILE.HEADS], ACC)
+    for first in range(0, rows, TILE.ROWS):
+        row = first + tl.arange(0, TILE.ROWS)[:, None]
+        inside = (row < rows) & (head < weight.heads)
+        at = partials + row.to(tl.int64) * 2 * weight.heads + head
         da += tl.load(at, mask=inside, other=0.0)
         db += tl.load(at + weight.heads, mask=inside, other=0.0)
     # [HEADS, 1]
@@ -40,9 +40,21 @@ def weight_gradient(weight, gradient, partials, samples, TILE: tl.constexpr, ACC
     tl.store(at + 3 * gradient.row, (db * value).to(gradient.data.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def weight_gradients(
+    channel, spatial, dchannel, dspatial, partials_c, partials_s, rows, samples, TILE: tl.constexpr, ACC: tl.constexpr
+):
+    """The gradients of both weights; the data of a gradient that is not needed is None."""
+    if dchannel.data is not None:
+        add_up(channel, dchannel, partials_c, rows, TILE, ACC)
+    if dspatial.data is not None:
+        add_up(spatial, dspatial, partials_s, samples, TILE, ACC)
+
+
 @triton.jit(do_not_specialize=DO_NOT_SPECIALIZE)
 def weights_backward(
-    partials,
+    partials_c,
+    partials_s,
     channel_weight,
     spatial_weight,
     dchannel_weight,  # None: not needed
@@ -55,18 +67,16 @@ def weights_backward(
     dchannel_column,
     dspatial_row,
     dspatial_column,
+    rows,
     samples,
     heads,
     head_width,
     TILE: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """The gradients of both weights, by one program."""
-    if dchannel_weight is not None:
-        weight = Weight(channel_weight, channel_row, channel_column, heads, head_width)
-        gradient = Weight(dchannel_weight, dchannel_row, dchannel_column, heads, head_width)
-        weight_gradient(weight, gradient, partials, samples, TILE, ACC)
-    if dspatial_weight is not None:
-        weight = Weight(spatial_weight, spatial_row, spatial_column, heads, head_width)
-        gradient = Weight(dspatial_weight, dspatial_row, dspatial_column, heads, head_width)
-        weight_gradient(weight, gradient, partials + 2 * heads, samples, TILE, ACC)
+    """The gradients of both weights, by one program, where no other kernel has a program for them."""
+    channel = Weight(channel_weight, channel_row, channel_column, heads, head_width)
+    spatial = Weight(spatial_weight, spatial_row, spatial_column, heads, head_width)
+    dchannel = Weight(dchannel_weight, dchannel_row, dchannel_column, heads, head_width)
+    dspatial = Weight(dspatial_weight, dspatial_row, dspatial_column, heads, head_width)
+    weight_gradients(channel, spatial, dchannel, dspatial, partials_c, partials_s, rows, samples, TILE, ACC)

@@ -5,8 +5,8 @@ import triton.language as tl
 
 from .arguments import DO_NOT_SPECIALIZE, Sizes, Weight, sizes_of
 from .gate import gate_backward_of, gate_of, gate_tiles
-from .graph import graph_of
-from .graph_backward import graph_backward_of
+from .graph import graph_of, lattice_gates
+from .graph_backward import cells_of, lattice_backward_of, ring_backward_of
 from .pool import pool_runs_of, pool_tiles_of
 
 
@@ -14,6 +14,14 @@ from .pool import pool_runs_of, pool_tiles_of
 def with_whole_width(sizes, LAYOUT: tl.constexpr):
     """The sizes with the width itself, in place of the width divided by WIDTH_MULTIPLE."""
     return Sizes(sizes.channels, sizes.area, sizes.width * LAYOUT.WIDTH_MULTIPLE, sizes.grid_h, sizes.grid_w)
+
+
+@triton.jit
+def steps_of_sample(sizes, TILE: tl.constexpr):
+    """The steps with which one block of rows of the gate stage has all channels, and its blocks of columns."""
+    steps = tl.cdiv(tl.cdiv(sizes.channels, TILE.GROUP), TILE.ROWS)
+    _, run_blocks = gate_tiles(sizes, steps, TILE)
+    return steps, run_blocks
 
 
 @triton.jit
@@ -46,6 +54,8 @@ def whole(
     sums,  # None: each cell is a pixel
     saved,
     gates,
+    windows,
+    partials,
     channel_weight,
     spatial_weight,
     channel_row,
@@ -81,13 +91,17 @@ def whole(
         tl.debug_barrier()
         pooled = sums
     sizes = with_whole_width(sizes, LAYOUT)
-    graph_of(
-        n, pooled, saved, gates, channel, spatial, sizes, ring_first, ring_count, OPTIONS, LAYOUT, GRAPH, ACC
-    )  # fmt: skip
+    for b in range(tl.cdiv(sizes.channels, GRAPH.CHANNELS)):
+        graph_of(
+            n, b, pooled, saved, gates, windows, partials, channel, sizes, ring_first, ring_count,
+            OPTIONS, LAYOUT, GRAPH, ACC,
+        )  # fmt: skip
     tl.debug_barrier()
-    row_blocks, run_blocks = gate_tiles(sizes, GATE)
-    for t in range(row_blocks * run_blocks):
-        gate_of(n, t, x, residual, y, gates, sizes, SCALE, RELU, LAYOUT, GATE, ACC)
+    lattice_gates(n, saved, gates, partials, spatial, sizes, OPTIONS, GRAPH, ACC)
+    tl.debug_barrier()
+    steps, run_blocks = steps_of_sample(sizes, GATE)
+    for t in range(run_blocks):
+        gate_of(n, t, x, residual, y, gates, sizes, steps, SCALE, RELU, LAYOUT, GATE, ACC)
 
 
 @triton.jit(do_not_specialize=DO_NOT_SPECIALIZE)
@@ -103,7 +117,10 @@ def whole_backward(
     gates,
     flows,
     shifts,
-    partials,
+    windows,
+    partials,  # of the blocks of channels
+    partials_c,
+    partials_s,
     channel_weight,
     spatial_weight,
     channel_row,
@@ -137,16 +154,34 @@ def whole_backward(
     if products is not None:
         pool_sample(n, x, dy, y, sums, products, sizes, LAYOUT, POOL, ACC)
         tl.debug_barrier()
-        pooled = products if sums is None else sums
+        pooled = sums
+    factor = x if products is None else products
+    dy_of_cells = dy if products is None else None
+    y_of_cells = y if products is None else None
+    if not OPTIONS.SEQUENTIAL:
+        pooled = None
     sizes = with_whole_width(sizes, LAYOUT)
-    graph_backward_of(
-        n, pooled, products, dy, y, saved, gates, flows, shifts, partials, channel, spatial, sizes,
-        ring_first, ring_count, SCALE, RING, OPTIONS, LAYOUT, GRAPH, ACC,
+    blocks = tl.cdiv(sizes.channels, GRAPH.CHANNELS)
+    for b in range(blocks):
+        cells_of(
+            n, b, factor, dy_of_cells, y_of_cells, saved, gates, flows, partials, sizes,
+            SCALE, RING, LAYOUT, GRAPH, ACC,
+        )  # fmt: skip
+    tl.debug_barrier()
+    lattice_backward_of(
+        n, saved, gates, flows, shifts, partials, partials_s, spatial, sizes, SCALE, OPTIONS, GRAPH, ACC
     )  # fmt: skip
+    if RING:
+        tl.debug_barrier()
+        for b in range(blocks):
+            ring_backward_of(
+                n, b, pooled, saved, flows, shifts, windows, partials_c, channel, sizes, ring_first, ring_count,
+                OPTIONS, LAYOUT, GRAPH, ACC,
+            )  # fmt: skip
     if dx is not None or dresidual is not None:
         tl.debug_barrier()
-        row_blocks, run_blocks = gate_tiles(sizes, GATE)
-        for t in range(row_blocks * run_blocks):
+        steps, run_blocks = steps_of_sample(sizes, GATE)
+        for t in range(run_blocks):
             gate_backward_of(
-                n, t, dy, y, dx, dresidual, gates, shifts, sizes, SCALE, OPTIONS.SEQUENTIAL, LAYOUT, GATE, ACC
+                n, t, dy, y, dx, dresidual, gates, shifts, sizes, steps, SCALE, OPTIONS.SEQUENTIAL, LAYOUT, GATE, ACC
             )  # fmt: skip
