@@ -1,0 +1,116 @@
+"""The Triton backend on a pretended GPU: its operators, executed from PTX by a process that has Triton's compiler."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steam_kernels.ops import Operators, with_any_strides
+from tests.support.ptx import triton
+from tests.support.ptx.executor import Fault, Result
+from tests.support.ptx.triton import Answer, Call, Edit
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@dataclass
+class Device:
+    """Calls of the operators go to a process of its own. How they are run is set here."""
+
+    target: str = "sm_80"
+    whole: bool = True
+    seed: int = 0
+    first_wins: bool = False
+    edit: Edit | None = None
+    launched: list[Result] = field(default_factory=list)  # by all calls; a test clears it
+    unwritten: int = 0  # bytes of results, by all calls
+    _process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
+    _log: Any = field(default=None, repr=False)
+
+    def reset(self) -> None:
+        """As made, with the process that there is."""
+        fresh = Device()
+        for name in ("target", "whole", "seed", "first_wins", "edit", "launched", "unwritten"):
+            setattr(self, name, getattr(fresh, name))
+
+    def close(self) -> None:
+        if self._process is not None:
+            self._process.communicate()
+            self._log.close()
+            self._process = None
+
+    def operators(self) -> Operators:
+        return with_any_strides(Operators(self._forward, self._backward, self._forward_))
+
+    def kernels(self) -> list[str]:
+        """The names of the launched kernels."""
+        return [result.kernel for result in self.launched]
+
+    def faults(self) -> list[str]:
+        """What no launch may have, conflicts apart."""
+        found = [fault for result in self.launched for fault in result.faults]
+        return found + ([f"{self.unwritten} bytes of results were not stored"] if self.unwritten else [])
+
+    def conflicts(self) -> dict[str, list[str]]:
+        """Kernels that stored different numbers to one address, and where."""
+        return {result.kernel: result.notes for result in self.launched if result.counts["conflicts"]}
+
+    def _forward(self, *arguments: Any) -> tuple[Tensor, Tensor]:
+        y, saved = self._call("forward", arguments).results
+        return y, saved
+
+    def _backward(self, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        dx, dchannel, dspatial, dresidual = self._call("backward", arguments).results
+        return dx, dchannel, dspatial, dresidual
+
+    def _forward_(self, x: Tensor, *arguments: Any) -> None:
+        answer = self._call("forward_", (x, *arguments))
+        assert answer.x is not None
+        x.copy_(answer.x)
+
+    def _call(self, operator: str, arguments: tuple[Any, ...]) -> Answer:
+        plain = tuple(a.detach() if isinstance(a, Tensor) else a for a in arguments)
+        call = Call(operator, plain, self.target, self.whole, self.seed, self.first_wins, self.edit)
+        process = self._start()
+        assert process.stdin is not None and process.stdout is not None
+        try:
+            triton.send(process.stdin, call)
+            answer: Answer = triton.receive(process.stdout)
+        except (BrokenPipeError, EOFError):
+            process.wait()
+            self._log.seek(0)
+            said = self._log.read().decode(errors="replace")
+            self._process = None
+            raise RuntimeError(f"the executor's process exited with {process.returncode}: {said[-4000:]}") from None
+        self.launched += answer.launches
+        self.unwritten += answer.unwritten
+        if answer.error:
+            raise Fault(answer.error) if answer.is_fault else RuntimeError(answer.error)
+        return answer
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        if self._process is None:
+            environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+            environment["PYTHONPATH"] = f"{ROOT}{os.pathsep}{environment.get('PYTHONPATH', '')}"
+            self._log = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the process)
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "tests.support.ptx.triton"],
+                env=environment,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._log,
+            )
+        return self._process
+
+
+def bits(t: Tensor) -> Tensor:
+    """A tensor's bytes, by which NaN equals itself."""
+    return t.detach().contiguous().view(torch.uint8)
