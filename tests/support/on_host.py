@@ -254,7 +254,7 @@ class Host:
     def forward(
         self, x: Tensor, channel_weight: Tensor, spatial_weight: Tensor, residual: Tensor | None, *rest: Any
     ) -> Any:
-        *options, save = rest
+        save, *options = rest
         y = self.poisoned_like(x)
         grid = options[0]
         saved = torch.empty(
@@ -297,7 +297,7 @@ class Host:
         saved: Tensor,
         *rest: Any,
     ) -> tuple[Tensor, ...]:
-        *unit, need_x, need_channel, need_spatial, need_residual = rest
+        (need_x, need_channel, need_spatial, need_residual), *unit, _ = rest
         arrays = {
             "channel_weight": (READ, channel_weight),
             "spatial_weight": (READ, spatial_weight),

@@ -31,7 +31,8 @@ COMPARISONS = words("eq ne lt le gt ge equ neu ltu leu gtu geu num nan")
 SHUFFLES = words("idx up down bfly")
 COMBINATIONS = words("none and or xor")
 SPECIALS = words(
-    "tid_x tid_y tid_z ctaid_x ctaid_y ctaid_z ntid_x ntid_y ntid_z nctaid_x nctaid_y nctaid_z laneid dynamic_smem_size",
+    "tid_x tid_y tid_z ctaid_x ctaid_y ctaid_z ntid_x ntid_y ntid_z nctaid_x nctaid_y nctaid_z laneid",
+    "dynamic_smem_size",
 )
 
 #: Types without a meaning of their own, and other names of comparisons and flags.
