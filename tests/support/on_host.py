@@ -7,6 +7,7 @@ The runner is a process that takes one call after another over pipes; when a cal
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import fcntl
 import hashlib
@@ -15,7 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -100,10 +101,17 @@ def build(variant: str, sources: Sequence[Path] = RUNNER) -> Path:
     return made(BUILD / f"{sources[0].stem}-{variant}-{name}", [cxx, *flags, *objects])
 
 
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Lets one process at a time in."""
+    with open(path, "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def made(target: Path, command: list[str]) -> Path:
     """``target``, from a compiler's run where it is not there: by one process, and whole or not at all."""
-    with open(target.with_suffix(".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked(target.with_suffix(".lock")):
         if not target.exists():
             beside = target.with_suffix(".tmp")
             done = subprocess.run([*command, "-o", str(beside)], capture_output=True, text=True)

@@ -10,12 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from steam_kernels.ops import Operators, with_any_strides
 from tests.support.ptx import triton
-from tests.support.ptx.executor import Fault, Result
+from tests.support.ptx.executor import Fault, Findings
 from tests.support.ptx.triton import Answer, Call, Edit
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -30,15 +29,14 @@ class Device:
     seed: int = 0
     first_wins: bool = False
     edit: Edit | None = None
-    launched: list[Result] = field(default_factory=list)  # by all calls; a test clears it
-    unwritten: int = 0  # bytes of results, by all calls
+    found: Findings = field(default_factory=Findings)  # by all calls; a test may put a new one in its place
     _process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
     _log: Any = field(default=None, repr=False)
 
     def reset(self) -> None:
         """As made, with the process that there is."""
         fresh = Device()
-        for name in ("target", "whole", "seed", "first_wins", "edit", "launched", "unwritten"):
+        for name in ("target", "whole", "seed", "first_wins", "edit", "found"):
             setattr(self, name, getattr(fresh, name))
 
     def close(self) -> None:
@@ -49,19 +47,6 @@ class Device:
 
     def operators(self) -> Operators:
         return with_any_strides(Operators(self._forward, self._backward, self._forward_))
-
-    def kernels(self) -> list[str]:
-        """The names of the launched kernels."""
-        return [result.kernel for result in self.launched]
-
-    def faults(self) -> list[str]:
-        """What no launch may have, conflicts apart."""
-        found = [fault for result in self.launched for fault in result.faults]
-        return found + ([f"{self.unwritten} bytes of results were not stored"] if self.unwritten else [])
-
-    def conflicts(self) -> dict[str, list[str]]:
-        """Kernels that stored different numbers to one address, and where."""
-        return {result.kernel: result.notes for result in self.launched if result.counts["conflicts"]}
 
     def _forward(self, *arguments: Any) -> tuple[Tensor, Tensor]:
         y, saved = self._call("forward", arguments).results
@@ -90,8 +75,8 @@ class Device:
             said = self._log.read().decode(errors="replace")
             self._process = None
             raise RuntimeError(f"the executor's process exited with {process.returncode}: {said[-4000:]}") from None
-        self.launched += answer.launches
-        self.unwritten += answer.unwritten
+        self.found.launches += answer.launches
+        self.found.unstored += answer.unstored
         if answer.error:
             raise Fault(answer.error) if answer.is_fault else RuntimeError(answer.error)
         return answer
@@ -109,8 +94,3 @@ class Device:
                 stderr=self._log,
             )
         return self._process
-
-
-def bits(t: Tensor) -> Tensor:
-    """A tensor's bytes, by which NaN equals itself."""
-    return t.detach().contiguous().view(torch.uint8)

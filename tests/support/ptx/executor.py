@@ -21,6 +21,7 @@ import re
 import shutil
 import struct
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -179,12 +180,36 @@ class Result:
     kernel: str
     counts: dict[str, int]
     notes: list[str] = field(default_factory=list)
+    operations: dict[str, int] = field(default_factory=dict)  # instructions of the code, by operation
 
     @property
     def faults(self) -> list[str]:
         """A sentence if anything but conflicts was found, with the notes."""
         found = [f"{self.counts[name]} {name}" for name in FAULTS if self.counts[name]]
         return [f"{self.kernel}: {', '.join(found)}: {'; '.join(self.notes)}"] if found else []
+
+
+@dataclass
+class Findings:
+    """What the launches of some calls had."""
+
+    launches: list[Result] = field(default_factory=list)
+    unstored: int = 0  # bytes of the calls' results
+
+    @property
+    def kernels(self) -> list[str]:
+        return [result.kernel for result in self.launches]
+
+    @property
+    def faults(self) -> list[str]:
+        """What no launch may have, conflicts apart."""
+        found = [fault for result in self.launches for fault in result.faults]
+        return found + ([f"{self.unstored} bytes of results were not stored"] if self.unstored else [])
+
+    @property
+    def conflicts(self) -> dict[str, list[str]]:
+        """Kernels that stored different numbers to one address, and where."""
+        return {result.kernel: result.notes for result in self.launches if result.counts["conflicts"]}
 
 
 @functools.lru_cache(maxsize=256)
@@ -272,4 +297,5 @@ def launch(kernel: Kernel, how: Launch, memory: Memory) -> Result:
     text = re.sub(r"line (\d+)\)", lambda m: f"line {m[1]}: {kernel.source(int(m[1]))})", text)
     if failed:
         raise Fault(f"{kernel.name}: {text}")
-    return Result(kernel.name, {name: getattr(counts, name) for name in LISTS[-1]}, text.splitlines())
+    found = {name: getattr(counts, name) for name in LISTS[-1]}
+    return Result(kernel.name, found, text.splitlines(), Counter(i.op for i in kernel.code))

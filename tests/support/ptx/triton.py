@@ -55,7 +55,7 @@ class Answer(NamedTuple):
     results: tuple[Tensor, ...] = ()
     x: Tensor | None = None
     launches: tuple[Result, ...] = ()
-    unwritten: int = 0  # bytes of the results
+    unstored: int = 0  # bytes of the results
     error: str = ""
     is_fault: bool = False
 
@@ -102,7 +102,7 @@ class Poison:
             out.append(begins[host] + t.data_ptr() - host)
         return memory, out
 
-    def unwritten(self, results: tuple[Tensor, ...]) -> int:
+    def unstored(self, results: tuple[Tensor, ...]) -> int:
         found = [self.written.get(t.untyped_storage().data_ptr()) for t in results if t.numel()]
         return sum(int((written == 0).sum()) for written in found if written is not None)
 
@@ -198,7 +198,7 @@ class Machine:
         finally:
             launch.SMALL, JITFunction.run = originals
         results = () if found is None else found
-        return Answer(results, call.arguments[0], tuple(launches), poison.unwritten(results))
+        return Answer(results, call.arguments[0], tuple(launches), poison.unstored(results))
 
     def _launch(
         self,
