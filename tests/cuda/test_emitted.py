@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 
-import steam_kernels
 from steam_kernels import backends, ops
 from tests.support import cases
 from tests.support.cases import Case
 from tests.support.ptx import emitted, nvcc
-from tests.support.ptx.executor import Findings
-from tests.support.ptx.planted import Planted
 
 pytestmark = [
     pytest.mark.skipif(nvcc.is_missing(), reason=nvcc.WHY_NOT),
@@ -74,10 +69,8 @@ def test_gradients(needs: tuple[bool, ...], device: nvcc.Device) -> None:
 def test_in_place(layout: str, path: str, device: nvcc.Device) -> None:
     device.shared_memory_limit = LIMITS[path]
     case = Case(space=(9, 10), channels=6, layout=layout, tail="residual_relu")
-    inputs, _ = cases.make(case)
-    y = steam_kernels.steam(**inputs, backend="cuda", **case.options)
-    steam_kernels.steam(**inputs, backend="cuda", inplace=True, **case.options)
-    assert torch.equal(inputs["x"], y) and device.found.faults == []
+    emitted.check_in_place(case, "cuda")
+    assert device.found.faults == []
 
 
 #: Kernel -> a path on which it is launched.
@@ -93,18 +86,18 @@ KERNELS = {
 }
 
 
+def case_of(kernel: str, device: nvcc.Device, layout: str = "nhwc") -> Case:
+    """A case that launches the kernel; sets the device's path."""
+    device.shared_memory_limit = LIMITS[KERNELS[kernel]]
+    return Case(space=(28, 28), channels=16, batch=1, layout=layout)
+
+
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_one_number_for_an_address(kernel: str, layout: str, device: nvcc.Device) -> None:
-    device.shared_memory_limit = LIMITS[KERNELS[kernel]]
-    emitted.check_one_number_for_an_address(kernel, Case(space=(14, 14), channels=16, layout=layout), "cuda", device)
+    emitted.check_one_number_for_an_address(kernel, case_of(kernel, device, layout), "cuda", device)
 
 
-#: Of each kernel an instruction that the case runs.
-PLANTED = [Planted(kernel, kind) for kernel in KERNELS for kind in ("barrier", "mask", "distance", "load", "store")]
-
-
-def test_planted(device: nvcc.Device) -> None:
-    found: dict[str, Any] = {}
-    device.found = Findings()
-    assert found == {}
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_planted_mistakes_are_caught(kernel: str, device: nvcc.Device) -> None:
+    emitted.check_planted(kernel, case_of(kernel, device), "cuda", device, 0.4)

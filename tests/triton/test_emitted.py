@@ -6,18 +6,15 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import torch
 
 pytest.importorskip("triton")
 
-import steam_kernels
 from steam_kernels import backends, ops
 from tests.support import cases
 from tests.support.cases import Case
 from tests.support.ptx import emitted, executor
 from tests.support.ptx.device import Device
 from tests.support.ptx.emitted import BF16, F16, F64, TARGETS
-from tests.support.ptx.planted import Planted
 
 pytestmark = [
     pytest.mark.skipif(executor.is_missing(), reason=executor.WHY_NOT),
@@ -102,10 +99,8 @@ def test_gradients(needs: tuple[bool, ...], device: Device) -> None:
 def test_in_place(layout: str, plan: str, device: Device) -> None:
     device.whole = plan == "whole"
     case = Case(space=(9, 10), channels=6, layout=layout, tail="residual_relu")
-    inputs, _ = cases.make(case)
-    y = steam_kernels.steam(**inputs, backend="triton", **case.options)
-    steam_kernels.steam(**inputs, backend="triton", inplace=True, **case.options)
-    assert torch.equal(inputs["x"], y) and device.found.faults == []
+    emitted.check_in_place(case, "triton")
+    assert device.found.faults == []
 
 
 #: Kernel -> a plan and a memory format with which it is launched.
@@ -139,4 +134,7 @@ def test_one_number_for_an_address(kernel: str, target: str, device: Device) -> 
     emitted.check_one_number_for_an_address(kernel, case_of(kernel, device), "triton", device)
 
 
-PLANTED = [Planted(kernel, kind) for kernel in KERNELS for kind in ("barrier", "load", "store")]
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_planted_mistakes_are_caught(kernel: str, device: Device) -> None:
+    emitted.check_planted(kernel, case_of(kernel, device), "triton", device, 0.8)

@@ -12,6 +12,7 @@ from torch import Tensor
 import steam_kernels
 from tests.support import cases, tolerances
 from tests.support.cases import Case
+from tests.support.ptx import planted
 from tests.support.ptx.executor import Fault, Findings
 from tests.support.ptx.planted import Planted
 from tests.support.ptx.triton import Edit
@@ -89,11 +90,19 @@ def check_gradients(case: Case, backend: str, needs: tuple[bool, ...]) -> None:
     bounds = cases.bounds_of(case, inputs, dy)
     names = ("x", "channel_weight", "spatial_weight", "residual")
     wanted = [name for name, need in zip(names, needs, strict=True) if need]
-    given = {name: t.detach().requires_grad_(name in wanted) for name, t in inputs.items()}
+    given: dict[str, Any] = {name: t.detach().requires_grad_(name in wanted) for name, t in inputs.items()}
     y = steam_kernels.steam(**given, backend=backend, **case.options)
     found = torch.autograd.grad(y, [given[name] for name in wanted], dy)
     results = {"y": y.detach()} | {"d" + name: t for name, t in zip(wanted, found, strict=True)}
     tolerances.Judge({name: bounds.truth[name] for name in results}, bounds.bounds).check(results, case.id)
+
+
+def check_in_place(case: Case, backend: str) -> None:
+    """The same bits in x as in the output of an ordinary call."""
+    inputs: dict[str, Any] = cases.make(case)[0]
+    y = steam_kernels.steam(**inputs, backend=backend, **case.options)
+    steam_kernels.steam(**inputs, backend=backend, inplace=True, **case.options)
+    assert torch.equal(inputs["x"], y)
 
 
 def check_one_number_for_an_address(kernel: str, case: Case, backend: str, device: Device) -> None:
@@ -117,17 +126,30 @@ def _judged(case: Case) -> tuple[dict[str, Tensor], Tensor, tolerances.Judge]:
     return inputs, dy, cases.bounds_of(case, inputs, dy)
 
 
-def is_caught(planted: Planted, case: Case, backend: str, device: Device) -> bool:
+def is_caught(mistake: Planted, case: Case, backend: str, device: Device) -> bool:
     """Whether the executor or the rule finds a mistake. A removed barrier may show for one order of warps alone."""
     inputs, dy, bounds = _judged(case)
-    device.edit = planted
+    device.edit = mistake
     for device.seed in (0, 1, 2):
         device.found = Findings()
         try:
             got = cases.forward_backward(steam_kernels.steam, inputs, dy, backend=backend, **case.options)
-            bounds.check(got, f"{case.id} {planted}")
+            bounds.check(got, f"{case.id} {mistake}")
         except (Fault, AssertionError):
             return True
         if device.found.faults:
             return True
     return False
+
+
+def check_planted(kernel: str, case: Case, backend: str, device: Device, least: float) -> None:
+    """Mistakes in instructions that the case executes: all are caught, and of removed barriers this share.
+
+    A barrier beside another one, with no access between them, or at the end of a kernel can be removed without effect.
+    """
+    run(case, backend)
+    assert device.found.faults == []
+    for kind, every in planted.in_executed(device.found.launches, kernel).items():
+        some = every[:: max(1, -(-len(every) // (16 if kind == "barrier" else 4)))]
+        missed = [mistake for mistake in some if not is_caught(mistake, case, backend, device)]
+        assert len(missed) <= (1 - least if kind == "barrier" else 0) * len(some), missed

@@ -183,6 +183,7 @@ class Executor {
       }
     }
     ++report_.counts.instructions;
+    launch_.executed[counter] += std::popcount(active);
     if (i.op == kOp_bra) {
       for_lanes(lanes, [&](int lane) { warp.counter[lane] = active >> lane & 1 ? i.target : counter + 1; });
       if (active != 0 && active != lanes) warp.together = false;

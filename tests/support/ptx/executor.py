@@ -21,7 +21,6 @@ import re
 import shutil
 import struct
 import sys
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -110,6 +109,7 @@ class _Launch(ctypes.Structure):
                 "parameters",
                 "allocations",
                 "blocks",
+                "executed",
             )
         ),
         *(
@@ -180,7 +180,8 @@ class Result:
     kernel: str
     counts: dict[str, int]
     notes: list[str] = field(default_factory=list)
-    operations: dict[str, int] = field(default_factory=dict)  # instructions of the code, by operation
+    #: Of each instruction of the code, by operation and space: how often a lane has executed it.
+    executed: dict[str, list[int]] = field(default_factory=dict)
 
     @property
     def faults(self) -> list[str]:
@@ -263,6 +264,7 @@ def launch(kernel: Kernel, how: Launch, memory: Memory) -> Result:
     arrays = _packed(kernel)
     blocks = np.arange(grid[0] * grid[1] * grid[2], dtype=np.int32)
     np.random.default_rng(how.seed).shuffle(blocks)
+    executed = np.zeros(len(kernel.code), np.int64)
     parameters = _parameters(kernel, how.parameters)
     allocations = (Allocation * len(memory.allocations))(*memory.allocations)
     code, bits, constant_slots, constant_values, special_slots, special_names = (array.ctypes.data for array in arrays)
@@ -278,6 +280,7 @@ def launch(kernel: Kernel, how: Launch, memory: Memory) -> Result:
         parameters=ctypes.cast(ctypes.c_char_p(parameters), ctypes.c_void_p),
         allocations=ctypes.cast(allocations, ctypes.c_void_p),
         blocks=blocks.ctypes.data,
+        executed=executed.ctypes.data,
         constants=len(kernel.constants),
         specials=len(kernel.specials),
         parameter_bytes=len(parameters),
@@ -297,5 +300,9 @@ def launch(kernel: Kernel, how: Launch, memory: Memory) -> Result:
     text = re.sub(r"line (\d+)\)", lambda m: f"line {m[1]}: {kernel.source(int(m[1]))})", text)
     if failed:
         raise Fault(f"{kernel.name}: {text}")
+    of_operation: dict[str, list[int]] = {}
+    for i, count in zip(kernel.code, executed.tolist(), strict=True):
+        name = f"{i.op}.{i.space}" if i.op in ("ld", "st") else i.op
+        of_operation.setdefault(name, []).append(count)
     found = {name: getattr(counts, name) for name in LISTS[-1]}
-    return Result(kernel.name, found, text.splitlines(), Counter(i.op for i in kernel.code))
+    return Result(kernel.name, found, text.splitlines(), of_operation)

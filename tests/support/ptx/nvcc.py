@@ -205,9 +205,8 @@ class Device(on_host.Host):
         workspace = np.full(max(room.value, 1), 0xFF, np.uint8)
         place = memory.add(workspace.ctypes.data, room.value, np.zeros(max(room.value, 1), np.uint8))
         if status == 0:
-            args = (ctypes.c_byte * (ctypes.sizeof(SteamProblem) + 8 * len(POINTERS[backward])))()
-            pointers = np.array([addresses.get(name, 0) for name in POINTERS[backward]], np.uint64).tobytes()
-            args[:] = bytes(given) + pointers
+            pointers = (ctypes.c_uint64 * len(POINTERS[backward]))(*(addresses.get(n, 0) for n in POINTERS[backward]))
+            args = ctypes.create_string_buffer(bytes(given) + bytes(pointers))
             workspace_at = ctypes.c_void_p(place) if room.value else None
             status = getattr(library, f"steam_cuda_{direction}")(args, workspace_at, None, message)
         if failures:

@@ -105,6 +105,7 @@ struct Launch {
   const uint8_t* parameters;
   Allocation* allocations;
   const int32_t* blocks;
+  int64_t* executed;  // of each instruction: how often a lane has executed it
   int32_t constants, specials, parameter_bytes, allocation_count, block_count;
   int32_t grid[3], block[3];
   int32_t static_shared, dynamic_shared, local;

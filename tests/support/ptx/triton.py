@@ -21,7 +21,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, BinaryIO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -218,14 +218,14 @@ class Machine:
         return executor.launch(kernel, how, memory)
 
 
-def send(stream: BinaryIO, message: Any) -> None:
+def send(stream: IO[bytes], message: Any) -> None:
     buffer = io.BytesIO()
     torch.save(message, buffer)  # which keeps what tensors share
     stream.write(struct.pack("<q", buffer.tell()) + buffer.getvalue())
     stream.flush()
 
 
-def receive(stream: BinaryIO) -> Any:
+def receive(stream: IO[bytes]) -> Any:
     head = stream.read(8)
     if len(head) < 8:
         raise EOFError
