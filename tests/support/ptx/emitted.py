@@ -134,10 +134,11 @@ def is_caught(mistake: Planted, case: Case, backend: str, device: Device) -> boo
         device.found = Findings()
         try:
             got = cases.forward_backward(steam_kernels.steam, inputs, dy, backend=backend, **case.options)
-            bounds.check(got, f"{case.id} {mistake}")
-        except (Fault, AssertionError):
+        except Fault:
             return True
-        if device.found.faults:
+        # Not by Judge.check, which records how near right results are to their bounds.
+        errors = {name: tolerances.largest_error(value, bounds.truth[name]) for name, value in got.items()}
+        if device.found.faults or not all(error <= bounds.bounds[name] for name, error in errors.items()):
             return True
     return False
 
