@@ -115,7 +115,6 @@ class Executor {
   // True if the block is done.
   bool pass_barrier() {
     const Instruction* reached = nullptr;
-    int at = 0;
     for (const Warp& warp : warps_) {
       if ((warp.alive() & ~warp.at_barrier) != 0) fail("lanes wait for each other for ever");
       uint32_t first = 0;
@@ -129,7 +128,6 @@ class Executor {
         fail("warps are at barriers of different numbers");
       }
       reached = barrier;
-      ++at;
     }
     if (reached == nullptr) return true;
     for (Warp& warp : warps_) {

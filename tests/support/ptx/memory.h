@@ -225,14 +225,11 @@ class Memory {
     return v;
   }
 
- public:
   static std::string text(double v) {
     char out[40];
     std::snprintf(out, sizeof(out), "%.17g", v);
     return out;
   }
-
- private:
   int64_t findings() const { return report_.counts.races + report_.counts.conflicts + report_.counts.unordered; }
   [[noreturn]] void out_of_bounds(const std::string& where, const char* what, int64_t at, int64_t size,
                                   const Access& access) const {

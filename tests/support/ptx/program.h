@@ -5,28 +5,28 @@
 #include <cstdint>
 #include <stdexcept>
 
+// clang-format off
 #define PTX_TYPES(X) \
   X(u8) X(s8) X(u16) X(s16) X(u32) X(s32) X(u64) X(s64) X(f16) X(bf16) X(f32) X(f64) X(pred) X(f16x2) X(bf16x2)
-#define PTX_OPERATIONS(X)                                                                                            \
-  X(add)                                                                                                             \
-  X(sub)                                                                                                             \
-  X(mul) X(mad) X(fma) X(div) X(rem) X(neg) X(abs) X(min) X(max) X(and) X(or) X(xor) X(not) X(shl) X(shr) X(bfe)     \
-      X(bfi) X(prmt) X(lop3) X(shf) X(clz) X(popc) X(copysign) X(selp) X(setp) X(ex2) X(rcp) X(rsqrt) X(sqrt) X(mov) \
-          X(pack) X(unpack) X(cvt) X(cvt_pack) X(cvta) X(cvta_to) X(ld) X(st) X(ldmatrix) X(stmatrix) X(shfl) X(bar) \
-              X(bar_warp) X(bra) X(ret) X(trap) X(fence)
+#define PTX_OPERATIONS(X) \
+  X(add) X(sub) X(mul) X(mad) X(fma) X(div) X(rem) X(neg) X(abs) X(min) X(max) X(and) X(or) X(xor) X(not) X(shl) \
+  X(shr) X(bfe) X(bfi) X(prmt) X(lop3) X(shf) X(clz) X(popc) X(copysign) X(selp) X(setp) X(ex2) X(rcp) X(rsqrt) \
+  X(sqrt) X(mov) X(pack) X(unpack) X(cvt) X(cvt_pack) X(cvta) X(cvta_to) X(ld) X(st) X(ldmatrix) X(stmatrix) \
+  X(shfl) X(bar) X(bar_warp) X(bra) X(ret) X(trap) X(fence)
 #define PTX_FLAGS(X) \
-  X(ftz)             \
-  X(sat) X(nan) X(wide) X(hi) X(rz) X(rm) X(rp) X(rni) X(rzi) X(rmi) X(rpi) X(relu) X(trans) X(negated) X(left) X(clamp)
+  X(ftz) X(sat) X(nan) X(wide) X(hi) X(rz) X(rm) X(rp) X(rni) X(rzi) X(rmi) X(rpi) X(relu) X(trans) X(negated) \
+  X(left) X(clamp)
 #define PTX_SPACES(X) X(global) X(shared) X(local) X(param) X(generic)
-#define PTX_COMPARISONS(X) X(eq) X(ne) X(lt) X(le) X(gt) X(ge) X(equ) X(neu) X(ltu) X(leu) X(gtu) X(geu) X(num) X(nan)
+#define PTX_COMPARISONS(X) \
+  X(eq) X(ne) X(lt) X(le) X(gt) X(ge) X(equ) X(neu) X(ltu) X(leu) X(gtu) X(geu) X(num) X(nan)
 #define PTX_SHUFFLES(X) X(idx) X(up) X(down) X(bfly)
 #define PTX_COMBINATIONS(X) X(none) X(and) X(or) X(xor)
-#define PTX_SPECIALS(X)                                                                                       \
-  X(tid_x)                                                                                                    \
-  X(tid_y)                                                                                                    \
-  X(tid_z) X(ctaid_x) X(ctaid_y) X(ctaid_z) X(ntid_x) X(ntid_y) X(ntid_z) X(nctaid_x) X(nctaid_y) X(nctaid_z) \
-      X(laneid) X(dynamic_smem_size)
-#define PTX_COUNTS(X) X(instructions) X(barriers) X(races) X(unwritten) X(conflicts) X(unordered) X(divisions_by_zero)
+#define PTX_SPECIALS(X) \
+  X(tid_x) X(tid_y) X(tid_z) X(ctaid_x) X(ctaid_y) X(ctaid_z) X(ntid_x) X(ntid_y) X(ntid_z) X(nctaid_x) X(nctaid_y) \
+  X(nctaid_z) X(laneid) X(dynamic_smem_size)
+#define PTX_COUNTS(X) \
+  X(instructions) X(barriers) X(races) X(unwritten) X(conflicts) X(unordered) X(divisions_by_zero)
+// clang-format on
 
 namespace ptx {
 
