@@ -282,6 +282,20 @@ def test_lanes_store_to_one_address(first: bool) -> None:
     assert set(found) == {INTEGERS[0 if first else 31]}
 
 
+@pytest.mark.parametrize("first", [False, True])
+def test_lanes_store_rows_of_matrices_to_one_address(first: bool) -> None:
+    """Two matrices in one place, whose numbers are equal or not."""
+    body = (
+        "mov.u32 %r4, s; and.b32 %r5, %r0, 7; shl.b32 %r5, %r5, 4; add.s32 %r4, %r4, %r5; add.s32 %r6, %r1, {}; "
+        "stmatrix.sync.aligned.m8n8.x2.shared.b16 [%r4], {{%r1, %r6}}; bar.warp.sync -1; "
+        "mov.u32 %r4, s; shl.b32 %r5, %r0, 2; add.s32 %r4, %r4, %r5; ld.shared.b32 %r2, [%r4];"
+    )
+    assert run(body.format(0), first_wins=first)[1].counts["conflicts"] == 0
+    found, result = run(body.format(1), first_wins=first)
+    assert result.counts["conflicts"] == 8 and result.faults == []
+    assert found.tolist() == (INTEGERS + np.uint32(not first)).tolist()
+
+
 def test_warps_store_to_one_address() -> None:
     """Numbers that differ by rounding are a conflict, and others a race."""
     store = "setp.gt.u32 %p1, %r0, 31; selp.b32 %r3, {}, 0f3F800000, %p1; st.shared.b32 [s], %r3; mov.b32 %r2, 0;"

@@ -309,13 +309,13 @@ class Executor {
     });
     Lanes lost = 0;
     if (Memory::space_of(at[std::countr_zero(active)], i.space) != kSpace_local) {
-      lost = replaced(i, active, at, values);
+      lost = replaced(active, at, values[0], sizeof(values[0]), i.width * i.count);
     }
     for_lanes(active & ~lost, [&](int lane) { memory_.store(access(warp, i, at[lane], lane, values[lane]), i.space); });
   }
 
   // PTX leaves open which of several lanes stores to one address last. Returns the lanes whose numbers do not stay.
-  Lanes replaced(const Instruction& i, Lanes active, const uint64_t* at, const uint8_t (*values)[64]) {
+  Lanes replaced(Lanes active, const uint64_t* at, const uint8_t* values, size_t stride, size_t bytes) {
     std::pair<uint64_t, int> sorted[32];
     int count = 0;
     for_lanes(active, [&](int lane) { sorted[count++] = {at[lane], lane}; });
@@ -326,7 +326,7 @@ class Executor {
       const auto [other_address, other] = sorted[k - 1];
       if (address != other_address) continue;
       lost |= 1u << (launch_.first_wins ? lane : other);
-      if (std::memcmp(values[lane], values[other], i.width * i.count) != 0) {
+      if (std::memcmp(values + stride * lane, values + stride * other, bytes) != 0) {
         report_.found(report_.counts.conflicts, "two lanes store different numbers to one address", address, lane);
       }
     }
@@ -361,9 +361,11 @@ class Executor {
       }
     }
     if (!stores) return;
-    for (int lane = 0; lane < 8 * i.count; ++lane) {
-      memory_.store(row(lane, reinterpret_cast<const uint8_t*>(rows[lane])), kSpace_shared);
-    }
+    const Lanes with_row = i.count == 4 ? kAll : (1u << 8 * i.count) - 1;
+    const uint8_t* values = reinterpret_cast<const uint8_t*>(rows);
+    const Lanes lost = replaced(with_row, at, values, sizeof(rows[0]), sizeof(rows[0]));
+    for_lanes(with_row & ~lost,
+              [&](int lane) { memory_.store(row(lane, values + sizeof(rows[0]) * lane), kSpace_shared); });
   }
 
   [[noreturn]] void fail(const char* what) const { report_.fail(what, -1); }
