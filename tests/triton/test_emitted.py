@@ -137,4 +137,4 @@ def test_one_number_for_an_address(kernel: str, target: str, device: Device) -> 
 @pytest.mark.slow
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_planted_mistakes_are_caught(kernel: str, device: Device) -> None:
-    emitted.check_planted(kernel, case_of(kernel, device), "triton", device, 0.8)
+    emitted.check_planted(kernel, case_of(kernel, device), "triton", device, 0.75)
