@@ -135,7 +135,7 @@ def record(run: Callable[[], Any]) -> list[Recorded]:
 
 def launches(case: Compiled, family: str) -> Iterator[tuple[str, Recorded, list[Tensor]]]:
     """Each launch of a case: its direction, itself, and the maps of the case."""
-    from steam_kernels.backends import triton as backend
+    from steam_kernels.backends.triton import operators
 
     x, dy = case.empty(), case.empty()
     residual = case.empty() if case.tail else None
@@ -145,13 +145,15 @@ def launches(case: Compiled, family: str) -> Iterator[tuple[str, Recorded, list[
     returned: dict[str, Any] = {}
 
     def forward() -> None:
-        returned["forward"] = backend.forward(x, *weights, residual, *options, case.tail, True, family=family)
+        returned["forward"] = operators.forward(x, *weights, residual, True, *options, case.tail, family=family)
 
     def backward() -> None:
         y, saved = returned["forward"]
         needs = (True, True, True, case.tail)
         masked = y if case.tail else None
-        returned["backward"] = backend.backward(dy, x, masked, *weights, saved, *options, *needs, family=family)
+        returned["backward"] = operators.backward(
+            dy, x, masked, *weights, saved, needs, *options, case.tail, family=family
+        )
 
     for direction, run in (("forward", forward), ("backward", backward)):
         found = record(run)
