@@ -62,7 +62,7 @@ test-slow: venv
 lint: venv
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	find csrc include examples/cpp -name '*.[ch]*' -o -name '*.cu*' | xargs $(VENV)/bin/clang-format --dry-run -Werror
+	find csrc include examples/cpp tests/support/ptx -name '*.[ch]*' -o -name '*.cu*' | xargs $(VENV)/bin/clang-format --dry-run -Werror
 	$(PY) -m mypy
 	$(PY) .ci/check_symbols.py build/cmake
 

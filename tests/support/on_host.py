@@ -8,6 +8,7 @@ error message.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import fcntl
 import hashlib
@@ -16,7 +17,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -103,10 +104,17 @@ def build(variant: str, sources: Sequence[Path] = RUNNER) -> Path:
     return made(BUILD / f"{sources[0].stem}-{variant}-{name}", [cxx, *flags, *objects])
 
 
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Waits until no other process holds the lock of this file."""
+    with open(path, "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def made(target: Path, command: list[str]) -> Path:
     """Makes ``target`` by a compiler, unless it exists. Only one process does so, and no partial file remains."""
-    with open(target.with_suffix(".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked(target.with_suffix(".lock")):
         if not target.exists():
             beside = target.with_suffix(".tmp")
             done = subprocess.run([*command, "-o", str(beside)], capture_output=True, text=True)
