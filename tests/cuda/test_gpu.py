@@ -336,7 +336,8 @@ def peak(call: Callable[[], Any]) -> int:
 def test_peak_memory(size: str, layout: str, gpu: str) -> None:
     """Forward allocates y, P and a few numbers for each node. Backward allocates dx, P, R and a few numbers.
 
-    If each cell is one pixel, neither P nor R is allocated.
+    If each cell is one pixel, neither P nor R is allocated. Of the five numbers for a node in the forward pass, two are
+    saved, one is its gate, and the others are the windows and partials of blocks of channels.
     """
     channels, side = STAGES[size]
     case = Case(space=(side, side), channels=channels, batch=8, layout=layout)
@@ -348,7 +349,7 @@ def test_peak_memory(size: str, layout: str, gpu: str) -> None:
     leaves = {k: v.requires_grad_() for k, v in inputs.items()}
     with torch.no_grad():
         forward = peak(lambda: steam_kernels.steam(**inputs, backend=gpu, **case.options))
-    assert forward <= x_bytes + sums + 4 * nodes + slack
+    assert forward <= x_bytes + sums + 5 * nodes + slack
 
     y = steam_kernels.steam(**leaves, backend=gpu, **case.options)
     backward = peak(lambda: torch.autograd.grad(y, list(leaves.values()), dy, retain_graph=True))

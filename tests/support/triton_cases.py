@@ -67,6 +67,10 @@ MAPS = [
     Case(space=(24, 31), channels=5, batch=1, grid="w2"),
     Case(space=(24, 31), channels=5, batch=1, grid="w2", layout="nhwc"),
     Case(space=(12, 12), channels=10, batch=1, grid=(12, 12)),
+    # Several blocks of channels: cells in several tiles, and halos as large as the ring.
+    Case(space=(12, 12), channels=40, batch=1, grid=(12, 12), layout="nhwc", tail="relu"),
+    Case(space=(14, 14), channels=70, batch=2, radius=20, attention=(2, 1), order="parallel"),
+    Case(space=(7, 7), channels=70, batch=1, radius=40, attention=(2, 1), layout="nhwc", self_loops=False),
     # The ring reaches itself.
     Case(space=(5, 4), channels=21, batch=1, radius=10, attention=(2, 1)),
     Case(space=(3, 3), channels=4, radius=9, self_loops=False),

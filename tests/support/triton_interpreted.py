@@ -79,6 +79,11 @@ GUARDED += [
     (Case(space=(20, 12), channels=10, layout="offset_nhwc", tail="residual", radius=2, seed=9), "whole"),
     (Case(space=(9, 10), channels=7, layout="channel_slice", grid=1, seed=10), "stages"),
     (Case(space=(9, 10), channels=7, layout="column_slice", dy_layout="expanded", grid=(9, 10), seed=11), "stages"),
+    # several blocks of channels
+    (Case(space=(14, 14), channels=150, radius=2, tail="relu", seed=12), "stages"),
+    (Case(space=(7, 7), channels=70, layout="nhwc", radius=9, attention=(2, 1), batch=3, seed=13), "stages"),
+    (Case(space=(7, 7), channels=300, layout="nhwc", dtype=torch.bfloat16, seed=14), "whole"),
+    (Case(space=(12, 12), channels=70, grid=12, order="parallel", attention=(2, 1), seed=15), "whole"),
 ]
 
 

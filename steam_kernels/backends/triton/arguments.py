@@ -90,6 +90,8 @@ class GateTile(NamedTuple):
     GROUP: int
     ROWS: int
     RUN: int
+    #: Whether a program may have several tiles. Without a loop, a thread needs fewer registers.
+    LOOP: bool
 
 
 class WeightsTile(NamedTuple):

@@ -124,6 +124,8 @@ def gate(
 
     The pool stage read this sample last, so that the cache may still hold it.
     """
+    if not TILE.LOOP:
+        steps = 1
     sizes = sizes_of(channels, area, width, grid_h, grid_w, LAYOUT)
     row_blocks, run_blocks = gate_tiles(sizes, steps, TILE)
     tiles = row_blocks * run_blocks
@@ -220,6 +222,8 @@ def gate_backward(
 
     The other programs begin with the last sample, which the pool stage read last.
     """
+    if not TILE.LOOP:
+        steps = 1
     sizes = sizes_of(channels, area, width, grid_h, grid_w, LAYOUT)
     row_blocks, run_blocks = gate_tiles(sizes, steps, TILE)
     tiles = row_blocks * run_blocks

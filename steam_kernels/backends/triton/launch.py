@@ -335,8 +335,10 @@ def gate(p: Pass) -> Launch:
     # No element has copies in other threads: a copy of x could be read after its owner has stored y in its place.
     rows = max(rows, ceil_div(GATE_THREADS, run))
     row_blocks, run_blocks = ceil_div(ceil_div(p.channels, group), rows), ceil_div(group * p.area, run)
-    # The divisions that find the cells of columns are done once for up to eight tiles.
-    walk = min(row_blocks, steps(p.samples * row_blocks * run_blocks, p.processors, 8))
+    # The divisions that find the cells of columns are done once for up to eight tiles. A tile in channels_last has few
+    # columns.
+    loop = not p.channels_last and row_blocks > 1
+    walk = min(row_blocks, steps(p.samples * row_blocks * run_blocks, p.processors, 8)) if loop else 1
     constants = {
         "CHANNELS_MULTIPLE": divisor(p.channels, p.vector),
         "AREA_MULTIPLE": divisor(p.area, p.vector),
@@ -344,6 +346,7 @@ def gate(p: Pass) -> Launch:
         "GROUP": group,
         "ROWS": rows,
         "RUN": run,
+        "LOOP": loop,
     }
     name = "gate_backward" if p.backward else "gate"
     return Launch(name, p.samples * ceil_div(row_blocks, walk) * run_blocks, constants, steps=walk)

@@ -66,11 +66,13 @@ def candidates(how: launch.Launch, p: launch.Pass) -> Iterator[launch.Launch]:
         tile = 1
         for name in names:
             tile *= 1 if name in NO_TILE else blocks[name]
-        if tile > LARGEST_TILE:
+        if tile > LARGEST_TILE or (how.kernel.startswith("gate") and tile < launch.GATE_THREADS):
             continue
         for warps in (how.num_warps // 2, how.num_warps, how.num_warps * 2):
             changed = own | blocks
             steps = changed.pop("STEPS")
+            if steps > 1 and "LOOP" in changed:
+                changed["LOOP"] = True
             key = (*values, warps)
             if warps < 1 or key in seen:
                 continue
