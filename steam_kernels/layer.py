@@ -171,9 +171,10 @@ class Layer(ScaledModule):
         given = [] if self.channels is None else [str(self.channels)]
         given += [f"embed_dim={self.embed_dim}", f"num_heads={options.num_heads}"]
         given.append(f"grid_size={options.grid_size}" if options.window is None else f"window={options.window}")
-        defaults = {"channel_radius": 1, "spatial_neighbors": 4, "self_loops": True, "order": "sequential"}
-        defaults |= {"activation": None, "inplace": False, "backend": None}
-        given += [f"{k}={v!r}" for k, default in defaults.items() if (v := getattr(options, k)) != default]
+        for name, default in Options().given().items():
+            value = getattr(options, name)
+            if name not in ("num_heads", "grid_size", "window", "scale") and value != default:
+                given.append(f"{name}={value!r}")
         if (scale := self.host_scale()) != 1.0:
             given.append(f"scale={scale}")
         return ", ".join(given)

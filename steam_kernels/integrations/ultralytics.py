@@ -29,6 +29,7 @@ from torch import nn
 from ultralytics.engine.model import Model
 from ultralytics.nn import tasks
 
+from ..config import Options
 from ..models.insert import copy_steam, remove_steam, steam_sites
 from ..module import FusedSTEAM
 
@@ -66,17 +67,8 @@ def keep_units(trainer: Any, units: Mapping[str, FusedSTEAM]) -> Any:
     return KeepsUnits
 
 
-#: The options that change the meaning of a unit's weights.
-_OPTIONS = (
-    "embed_dim",
-    "num_heads",
-    "grid_size",
-    "window",
-    "channel_radius",
-    "spatial_neighbors",
-    "self_loops",
-    "order",
-)
+#: The options that change the meaning of a unit's weights: all but these.
+_OPTIONS = ("embed_dim", *sorted(Options().given().keys() - {"scale", "activation", "inplace", "backend"}))
 
 
 def _check_kept(given: Mapping[str, FusedSTEAM], there: Mapping[str, FusedSTEAM]) -> None:
