@@ -88,10 +88,11 @@ class Layer(ScaledModule):
     def options(self) -> Options:
         """The options of a call, with the current scale of the layer."""
         options, scale = self._options, self.host_scale()
+        if torch.compiler.is_compiling():
+            # The compiler must meet the scale here. It cannot make a symbol of it inside the autograd function.
+            return options.but(scale=scale)
         if options.scale != scale:
-            options = options.but(scale=scale)
-            if not torch.compiler.is_compiling():
-                self._options = options
+            options = self._options = options.but(scale=scale)
         return options
 
     @property
