@@ -18,6 +18,7 @@ from benchmarks.machine import ROOT
 from benchmarks.shapes import LAYOUTS, SHAPES, Shape
 from benchmarks.timing import Effort, Measured
 from steam_kernels.backends import native
+from tests.support import tolerances
 
 pytestmark = pytest.mark.xdist_group("benchmarks")
 
