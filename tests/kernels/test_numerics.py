@@ -42,7 +42,8 @@ def test_far_from_zero(
     options: dict[str, object],
     dtype: torch.dtype,
 ) -> None:
-    numerics.far_from_zero(backend, mean, spread, space, channels, layout, options, dtype)
+    case = Case(space=space, channels=channels, layout=layout, dtype=dtype).but(**options)
+    numerics.far_from_zero(backend, mean, spread, case)
 
 
 @pytest.mark.parametrize("mean,spread", [(50.0, 0.01), (-50.0, 0.01)])

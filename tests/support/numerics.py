@@ -13,17 +13,7 @@ from tests.support.cases import Case
 from tests.support.tolerances import within
 
 
-def far_from_zero(
-    backend: str,
-    mean: float,
-    spread: float,
-    space: tuple[int, int],
-    channels: int,
-    layout: str,
-    options: dict[str, object],
-    dtype: torch.dtype,
-) -> None:
-    case = Case(space=space, channels=channels, layout=layout, dtype=dtype).but(**options)
+def far_from_zero(backend: str, mean: float, spread: float, case: Case) -> None:
     # With these weights, tokens near 50 that differ by 0.01 have scores of the order of 1.
     inputs, dy = cases.make(case, mean=mean, spread=spread, weight_scale=0.5)
     cases.check(case, backend, inputs, dy)

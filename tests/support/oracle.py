@@ -127,16 +127,10 @@ def gates(
 
 
 def unit(
-    x: Tensor,
-    channel_weight: Tensor,
-    spatial_weight: Tensor,
-    residual: Tensor | None = None,
-    *,
-    scale: float = 1.0,
-    activation: str | None = None,
-    **options: object,
+    x: Tensor, channel_weight: Tensor, spatial_weight: Tensor, residual: Tensor | None = None, **options: Any
 ) -> Tensor:
     """The unit's output (N, C, H, W) in float64. The arguments are those of ``steam_kernels.steam``."""
+    scale, activation = options.pop("scale", 1.0), options.pop("activation", None)
     x, channel_weight, spatial_weight = (v.to(torch.float64) for v in (x, channel_weight, spatial_weight))
     _, channels, height, width = x.shape
     out = []

@@ -37,7 +37,7 @@ def test_non_finite_stays_in_its_sample(launches: str, layout: str) -> None:
 def test_variances_are_centred(launches: str, layout: str) -> None:
     """Tokens of 50 that differ by 0.01, and equal tokens, whose variance is 0."""
     options = CENTRED[launches]
-    numerics.far_from_zero("triton", 50.0, 0.01, (9, 8), 11, layout, options, torch.float32)
+    numerics.far_from_zero("triton", 50.0, 0.01, Case(space=(9, 8), channels=11, layout=layout).but(**options))
     numerics.constant_maps_are_not_noisy("triton", (5, 3), 7, layout, -50.0, 0.0)
 
 

@@ -69,20 +69,11 @@ def elements(first, e, member, sizes, LAYOUT: tl.constexpr, TILE: tl.constexpr):
 
 @triton.jit
 def gate_of(
-    n,
-    t,
-    x,
+    n, t, x,
     residual,  # None: no residual
-    y,
-    gates,
-    sizes,
-    steps,
-    SCALE: tl.constexpr,
-    RELU: tl.constexpr,
-    LAYOUT: tl.constexpr,
-    TILE: tl.constexpr,
-    ACC: tl.constexpr,
-):
+    y, gates, sizes, steps,
+    SCALE: tl.constexpr, RELU: tl.constexpr, LAYOUT: tl.constexpr, TILE: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
     """y for tile t of sample n: ``steps`` tiles of (ROWS, RUN), one below the other, which have the same cells."""
     first, e, member, cell = place(t, sizes, steps, LAYOUT, TILE)
     base = n * (sizes.channels.to(tl.int64) * sizes.area)
@@ -106,20 +97,10 @@ def gate_of(
 def gate(
     x,
     residual,  # None: no residual
-    y,
-    gates,
-    steps,
-    channels,
-    area,
-    width,
-    grid_h,
-    grid_w,
-    SCALE: tl.constexpr,
-    RELU: tl.constexpr,
-    LAYOUT: tl.constexpr,
-    TILE: tl.constexpr,
-    ACC: tl.constexpr,
-):
+    y, gates, steps,
+    channels, area, width, grid_h, grid_w,
+    SCALE: tl.constexpr, RELU: tl.constexpr, LAYOUT: tl.constexpr, TILE: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
     """A program is ``steps`` tiles of a sample. The programs begin with the last sample.
 
     The pool stage read this sample last, so that the cache may still hold it.
@@ -135,22 +116,14 @@ def gate(
 
 @triton.jit
 def gate_backward_of(
-    n,
-    t,
-    dy,
+    n, t, dy,
     y,  # None: no ReLU
     dx,  # None: not needed
     dresidual,  # None: not needed
-    gates,
-    shifts,
-    sizes,
-    steps,
-    SCALE: tl.constexpr,
-    SEQUENTIAL: tl.constexpr,
-    LAYOUT: tl.constexpr,
-    TILE: tl.constexpr,
+    gates, shifts, sizes, steps,
+    SCALE: tl.constexpr, SEQUENTIAL: tl.constexpr, LAYOUT: tl.constexpr, TILE: tl.constexpr,
     ACC: tl.constexpr,
-):
+):  # fmt: skip
     """For tile t of sample n: dx = scale dy g_c g_s + dz / (H W) + du / (C n_cell) (g_c or 1), and dresidual.
 
     dy counts as 0 where the ReLU was off, and dresidual is this masked dy.
@@ -185,39 +158,21 @@ def gate_backward(
     y,  # None: no ReLU
     dx,  # None: not needed
     dresidual,  # None: not needed
-    gates,
-    shifts,
+    gates, shifts,
     partials_c,  # None: all programs are tiles
     partials_s,
     channel_weight,
     spatial_weight,
     dchannel_weight,  # None: not needed
     dspatial_weight,  # None: not needed
-    channel_row,
-    channel_column,
-    spatial_row,
-    spatial_column,
-    dchannel_row,
-    dchannel_column,
-    dspatial_row,
-    dspatial_column,
-    rows,
-    samples,
-    heads,
-    head_width,
-    steps,
-    channels,
-    area,
-    width,
-    grid_h,
-    grid_w,
-    SCALE: tl.constexpr,
-    SEQUENTIAL: tl.constexpr,
-    LAYOUT: tl.constexpr,
-    TILE: tl.constexpr,
-    WEIGHTS: tl.constexpr,
-    ACC: tl.constexpr,
-):
+    channel_row, channel_column, spatial_row, spatial_column,
+    dchannel_row, dchannel_column, dspatial_row, dspatial_column,
+    rows, samples,
+    heads, head_width, steps,
+    channels, area, width, grid_h, grid_w,
+    SCALE: tl.constexpr, SEQUENTIAL: tl.constexpr, LAYOUT: tl.constexpr, TILE: tl.constexpr,
+    WEIGHTS: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
     """A program is ``steps`` tiles of a sample. With partials, the first program computes the gradients of the weights.
 
     The other programs begin with the last sample, which the pool stage read last.

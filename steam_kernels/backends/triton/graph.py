@@ -96,14 +96,9 @@ def halo_node(h, block, channels):
 def load_cells(
     x,
     dy,  # None: x are the sums
-    y,
-    first_channel,
-    first_cell,
-    sizes,
-    LAYOUT: tl.constexpr,
-    TILE: tl.constexpr,
-    ACC: tl.constexpr,
-):
+    y, first_channel, first_cell, sizes,
+    LAYOUT: tl.constexpr, TILE: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
     """A tile of the sums of a sample, 0 outside. With dy, where each cell is a pixel, of x dy.
 
     The tile is (GROUPS, CELLS, LANES), and its channels are in groups of LANES. RUN is the length of a run of memory
@@ -161,16 +156,11 @@ def by_channel(numbers, TILE: tl.constexpr):
 
 @triton.jit
 def load_halo(
-    cell,
-    sums,
+    cell, sums,
     factor,  # None: 1 for each cell
-    c,
-    inside,
-    sizes,
-    LAYOUT: tl.constexpr,
-    TILE: tl.constexpr,
-    ACC: tl.constexpr,
-):
+    c, inside, sizes,
+    LAYOUT: tl.constexpr, TILE: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
     """The (CELLS, HALO) tile of the sums of channels c, each cell times its ``factor``, from ``cell`` on."""
     cells = sizes.grid_h * sizes.grid_w
     # [CELLS, 1]
@@ -190,13 +180,9 @@ def load_halo(
 def halo_sums(
     sums,
     factor,  # None: 1 for each cell
-    c,
-    inside,
-    sizes,
-    LAYOUT: tl.constexpr,
-    TILE: tl.constexpr,
-    ACC: tl.constexpr,
-):
+    c, inside, sizes,
+    LAYOUT: tl.constexpr, TILE: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
     """The sums of channels c, each cell times its ``factor``, added up over the cells; (HALO,)."""
     # [CELLS, HALO]
     total = load_halo(0, sums, factor, c, inside, sizes, LAYOUT, TILE, ACC)
@@ -244,22 +230,11 @@ def lattice_of(sizes, OPTIONS: tl.constexpr):
 
 @triton.jit
 def graph_of(
-    n,
-    b,
+    n, b,
     sums,  # over the cells, or x if each cell is a pixel
-    saved,
-    gates,
-    windows,
-    partials,
-    weight,
-    sizes,
-    ring_first,
-    ring_count,
-    OPTIONS: tl.constexpr,
-    LAYOUT: tl.constexpr,
-    TILE: tl.constexpr,
-    ACC: tl.constexpr,
-):
+    saved, gates, windows, partials, weight, sizes, ring_first, ring_count,
+    OPTIONS: tl.constexpr, LAYOUT: tl.constexpr, TILE: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
     """z, o_c and g_c of block b of the channels of sample n, and the block's terms of the spatial tokens.
 
     ``windows`` are rows of CHANNELS + 2 x reach tokens, one for each block. ``partials`` are rows of sums over the
@@ -319,16 +294,9 @@ def graph_of(
 
 @triton.jit
 def lattice_gates(
-    n,
-    saved,
-    gates,
-    partials,
-    weight,
-    sizes,
-    OPTIONS: tl.constexpr,
-    TILE: tl.constexpr,
-    ACC: tl.constexpr,
-):
+    n, saved, gates, partials, weight, sizes,
+    OPTIONS: tl.constexpr, TILE: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
     """u, o_s and g_s of sample n, from the sums of its blocks of channels."""
     cells = sizes.grid_h * sizes.grid_w
     rows = rows_of(n, saved, gates, sizes)
@@ -356,27 +324,13 @@ def lattice_gates(
 @triton.jit(do_not_specialize=DO_NOT_SPECIALIZE)
 def graph(
     sums,  # over the cells, or x if each cell is a pixel
-    saved,
-    gates,
-    windows,
-    partials,
+    saved, gates, windows, partials,
     channel_weight,
-    channel_row,
-    channel_column,
-    channels,
-    area,
-    width,
-    grid_h,
-    grid_w,
-    heads,
-    head_width,
-    ring_first,
-    ring_count,
-    OPTIONS: tl.constexpr,
-    LAYOUT: tl.constexpr,
-    TILE: tl.constexpr,
-    ACC: tl.constexpr,
-):
+    channel_row, channel_column,
+    channels, area, width, grid_h, grid_w,
+    heads, head_width, ring_first, ring_count,
+    OPTIONS: tl.constexpr, LAYOUT: tl.constexpr, TILE: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
     """A program is a block of channels of a sample."""
     sizes = sizes_of(channels, area, width, grid_h, grid_w, LAYOUT)
     blocks = tl.cdiv(sizes.channels, TILE.CHANNELS)
@@ -390,24 +344,12 @@ def graph(
 
 @triton.jit(do_not_specialize=DO_NOT_SPECIALIZE)
 def lattice(
-    saved,
-    gates,
-    partials,
-    spatial_weight,
-    spatial_row,
-    spatial_column,
-    channels,
-    area,
-    width,
-    grid_h,
-    grid_w,
-    heads,
-    head_width,
-    OPTIONS: tl.constexpr,
-    LAYOUT: tl.constexpr,
-    TILE: tl.constexpr,
-    ACC: tl.constexpr,
-):
+    saved, gates, partials,
+    spatial_weight, spatial_row, spatial_column,
+    channels, area, width, grid_h, grid_w,
+    heads, head_width,
+    OPTIONS: tl.constexpr, LAYOUT: tl.constexpr, TILE: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
     """A program is the cells of a sample."""
     sizes = sizes_of(channels, area, width, grid_h, grid_w, LAYOUT)
     weight = Weight(spatial_weight, spatial_row, spatial_column, heads, head_width)

@@ -62,20 +62,10 @@ def store_partial(partial, da, db, heads, TILE: tl.constexpr):
 
 @triton.jit
 def weigh(
-    cell,
-    products,
-    dy,
-    y,
-    block_first,
-    gate_c,
-    rows,
-    partial,
-    sizes,
-    RING: tl.constexpr,
-    LAYOUT: tl.constexpr,
-    TILE: tl.constexpr,
-    ACC: tl.constexpr,
-):
+    cell, products, dy, y, block_first, gate_c,
+    rows, partial, sizes,
+    RING: tl.constexpr, LAYOUT: tl.constexpr, TILE: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
     """Stores the sums over a block of channels of g_c R, for CELLS cells from ``cell``; returns the tile of g_s R."""
     cells = sizes.grid_h * sizes.grid_w
     # [CELLS]
@@ -103,22 +93,13 @@ def share_of_cells(
 
 @triton.jit
 def cells_of(
-    n,
-    b,
+    n, b,
     products,  # or x if each cell is a pixel
     dy,  # None: there are products
     y,  # None: no ReLU, or there are products
-    saved,
-    gates,
-    flows,
-    partials,
-    sizes,
-    SCALE: tl.constexpr,
-    RING: tl.constexpr,
-    LAYOUT: tl.constexpr,
-    TILE: tl.constexpr,
-    ACC: tl.constexpr,
-):
+    saved, gates, flows, partials, sizes,
+    SCALE: tl.constexpr, RING: tl.constexpr, LAYOUT: tl.constexpr, TILE: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
     """The sums over block b of the channels of sample n, of g_c R. If RING, also g_c and dg_c of the block."""
     cells = sizes.grid_h * sizes.grid_w
     products += n * sizes.channels * cells
@@ -145,20 +126,11 @@ def cells_of(
 
 @triton.jit
 def lattice_backward_of(
-    n,
-    saved,
-    gates,
-    flows,
-    shifts,
+    n, saved, gates, flows, shifts,
     partials,  # of the blocks of channels
-    partials_s,
-    weight,
-    sizes,
-    SCALE: tl.constexpr,
-    OPTIONS: tl.constexpr,
-    TILE: tl.constexpr,
-    ACC: tl.constexpr,
-):
+    partials_s, weight, sizes,
+    SCALE: tl.constexpr, OPTIONS: tl.constexpr, TILE: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
     """g_s and the shares du / (C n_cell) of sample n, and its terms of the gradient of the spatial weight."""
     cells = sizes.grid_h * sizes.grid_w
     rows = rows_of(n, saved, gates, sizes)
@@ -191,23 +163,11 @@ def lattice_backward_of(
 
 @triton.jit
 def ring_backward_of(
-    n,
-    b,
+    n, b,
     sums,  # over the cells, or x if each cell is a pixel; None in the parallel order
-    saved,
-    flows,
-    shifts,
-    windows,
-    partials_c,
-    weight,
-    sizes,
-    ring_first,
-    ring_count,
-    OPTIONS: tl.constexpr,
-    LAYOUT: tl.constexpr,
-    TILE: tl.constexpr,
-    ACC: tl.constexpr,
-):
+    saved, flows, shifts, windows, partials_c, weight, sizes, ring_first, ring_count,
+    OPTIONS: tl.constexpr, LAYOUT: tl.constexpr, TILE: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
     """The shifts dz / (H W) of block b of the channels of sample n, and its terms of the channel weight's gradient.
 
     The transform of a node needs the flows of its neighbours and the tokens of their neighbours. ``windows`` are two
@@ -278,21 +238,10 @@ def graph_backward_cells(
     products,  # or x if each cell is a pixel
     dy,  # None: there are products
     y,  # None: no ReLU, or there are products
-    saved,
-    gates,
-    flows,
-    partials,
-    channels,
-    area,
-    width,
-    grid_h,
-    grid_w,
-    SCALE: tl.constexpr,
-    RING: tl.constexpr,
-    LAYOUT: tl.constexpr,
-    TILE: tl.constexpr,
-    ACC: tl.constexpr,
-):
+    saved, gates, flows, partials,
+    channels, area, width, grid_h, grid_w,
+    SCALE: tl.constexpr, RING: tl.constexpr, LAYOUT: tl.constexpr, TILE: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
     """A program is a block of channels of a sample."""
     sizes = sizes_of(channels, area, width, grid_h, grid_w, LAYOUT)
     blocks = tl.cdiv(sizes.channels, TILE.CHANNELS)
@@ -303,28 +252,12 @@ def graph_backward_cells(
 
 @triton.jit(do_not_specialize=DO_NOT_SPECIALIZE)
 def lattice_backward(
-    saved,
-    gates,
-    flows,
-    shifts,
-    partials,
-    partials_s,
-    spatial_weight,
-    spatial_row,
-    spatial_column,
-    channels,
-    area,
-    width,
-    grid_h,
-    grid_w,
-    heads,
-    head_width,
-    SCALE: tl.constexpr,
-    OPTIONS: tl.constexpr,
-    LAYOUT: tl.constexpr,
-    TILE: tl.constexpr,
-    ACC: tl.constexpr,
-):
+    saved, gates, flows, shifts, partials, partials_s,
+    spatial_weight, spatial_row, spatial_column,
+    channels, area, width, grid_h, grid_w,
+    heads, head_width,
+    SCALE: tl.constexpr, OPTIONS: tl.constexpr, LAYOUT: tl.constexpr, TILE: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
     """A program is the cells of a sample."""
     n = tl.program_id(0).to(tl.int64)
     sizes = sizes_of(channels, area, width, grid_h, grid_w, LAYOUT)
@@ -337,28 +270,13 @@ def lattice_backward(
 @triton.jit(do_not_specialize=DO_NOT_SPECIALIZE)
 def graph_backward_ring(
     sums,  # over the cells, or x if each cell is a pixel; None in the parallel order
-    saved,
-    flows,
-    shifts,
-    windows,
-    partials_c,
+    saved, flows, shifts, windows, partials_c,
     channel_weight,
-    channel_row,
-    channel_column,
-    channels,
-    area,
-    width,
-    grid_h,
-    grid_w,
-    heads,
-    head_width,
-    ring_first,
-    ring_count,
-    OPTIONS: tl.constexpr,
-    LAYOUT: tl.constexpr,
-    TILE: tl.constexpr,
-    ACC: tl.constexpr,
-):
+    channel_row, channel_column,
+    channels, area, width, grid_h, grid_w,
+    heads, head_width, ring_first, ring_count,
+    OPTIONS: tl.constexpr, LAYOUT: tl.constexpr, TILE: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
     """A program is a block of channels of a sample."""
     sizes = sizes_of(channels, area, width, grid_h, grid_w, LAYOUT)
     blocks = tl.cdiv(sizes.channels, TILE.CHANNELS)

@@ -36,18 +36,13 @@ def rearrange(flat, index, inside, ROWS: tl.constexpr, COLUMNS: tl.constexpr, AC
 
 @triton.jit
 def pool_runs_of(
-    n,
-    first,
-    steps,
-    x,
+    n, first, steps, x,
     dy,  # None: no products
     y,  # None: no ReLU
     sums,  # None: only products
-    products,
-    sizes,
-    TILE: tl.constexpr,
-    ACC: tl.constexpr,
-):
+    products, sizes,
+    TILE: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
     """The sums of small NCHW maps of sample n, in ``steps`` runs of CHANNELS whole maps from channel ``first`` on.
 
     A run is contiguous memory. It is read by wide accesses and sorted into cells on the chip. All runs have the same
@@ -104,16 +99,9 @@ def pool_runs(
     y,  # None: no ReLU
     sums,  # None: only products
     products,
-    channels,
-    area,
-    width,
-    grid_h,
-    grid_w,
-    steps,
-    LAYOUT: tl.constexpr,
-    TILE: tl.constexpr,
-    ACC: tl.constexpr,
-):
+    channels, area, width, grid_h, grid_w, steps,
+    LAYOUT: tl.constexpr, TILE: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
     """A program is ``steps`` runs of a sample."""
     sizes = sizes_of(channels, area, width, grid_h, grid_w, LAYOUT)
     blocks = tl.cdiv(sizes.channels, TILE.CHANNELS * steps)
@@ -124,18 +112,14 @@ def pool_runs(
 
 @triton.jit
 def pool_tiles_of(
-    n,
-    t,
-    x,
+    n, t, x,
     dy,  # None: no products
     y,  # None: no ReLU
     sums,  # None: only products
     products,
     sizes,  # the width divided by WIDTH_MULTIPLE
-    LAYOUT: tl.constexpr,
-    TILE: tl.constexpr,
-    ACC: tl.constexpr,
-):
+    LAYOUT: tl.constexpr, TILE: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
     """The sums of tile t of sample n, of any map: CHANNELS channels of CELLS neighbours in a row of cells.
 
     A tile has ROWS x COLUMNS pixels of each cell at once, and walks over the cells.
@@ -219,15 +203,9 @@ def pool_tiles(
     y,  # None: no ReLU
     sums,  # None: only products
     products,
-    channels,
-    area,
-    width,
-    grid_h,
-    grid_w,
-    LAYOUT: tl.constexpr,
-    TILE: tl.constexpr,
-    ACC: tl.constexpr,
-):
+    channels, area, width, grid_h, grid_w,
+    LAYOUT: tl.constexpr, TILE: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
     """A program is one tile of a sample."""
     sizes = sizes_of(channels, area, width, grid_h, grid_w, LAYOUT)
     tiles = tl.cdiv(sizes.channels, TILE.CHANNELS) * tl.cdiv(grid_w, TILE.CELLS) * grid_h

@@ -53,27 +53,17 @@ def weight_gradients(
 
 @triton.jit(do_not_specialize=DO_NOT_SPECIALIZE)
 def weights_backward(
-    partials_c,
-    partials_s,
+    partials_c, partials_s,
     channel_weight,
     spatial_weight,
     dchannel_weight,  # None: not needed
     dspatial_weight,  # None: not needed
-    channel_row,
-    channel_column,
-    spatial_row,
-    spatial_column,
-    dchannel_row,
-    dchannel_column,
-    dspatial_row,
-    dspatial_column,
-    rows,
-    samples,
-    heads,
-    head_width,
-    TILE: tl.constexpr,
-    ACC: tl.constexpr,
-):
+    channel_row, channel_column, spatial_row, spatial_column,
+    dchannel_row, dchannel_column, dspatial_row, dspatial_column,
+    rows, samples,
+    heads, head_width,
+    TILE: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
     """The gradients of both weights, by one program, where no other kernel has a program for them."""
     channel = Weight(channel_weight, channel_row, channel_column, heads, head_width)
     spatial = Weight(spatial_weight, spatial_row, spatial_column, heads, head_width)

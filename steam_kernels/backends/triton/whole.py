@@ -26,17 +26,14 @@ def steps_of_sample(sizes, TILE: tl.constexpr):
 
 @triton.jit
 def pool_sample(
-    n,
-    x,
+    n, x,
     dy,  # None: no products
     y,  # None: no ReLU
     sums,  # None: only products
     products,
     sizes,  # the width divided by WIDTH_MULTIPLE
-    LAYOUT: tl.constexpr,
-    TILE: tl.constexpr,
-    ACC: tl.constexpr,
-):
+    LAYOUT: tl.constexpr, TILE: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
     """The pool stage of sample n, by runs or by tiles."""
     if TILE.RUNS:
         blocks = tl.cdiv(sizes.channels, TILE.CHANNELS)
@@ -52,34 +49,15 @@ def whole(
     residual,  # None: no residual
     y,
     sums,  # None: each cell is a pixel
-    saved,
-    gates,
-    windows,
-    partials,
+    saved, gates, windows, partials,
     channel_weight,
     spatial_weight,
-    channel_row,
-    channel_column,
-    spatial_row,
-    spatial_column,
-    channels,
-    area,
-    width,
-    grid_h,
-    grid_w,
-    heads,
-    head_width,
-    ring_first,
-    ring_count,
-    SCALE: tl.constexpr,
-    RELU: tl.constexpr,
-    OPTIONS: tl.constexpr,
-    LAYOUT: tl.constexpr,
-    POOL: tl.constexpr,
-    GRAPH: tl.constexpr,
-    GATE: tl.constexpr,
-    ACC: tl.constexpr,
-):
+    channel_row, channel_column, spatial_row, spatial_column,
+    channels, area, width, grid_h, grid_w,
+    heads, head_width, ring_first, ring_count,
+    SCALE: tl.constexpr, RELU: tl.constexpr, OPTIONS: tl.constexpr, LAYOUT: tl.constexpr, POOL: tl.constexpr,
+    GRAPH: tl.constexpr, GATE: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
     """The forward pass of a sample."""
     n = tl.program_id(0).to(tl.int64)
     sizes = sizes_of(channels, area, width, grid_h, grid_w, LAYOUT)
@@ -106,45 +84,23 @@ def whole(
 
 @triton.jit(do_not_specialize=DO_NOT_SPECIALIZE)
 def whole_backward(
-    dy,
-    x,
+    dy, x,
     y,  # None: no ReLU
     dx,  # None: not needed
     dresidual,  # None: not needed
     sums,  # None: each cell is a pixel, or not needed
     products,  # None: each cell is a pixel
-    saved,
-    gates,
-    flows,
-    shifts,
-    windows,
+    saved, gates, flows, shifts, windows,
     partials,  # of the blocks of channels
-    partials_c,
-    partials_s,
+    partials_c, partials_s,
     channel_weight,
     spatial_weight,
-    channel_row,
-    channel_column,
-    spatial_row,
-    spatial_column,
-    channels,
-    area,
-    width,
-    grid_h,
-    grid_w,
-    heads,
-    head_width,
-    ring_first,
-    ring_count,
-    SCALE: tl.constexpr,
-    RING: tl.constexpr,
-    OPTIONS: tl.constexpr,
-    LAYOUT: tl.constexpr,
-    POOL: tl.constexpr,
-    GRAPH: tl.constexpr,
-    GATE: tl.constexpr,
-    ACC: tl.constexpr,
-):
+    channel_row, channel_column, spatial_row, spatial_column,
+    channels, area, width, grid_h, grid_w,
+    heads, head_width, ring_first, ring_count,
+    SCALE: tl.constexpr, RING: tl.constexpr, OPTIONS: tl.constexpr, LAYOUT: tl.constexpr, POOL: tl.constexpr,
+    GRAPH: tl.constexpr, GATE: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
     """The backward pass of a sample, up to its partials of the gradients of the weights."""
     n = tl.program_id(0).to(tl.int64)
     sizes = sizes_of(channels, area, width, grid_h, grid_w, LAYOUT)
