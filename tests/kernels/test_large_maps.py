@@ -75,17 +75,17 @@ def test_samples_have_the_bits_that_they_have_alone(layout: str) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_gradients_of_weights_are_sums_over_samples(layout: str) -> None:
     weights = torch.randn(2, 4, 8)
-    options = ((7, 7), HEADS, 1, 4, True, True, 1.0)
+    options = ((7, 7), HEADS, 1, 4, True, True, 1.0, False)
     needs = (False, True, True, False)
     one, factors = samples(layout)
     x = torch.empty(SHAPE, dtype=torch.bfloat16, memory_format=LAYOUTS[layout])
     rows, alone = [], []
     for n, factor in enumerate(factors):
         sample = torch.mul(one, factor, out=x[n : n + 1])
-        _, saved = OPS.forward(sample, *weights, None, *options, False, True)
+        _, saved = OPS.forward(sample, *weights, None, True, *options)
         rows.append(saved)
-        alone.append(torch.stack(OPS.backward(sample, sample, None, *weights, saved, *options, *needs)[1:3]).double())
-    gradients = torch.stack(OPS.backward(x, x, None, *weights, torch.cat(rows), *options, *needs)[1:3]).double()
+        alone.append(torch.stack(OPS.backward(sample, sample, None, *weights, saved, needs, *options)[1:3]).double())
+    gradients = torch.stack(OPS.backward(x, x, None, *weights, torch.cat(rows), needs, *options)[1:3]).double()
     each = torch.stack(alone)
     # Sums over samples are in float64, so the only roundings are those of each result to float32, 2**-24 of it.
     bound = 2**-23 * (each.abs().sum(0) + gradients.abs())

@@ -134,4 +134,6 @@ def test_one_number_for_an_address(kernel: str, target: str, device: Device) -> 
 @pytest.mark.slow
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_planted_mistakes_are_caught(kernel: str, device: Device) -> None:
-    emitted.check_planted(kernel, case_of(kernel, device), "triton", device, 0.75)
+    # A program of `pool_runs` has one run here, so the barrier between two runs, one of two, has no effect.
+    least = 0.5 if kernel == "pool_runs" else 0.75
+    emitted.check_planted(kernel, case_of(kernel, device), "triton", device, least)
