@@ -34,8 +34,8 @@ class Layer(ScaledModule):
 
     channel_weight: nn.Parameter
     spatial_weight: nn.Parameter
-    #: The function that computes the unit. It takes x, both weights, residual and options, and optionally the scale as
-    #: a tensor, which replaces the scale of the options.
+    #: The function that computes the unit. It takes the inputs, the options, and optionally the scale as a
+    #: tensor, which replaces the scale of the options.
     _run: Callable[..., Tensor]
 
     num_heads = _Option()

@@ -130,8 +130,17 @@ def _plain_forward_(call: Forward) -> None:
         call.inputs.x.copy_(reference.evaluate(call.inputs, call.arguments.options(), call.grid))
 
 
+def from_arguments(operators: Operators) -> Operators:
+    """The operators as the dispatcher calls them, of operators that take a :class:`Forward` or a :class:`Backward`."""
+    return Operators(
+        lambda *args: operators.forward(Forward.of(*args)),
+        lambda *args: operators.backward(Backward.of(*args)),
+        lambda *args: operators.forward_(Forward.of_in_place(*args)),
+    )
+
+
 def with_any_strides(kernels: Operators) -> Operators:
-    """The operators of kernels written in Python, which take a :class:`Forward` or a :class:`Backward`.
+    """The operators of kernels written in Python. Both take a :class:`Forward` or a :class:`Backward`.
 
     The kernels see every map in the strides of a dense x, and contiguous weights.
     """
@@ -141,12 +150,10 @@ def with_any_strides(kernels: Operators) -> Operators:
         residual = None if inputs.residual is None else memory.match_strides(inputs.residual, x)
         return Inputs(x, inputs.channel_weight.contiguous(), inputs.spatial_weight.contiguous(), residual)
 
-    def forward(*args: Any) -> tuple[Tensor, Tensor]:
-        call = Forward.of(*args)
+    def forward(call: Forward) -> tuple[Tensor, Tensor]:
         return kernels.forward(call._replace(inputs=dense(call.inputs)))
 
-    def backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        call = Backward.of(*args)
+    def backward(call: Backward) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         inputs = dense(call.inputs)
         dy = memory.match_strides(call.dy, inputs.x)
         y = None if call.y is None else memory.match_strides(call.y, inputs.x)
@@ -158,8 +165,7 @@ def with_any_strides(kernels: Operators) -> Operators:
         )
         return dx, dchannel, dspatial, dresidual
 
-    def forward_(*args: Any) -> None:
-        call = Forward.of_in_place(*args)
+    def forward_(call: Forward) -> None:
         x = call.inputs.x
         memory.check_overlaps(x, call.inputs.residual)
         inputs = dense(call.inputs)
@@ -171,7 +177,7 @@ def with_any_strides(kernels: Operators) -> Operators:
 
 
 _PLAIN = with_any_strides(Operators(_plain_forward, _plain_backward, _plain_forward_))
-for _name, _plain in _PLAIN._asdict().items():
+for _name, _plain in from_arguments(_PLAIN)._asdict().items():
     _LIBRARY.impl(_name, _plain, "CompositeExplicitAutograd")
 
 
@@ -202,14 +208,14 @@ def _on_gpu(name: str, of: Callable[..., Forward | Backward]) -> Callable[..., A
         judged = backends.Call(*call.inputs, call.arguments.options(), call.grid)
         chosen = backends.first(judged)
         # Functions of this module are called directly, because their operators would be another dispatch.
-        operators = _TRITON if chosen == "triton" else OPERATORS.get(chosen, _PLAIN)
-        return getattr(operators, name)(*args)
+        direct = {"triton": _TRITON, "reference": _PLAIN}.get(chosen)
+        return getattr(OPERATORS[chosen], name)(*args) if direct is None else getattr(direct, name)(call)
 
     return run
 
 
 _TRITON = with_any_strides(Operators(*map(_triton, Operators._fields)))
-for _name, _kernel in _TRITON._asdict().items():
+for _name, _kernel in from_arguments(_TRITON)._asdict().items():
     _LIBRARY.impl(f"triton_{_name}", _kernel, "CompositeExplicitAutograd")
 for _name, _of in (("forward", Forward.of), ("backward", Backward.of), ("forward_", Forward.of_in_place)):
     _LIBRARY.impl(_name, _on_gpu(_name, _of), "CUDA")

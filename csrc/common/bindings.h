@@ -1,5 +1,5 @@
 // torch's operators on compiled kernels, by LibTorch's stable ABI, for every backend whose kernels take the plain
-// structs. Python has the schemas, the checks of a call and autograd (steam_kernels/ops.py).
+// structs. Python has the schemas (steam_kernels/schemas.py), the checks of a call and autograd (steam_kernels/ops.py).
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>

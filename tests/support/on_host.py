@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from steam_kernels.config import Arguments
-from steam_kernels.ops import Operators, with_any_strides
+from steam_kernels.ops import Operators, from_arguments, with_any_strides
 from steam_kernels.schemas import Backward, Forward
 from tests.support.cases import Case
 
@@ -261,7 +261,7 @@ class Host:
     # ---- the operators of steam_kernels/ops.py
 
     def operators(self) -> Operators:
-        return with_any_strides(Operators(self.forward, self.backward, self.forward_))
+        return from_arguments(with_any_strides(Operators(self.forward, self.backward, self.forward_)))
 
     def forward(self, call: Forward) -> Any:
         x, grid = call.inputs.x, call.grid

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from steam_kernels.ops import Operators, with_any_strides
+from steam_kernels.ops import Operators, from_arguments, with_any_strides
 from steam_kernels.schemas import Backward, Forward
 from tests.support.ptx import triton
 from tests.support.ptx.executor import Fault, Findings
@@ -54,7 +54,7 @@ class Device:
             self._process = None
 
     def operators(self) -> Operators:
-        return with_any_strides(Operators(self._forward, self._backward, self._forward_))
+        return from_arguments(with_any_strides(Operators(self._forward, self._backward, self._forward_)))
 
     def _forward(self, given: Forward) -> tuple[Tensor, Tensor]:
         y, saved = self._call("forward", given).results
