@@ -1,4 +1,4 @@
-"""Tests of tests/conftest.py: clean environment variables, and results well within their bounds."""
+"""Tests of tests/conftest.py: clean environment variables, fresh caches, and results well within their bounds."""
 
 from __future__ import annotations
 
@@ -30,6 +30,33 @@ def test_variables_that_a_test_set_are_gone() -> None:
     assert "PATH" in os.environ
 
 
+CACHES = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
+FRESH = f"""
+import os, pathlib
+
+def test_caches():
+    for name in {CACHES}:
+        path = pathlib.Path(os.environ[name])
+        assert not path.exists() or not any(path.iterdir()), path
+"""
+
+
+def run_pytest(path: Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """A run of one file with this project's conftest."""
+    command = [sys.executable, "-m", "pytest", "-p", "tests.conftest", "-p", "no:cacheprovider", "-q", str(path)]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def test_a_run_does_not_read_code_that_an_earlier_run_compiled(tmp_path: Path) -> None:
+    (tmp_path / "test_fresh.py").write_text(FRESH)
+    old = tmp_path / "old"
+    old.mkdir()
+    (old / "compiled").touch()
+    environment = {k: v for k, v in os.environ.items() if k != "PYTEST_XDIST_WORKER"}
+    done = run_pytest(tmp_path / "test_fresh.py", environment | dict.fromkeys(CACHES, str(old)))
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 RUN = """
 import pytest
 from tests.support.tolerances import within
@@ -47,11 +74,10 @@ def test_a_result_near_its_bound_fails_the_run(
     """The run that began the record fails, with a sentence for each such result. No other run does."""
     path, record = tmp_path / "test_planted.py", tmp_path / "ratios.jsonl"
     path.write_text(RUN.format(errors=errors))
-    command = [sys.executable, "-m", "pytest", "-p", "tests.conftest", "-p", "no:cacheprovider", "-q", str(path)]
     clean = {k: v for k, v in os.environ.items() if not k.startswith(tolerances.RECORD)}
 
     def run(**environment: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(command, cwd=ROOT, env=clean | environment, capture_output=True, text=True)
+        return run_pytest(path, clean | environment)
 
     done = run(**{tolerances.RECORD: str(record)})
     assert done.returncode == code and f"{len(errors)} passed" in done.stdout, done.stdout + done.stderr
