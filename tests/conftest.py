@@ -31,8 +31,8 @@ _ULTRALYTICS = tempfile.TemporaryDirectory(prefix="steam_kernels_ultralytics_")
 os.environ.setdefault("YOLO_CONFIG_DIR", _ULTRALYTICS.name)
 os.environ.setdefault("YOLO_OFFLINE", "true")
 
-# The keys of compilers' caches lack what some tests read: Triton's lack the folder of the source, Inductor's the tags of
-# operators. So a run has caches of its own, which its workers and processes share.
+# The keys of compilers' caches lack what some tests read. Triton's keys lack the folder of the source, and Inductor's
+# lack the tags of operators. So a run has caches of its own, which its workers and processes share.
 if "PYTEST_XDIST_WORKER" not in os.environ:
     _CACHES = tempfile.TemporaryDirectory(prefix="steam_kernels_caches_")
     for _name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"):

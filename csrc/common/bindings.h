@@ -251,9 +251,8 @@ bool share_memory(const Tensor& a, const Tensor& b) {
 
 // The operators of a backend B, which has
 //   Place place(const Tensor& x)
-//   ForwardArgs, BackwardArgs                       the structs of the kernels, whose last member B fills in
-//   void forward(const Tensor& x, ForwardArgs)      fills in the last member and calls the kernels
-//   void backward(const Tensor& x, BackwardArgs)
+//   void forward(const Tensor& x, const ForwardArgs&)      adds the arguments that only B has, and calls the kernels
+//   void backward(const Tensor& x, const BackwardArgs&)
 // The dispatcher gives an operator a stack with its arguments. The operator writes its results to the same stack.
 template <class B>
 struct Operators {
@@ -339,8 +338,7 @@ struct Operators {
                     pointer(dx, need_x),
                     pointer(dresidual, need_residual),
                     {pointer(dchannel, need_channel_weight), channel.weight.dtype},
-                    {pointer(dspatial, need_spatial_weight), spatial.weight.dtype},
-                    {}});
+                    {pointer(dspatial, need_spatial_weight), spatial.weight.dtype}});
     give(stack, dx, like_weight(dchannel, channel_weight, need_channel_weight),
          like_weight(dspatial, spatial_weight, need_spatial_weight), dresidual);
   }
@@ -364,14 +362,8 @@ struct Operators {
     const Place place = B::place(x);
     const Rows channel = rows_of("channel_weight", given.channel_weight, p.embed_dim, x, place);
     const Rows spatial = rows_of("spatial_weight", given.spatial_weight, p.embed_dim, x, place);
-    B::forward(x, {p,
-                   channel.weight,
-                   spatial.weight,
-                   x.const_data_ptr(),
-                   residual ? residual->const_data_ptr() : nullptr,
-                   y,
-                   saved,
-                   {}});
+    B::forward(x, {p, channel.weight, spatial.weight, x.const_data_ptr(),
+                   residual ? residual->const_data_ptr() : nullptr, y, saved});
   }
 };
 

@@ -162,5 +162,17 @@ inline Problem problem_of(const steam_problem& p) {
   return out;
 }
 
+// The arguments of a call that `check` has accepted.
+inline ForwardArgs args_of(const steam_forward_args& a) {
+  const DType weight = dtype_of(a.problem.weight_dtype);
+  return {problem_of(a.problem), {a.channel_weight, weight}, {a.spatial_weight, weight}, a.x, a.residual, a.y, a.saved};
+}
+
+inline BackwardArgs args_of(const steam_backward_args& a) {
+  const DType weight = dtype_of(a.problem.weight_dtype);
+  return {problem_of(a.problem), {a.channel_weight, weight}, {a.spatial_weight, weight}, a.dy, a.x, a.y, a.saved, a.dx,
+          a.dresidual,           {a.channel_grad, weight},   {a.spatial_grad, weight}};
+}
+
 }  // namespace
 }  // namespace steam

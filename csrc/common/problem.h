@@ -1,4 +1,5 @@
-// The problem of a call: the shape of a batch and the options of a unit. Plain data, for host and device code.
+// The problem of a call, which is the shape of a batch and the options of a unit, and the arguments of a call. Plain
+// data, for host and device code.
 #pragma once
 
 #include <cstdint>
@@ -41,6 +42,33 @@ struct Weight {
 struct WeightGrad {
   void* data;  // may be null, then the gradient is not computed
   DType dtype;
+};
+
+// The arguments of a call, without those that only one backend has. All maps are dense in the problem's memory format.
+// `saved` is (N, 2 * (C + gh * gw)) in the accumulation type. The row of a sample holds the channel tokens, the channel
+// pre-activations, the spatial tokens and the spatial pre-activations.
+struct ForwardArgs {
+  Problem problem;
+  Weight channel_weight;
+  Weight spatial_weight;
+  const void* x;
+  const void* residual;  // may be null
+  void* y;               // may be x itself
+  void* saved;           // may be null
+};
+
+struct BackwardArgs {
+  Problem problem;
+  Weight channel_weight;
+  Weight spatial_weight;
+  const void* dy;
+  const void* x;
+  const void* y;  // read only if problem.relu
+  const void* saved;
+  void* dx;         // may be null, then it is not computed
+  void* dresidual;  // may be null, then it is not computed; null without problem.relu
+  WeightGrad channel_grad;
+  WeightGrad spatial_grad;
 };
 
 // The first row (column) of cell i, because pixel r is in cell floor(r * cells / length).

@@ -15,16 +15,13 @@ void run_tasks(int64_t tasks, void (*body)(void*, int64_t), void* context) {
 }
 
 struct Cpu {
-  using ForwardArgs = cpu::ForwardArgs;
-  using BackwardArgs = cpu::BackwardArgs;
-
   static Place place(const Tensor&) { return {aoti_torch_device_type_cpu(), 0}; }
-  static void forward(const Tensor&, ForwardArgs args) { run(cpu::forward, args); }
-  static void backward(const Tensor&, BackwardArgs args) { run(cpu::backward, args); }
+  static void forward(const Tensor&, const ForwardArgs& given) { run(cpu::forward, given); }
+  static void backward(const Tensor&, const BackwardArgs& given) { run(cpu::backward, given); }
 
-  template <class Args>
-  static void run(std::size_t (*kernels)(const Args&), Args& args) {
-    args.parallel = {static_cast<int64_t>(torch::stable::get_num_threads()), run_tasks};
+  template <class Args, class Given>
+  static void run(std::size_t (*kernels)(const Args&), const Given& given) {
+    const Args args{given, {static_cast<int64_t>(torch::stable::get_num_threads()), run_tasks}};
     const std::size_t lacked = kernels(args);
     if (lacked == 0) return;
     char text[STEAM_MESSAGE_BYTES];

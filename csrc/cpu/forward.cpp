@@ -263,37 +263,20 @@ struct ForwardWalk {
     const int64_t pitch = sums.pitch, size = sums.size;
     A* z = g.channel.token + plan.ring.first;
     const V mean = L::set(static_cast<A>(1.0 / static_cast<double>(plan.pixels)));
-    const int64_t vectors = plan.channel_pitch / lanes;
-    for_tasks(parallel, (vectors + kTaskVectors - 1) / kTaskVectors, [&](int64_t t) {
-      for_tiles<L, 8>(smaller(kTaskVectors, vectors - t * kTaskVectors), [&]<int kVectors>(int64_t v) {
-        const int64_t c = (t * kTaskVectors + v) * lanes;
-        V total[kVectors];
-        for (int k = 0; k < kVectors; ++k) total[k] = L::zero();
-        for (int64_t i = 0; i < plan.problem.grid_h; ++i) {
-          V sum[kVectors];
-          for (int k = 0; k < kVectors; ++k) sum[k] = L::zero();
-          for (int64_t j = 0; j < plan.problem.grid_w; ++j) {
-            const S* at = cells + (i * plan.problem.grid_w + j) * pitch + c;
-            if (__builtin_expect(cells + size - at >= kVectors * lanes, 1)) {
+    const auto add = [&]<int kVectors>(int64_t i, int64_t j, int64_t c, V* sum) STEAM_LAMBDA_INLINE {
+      const S* at = cells + (i * plan.problem.grid_w + j) * pitch + c;
+      if (__builtin_expect(cells + size - at >= kVectors * lanes, 1)) {
 #pragma GCC unroll 16
-              for (int k = 0; k < kVectors; ++k) {
-                // Cells lie far apart, so the processor does not prefetch the next tile by itself.
-                if (k * lanes * static_cast<int64_t>(sizeof(S)) % kLine == 0) {
-                  __builtin_prefetch(at + (kVectors + k) * lanes);
-                }
-                sum[k] += load(at + k * lanes);
-              }
-            } else {
-              for (int k = 0; k < kVectors; ++k) sum[k] += load_until(at + k * lanes, cells + size);
-            }
-          }
-#pragma GCC unroll 16
-          for (int k = 0; k < kVectors; ++k) total[k] += sum[k];
+        for (int k = 0; k < kVectors; ++k) {
+          // Cells lie far apart, so the processor does not prefetch the next tile by itself.
+          if (k * lanes * static_cast<int64_t>(sizeof(S)) % kLine == 0) __builtin_prefetch(at + (kVectors + k) * lanes);
+          sum[k] += load(at + k * lanes);
         }
-#pragma GCC unroll 16
-        for (int k = 0; k < kVectors; ++k) store(z + c + k * lanes, total[k] * mean);
-      });
-    });
+      } else {
+        for (int k = 0; k < kVectors; ++k) sum[k] += load_until(at + k * lanes, cells + size);
+      }
+    };
+    sum_cells_of_channels<8>(plan, parallel, add, [&](int64_t c, V total) { store(z + c, total * mean); });
   }
 
   template <class S>

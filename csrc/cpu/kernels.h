@@ -17,32 +17,11 @@ struct Parallel {
   ParallelRun run;  // may be null if threads is 1
 };
 
-// All maps are dense in the problem's memory format. `saved` is (N, 2 * (C + gh * gw)) in the accumulation type. The
-// row of a sample holds the channel tokens, the channel pre-activations, the spatial tokens and the spatial
-// pre-activations.
-struct ForwardArgs {
-  Problem problem;
-  Weight channel_weight;
-  Weight spatial_weight;
-  const void* x;
-  const void* residual;  // may be null
-  void* y;               // may be x itself
-  void* saved;           // may be null
+struct ForwardArgs : steam::ForwardArgs {
   Parallel parallel;
 };
 
-struct BackwardArgs {
-  Problem problem;
-  Weight channel_weight;
-  Weight spatial_weight;
-  const void* dy;
-  const void* x;
-  const void* y;  // read only if problem.relu
-  const void* saved;
-  void* dx;         // may be null, then it is not computed
-  void* dresidual;  // may be null, then it is not computed
-  WeightGrad channel_grad;
-  WeightGrad spatial_grad;
+struct BackwardArgs : steam::BackwardArgs {
   Parallel parallel;
 };
 

@@ -132,6 +132,33 @@ STEAM_INLINE void sum_wide_rows(const S& s, int64_t rows, int64_t stride, int64_
 // channels_last: vectors of channels that a task takes at a time.
 constexpr int64_t kTaskVectors = 16;
 
+// channels_last: out(c, sum) for each vector of channels c. `add` adds the terms of cell (i, j) to the sums of kVectors
+// vectors, which begin at channel c. The rows of cells are summed apart, so that a long sum loses fewer digits.
+template <int kMost, class T, class Add, class Out>
+STEAM_INLINE void sum_cells_of_channels(const Plan<T>& plan, const cpu::Parallel* parallel, const Add& add,
+                                        const Out& out) {
+  using L = Lanes<T>;
+  using V = typename L::V;
+  constexpr int64_t lanes = L::kLanes;
+  const int64_t vectors = plan.channel_pitch / lanes;
+  for_tasks(parallel, (vectors + kTaskVectors - 1) / kTaskVectors, [&](int64_t t) {
+    for_tiles<L, kMost>(smaller(kTaskVectors, vectors - t * kTaskVectors), [&]<int kVectors>(int64_t v) {
+      const int64_t c = (t * kTaskVectors + v) * lanes;
+      V total[kVectors];
+      for (int k = 0; k < kVectors; ++k) total[k] = L::zero();
+      for (int64_t i = 0; i < plan.problem.grid_h; ++i) {
+        V sum[kVectors];
+        for (int k = 0; k < kVectors; ++k) sum[k] = L::zero();
+        for (int64_t j = 0; j < plan.problem.grid_w; ++j) add.template operator()<kVectors>(i, j, c, sum);
+#pragma GCC unroll 16
+        for (int k = 0; k < kVectors; ++k) total[k] += sum[k];
+      }
+#pragma GCC unroll 16
+      for (int k = 0; k < kVectors; ++k) out(c + k * lanes, total[k]);
+    });
+  });
+}
+
 // sums += more, both of whole vectors.
 template <class L>
 STEAM_INLINE void add_sums(const typename L::A* more, int64_t vectors, typename L::A* sums) {

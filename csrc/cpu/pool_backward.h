@@ -302,43 +302,27 @@ struct PoolBackward {
   void channel_gate_grads(const Cells& cells, const Memory& m, const cpu::Parallel* parallel) const {
     const Gates<T>& g = m.g;
     A* gate_grad = m.d.channel_gate + plan.ring.first;
-    const int64_t vectors = plan.channel_pitch / lanes;
-    for_tasks(parallel, (vectors + kTaskVectors - 1) / kTaskVectors, [&](int64_t t) {
-      for_tiles<L, 6>(smaller(kTaskVectors, vectors - t * kTaskVectors), [&]<int kVectors>(int64_t v) {
-        const int64_t c = (t * kTaskVectors + v) * lanes;
-        V total[kVectors];
-        for (int k = 0; k < kVectors; ++k) total[k] = L::zero();
-        for (int64_t i = 0; i < plan.problem.grid_h; ++i) {
-          V sum[kVectors];
-          for (int k = 0; k < kVectors; ++k) sum[k] = L::zero();
-          for (int64_t j = 0; j < plan.problem.grid_w; ++j) {
-            const int64_t cell = i * plan.problem.grid_w + j;
-            const V gate = L::set(g.spatial.gate[plan.lattice.at(i, j)] * static_cast<A>(plan.problem.scale));
-            const V share = L::set(plan.problem.sequential ? m.d.share(plan, i, j) : A{0});
-            const auto add = [&]<bool kInside>() STEAM_LAMBDA_INLINE {
+    const auto add_cell = [&]<int kVectors>(int64_t i, int64_t j, int64_t c, V* sum) STEAM_LAMBDA_INLINE {
+      const int64_t cell = i * plan.problem.grid_w + j;
+      const V gate = L::set(g.spatial.gate[plan.lattice.at(i, j)] * static_cast<A>(plan.problem.scale));
+      const V share = L::set(plan.problem.sequential ? m.d.share(plan, i, j) : A{0});
+      const auto add = [&]<bool kInside>() STEAM_LAMBDA_INLINE {
 #pragma GCC unroll 16
-              for (int k = 0; k < kVectors; ++k) {
-                const int64_t at = c + k * lanes;
-                // Cells lie far apart, so the processor does not prefetch the next tile by itself.
-                if (k * lanes * static_cast<int64_t>(sizeof(T)) % kLine == 0)
-                  cells.prefetch(cell, at + kVectors * lanes);
-                sum[k] += gate * cells.template product<kInside>(cell, at);
-                if (plan.problem.sequential) sum[k] += share * cells.template value<kInside>(cell, at);
-              }
-            };
-            if (__builtin_expect(cells.inside(cell, c + kVectors * lanes), 1)) {
-              add.template operator()<true>();
-            } else {
-              add.template operator()<false>();
-            }
-          }
-#pragma GCC unroll 16
-          for (int k = 0; k < kVectors; ++k) total[k] += sum[k];
+        for (int k = 0; k < kVectors; ++k) {
+          const int64_t at = c + k * lanes;
+          // Cells lie far apart, so the processor does not prefetch the next tile by itself.
+          if (k * lanes * static_cast<int64_t>(sizeof(T)) % kLine == 0) cells.prefetch(cell, at + kVectors * lanes);
+          sum[k] += gate * cells.template product<kInside>(cell, at);
+          if (plan.problem.sequential) sum[k] += share * cells.template value<kInside>(cell, at);
         }
-#pragma GCC unroll 16
-        for (int k = 0; k < kVectors; ++k) store(gate_grad + c + k * lanes, total[k]);
-      });
-    });
+      };
+      if (__builtin_expect(cells.inside(cell, c + kVectors * lanes), 1)) {
+        add.template operator()<true>();
+      } else {
+        add.template operator()<false>();
+      }
+    };
+    sum_cells_of_channels<6>(plan, parallel, add_cell, [&](int64_t c, V total) { store(gate_grad + c, total); });
   }
 };
 

@@ -61,13 +61,15 @@ STEAM_INLINE To bit_cast(const From& v) {
 
 // ---------------------------------------------------------------- lanes: the arithmetic in the accumulation type
 
-struct LanesF {
-  using A = float;
-  using I = int32_t;
-  using V = VecF;
-  using M = VecI;
-  static constexpr int kLanes = kVectorBytes / 4;
-  static STEAM_INLINE V set(float a) { return a - V{}; }
+// Vectors Values of Number, and vectors Mask of integers of the same width.
+template <class Number, class Integer, class Values, class Mask>
+struct LanesBase {
+  using A = Number;
+  using I = Integer;
+  using V = Values;
+  using M = Mask;
+  static constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(A));
+  static STEAM_INLINE V set(A a) { return a - V{}; }
   static STEAM_INLINE V zero() { return V{}; }
   static STEAM_INLINE V select(M m, V a, V b) { return m ? a : b; }
   static STEAM_INLINE M less(V a, V b) { return a < b; }
@@ -76,7 +78,10 @@ struct LanesF {
     for (int i = 0; i < kLanes; ++i) out[i] = i;
     return out;
   }
-  static STEAM_INLINE M first(int64_t n) { return iota() < static_cast<int32_t>(n); }
+  static STEAM_INLINE M first(int64_t n) { return iota() < static_cast<I>(n); }
+};
+
+struct LanesF : LanesBase<float, int32_t, VecF, VecI> {
   static STEAM_INLINE V magnitude(V a) { return bit_cast<V>(bit_cast<M>(a) & 0x7fffffff); }
 
   static STEAM_INLINE V exp_nonpositive(V x) {
@@ -98,22 +103,7 @@ struct LanesF {
   }
 };
 
-struct LanesD {
-  using A = double;
-  using I = int64_t;
-  using V = VecD;
-  using M = VecL;
-  static constexpr int kLanes = kVectorBytes / 8;
-  static STEAM_INLINE V set(double a) { return a - V{}; }
-  static STEAM_INLINE V zero() { return V{}; }
-  static STEAM_INLINE V select(M m, V a, V b) { return m ? a : b; }
-  static STEAM_INLINE M less(V a, V b) { return a < b; }
-  static STEAM_INLINE M iota() {
-    M out;
-    for (int i = 0; i < kLanes; ++i) out[i] = i;
-    return out;
-  }
-  static STEAM_INLINE M first(int64_t n) { return iota() < n; }
+struct LanesD : LanesBase<double, int64_t, VecD, VecL> {
   static STEAM_INLINE V magnitude(V a) { return bit_cast<V>(bit_cast<M>(a) & 0x7fffffffffffffffLL); }
   // float64 serves gradient checks, so exp is libm's, which is slower and more exact.
   static STEAM_INLINE V exp_nonpositive(V x) {
@@ -186,15 +176,7 @@ STEAM_INLINE typename L::V sum_lanes_of_each(typename L::V* v) {
 // ---------------------------------------------------------------- loads and stores: storage type <-> lanes
 
 template <class T>
-struct LanesOf {
-  using type = LanesF;
-};
-template <>
-struct LanesOf<double> {
-  using type = LanesD;
-};
-template <class T>
-using Lanes = typename LanesOf<T>::type;
+using Lanes = std::conditional_t<std::is_same_v<T, double>, LanesD, LanesF>;
 
 // __builtin_convertvector does the same, but GCC compiles it to three times as many instructions.
 #if defined(__AVX2__) && !defined(__AVX512BW__) && !defined(STEAM_CPU_VECTOR_BYTES)

@@ -12,19 +12,16 @@ namespace steam {
 namespace {
 
 struct Cuda {
-  using ForwardArgs = cuda::ForwardArgs;
-  using BackwardArgs = cuda::BackwardArgs;
-
   static Place place(const Tensor& x) { return {aoti_torch_device_type_cuda(), x.get_device_index()}; }
-  static void forward(const Tensor& x, const ForwardArgs& args) {
-    call(x, args, cuda::forward_workspace_bytes, cuda::forward);
+  static void forward(const Tensor& x, const ForwardArgs& given) {
+    call(x, given, cuda::forward_workspace_bytes, cuda::forward);
   }
-  static void backward(const Tensor& x, const BackwardArgs& args) {
-    call(x, args, cuda::backward_workspace_bytes, cuda::backward);
+  static void backward(const Tensor& x, const BackwardArgs& given) {
+    call(x, given, cuda::backward_workspace_bytes, cuda::backward);
   }
 
-  template <class Args>
-  static void call(const Tensor& x, Args args, size_t (*workspace_bytes)(const Problem&),
+  template <class Args, class Given>
+  static void call(const Tensor& x, const Given& given, size_t (*workspace_bytes)(const Problem&),
                    std::string (*kernels)(const Args&, void*)) {
     STD_TORCH_CHECK(x.is_cuda(), "steam_kernels: the CUDA operators take tensors on a GPU");
     const int32_t device = x.get_device_index();
@@ -37,9 +34,8 @@ struct Cuda {
     // The workspace is freed before the kernels end. That is safe: torch's allocator gives its memory only to work that
     // is queued later on the same stream.
     const Tensor workspace =
-        place(x).empty<1>({static_cast<int64_t>(workspace_bytes(args.problem))}, {1}, ScalarType::Byte);
-    args.workspace = workspace.mutable_data_ptr();
-    const std::string reason = kernels(args, stream);
+        place(x).empty<1>({static_cast<int64_t>(workspace_bytes(given.problem))}, {1}, ScalarType::Byte);
+    const std::string reason = kernels(Args{given, workspace.mutable_data_ptr()}, stream);
     STD_TORCH_CHECK(reason.empty(), "steam_kernels: ", reason);
   }
 };

@@ -7,14 +7,6 @@
 
 namespace {
 
-template <class Args, class Kernels>
-steam_status call(const Args& args, void* workspace, size_t workspace_bytes, void* stream, const steam::Report& report,
-                  const Kernels& kernels) {
-  if (workspace_bytes > 0) STEAM_TRY(report.given("workspace", workspace));
-  const std::string reason = kernels(args, stream);
-  return reason.empty() ? STEAM_OK : report.fail(STEAM_CUDA_ERROR, "%s", reason.c_str());
-}
-
 // Calls f, and returns a status for an exception, because no exception may leave a C function.
 template <class F>
 steam_status guarded(const steam::Report& report, const F& f) {
@@ -37,6 +29,19 @@ steam_status workspace(const steam_problem* problem, int64_t* bytes, char* messa
   });
 }
 
+template <class Args, class Given>
+steam_status call(const Given* args, void* workspace, void* stream, char* message,
+                  size_t (*needed)(const steam::Problem&), std::string (*kernels)(const Args&, void*)) {
+  const steam::Report report(message);
+  STEAM_TRY(steam::check(args, report));
+  return guarded(report, [&] {
+    const Args whole{steam::args_of(*args), workspace};
+    if (needed(whole.problem) > 0) STEAM_TRY(report.given("workspace", workspace));
+    const std::string reason = kernels(whole, stream);
+    return reason.empty() ? STEAM_OK : report.fail(STEAM_CUDA_ERROR, "%s", reason.c_str());
+  });
+}
+
 }  // namespace
 
 steam_status steam_cuda_forward_workspace(const steam_problem* problem, int64_t* bytes, char* message) {
@@ -48,42 +53,9 @@ steam_status steam_cuda_backward_workspace(const steam_problem* problem, int64_t
 }
 
 steam_status steam_cuda_forward(const steam_forward_args* args, void* workspace, void* stream, char* message) {
-  const steam::Report report(message);
-  STEAM_TRY(steam::check(args, report));
-  const steam::Problem problem = steam::problem_of(args->problem);
-  const steam::DType weight = steam::dtype_of(args->problem.weight_dtype);
-  return guarded(report, [&] {
-    const steam::cuda::ForwardArgs given{problem,
-                                         {args->channel_weight, weight},
-                                         {args->spatial_weight, weight},
-                                         args->x,
-                                         args->residual,
-                                         args->y,
-                                         args->saved,
-                                         workspace};
-    return call(given, workspace, steam::cuda::forward_workspace_bytes(problem), stream, report, steam::cuda::forward);
-  });
+  return call(args, workspace, stream, message, steam::cuda::forward_workspace_bytes, steam::cuda::forward);
 }
 
 steam_status steam_cuda_backward(const steam_backward_args* args, void* workspace, void* stream, char* message) {
-  const steam::Report report(message);
-  STEAM_TRY(steam::check(args, report));
-  const steam::Problem problem = steam::problem_of(args->problem);
-  const steam::DType weight = steam::dtype_of(args->problem.weight_dtype);
-  return guarded(report, [&] {
-    const steam::cuda::BackwardArgs given{problem,
-                                          {args->channel_weight, weight},
-                                          {args->spatial_weight, weight},
-                                          args->dy,
-                                          args->x,
-                                          args->y,
-                                          args->saved,
-                                          args->dx,
-                                          args->dresidual,
-                                          {args->channel_grad, weight},
-                                          {args->spatial_grad, weight},
-                                          workspace};
-    return call(given, workspace, steam::cuda::backward_workspace_bytes(problem), stream, report,
-                steam::cuda::backward);
-  });
+  return call(args, workspace, stream, message, steam::cuda::backward_workspace_bytes, steam::cuda::backward);
 }

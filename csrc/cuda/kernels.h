@@ -11,33 +11,14 @@
 namespace steam {
 namespace cuda {
 
-// All pointers are to memory of the current device. All maps are dense in the problem's memory format. `saved` is
-// (N, 2 * (C + gh * gw)) in the accumulation type. The row of a sample holds the channel tokens, the channel
-// pre-activations, the spatial tokens and the spatial pre-activations.
-struct ForwardArgs {
-  Problem problem;
-  Weight channel_weight;
-  Weight spatial_weight;
-  const void* x;
-  const void* residual;  // may be null
-  void* y;               // may be x itself
-  void* saved;           // may be null
-  void* workspace;       // of forward_workspace_bytes, aligned to 16 bytes; may be null if that is 0
+// All pointers are to memory of the current device. `workspace` is aligned to 16 bytes and has the bytes that
+// forward_workspace_bytes or backward_workspace_bytes returns. It may be null if that is 0.
+struct ForwardArgs : steam::ForwardArgs {
+  void* workspace;
 };
 
-struct BackwardArgs {
-  Problem problem;
-  Weight channel_weight;
-  Weight spatial_weight;
-  const void* dy;
-  const void* x;
-  const void* y;  // read only if problem.relu
-  const void* saved;
-  void* dx;         // may be null, then it is not computed
-  void* dresidual;  // may be null, then it is not computed; null without problem.relu
-  WeightGrad channel_grad;
-  WeightGrad spatial_grad;
-  void* workspace;  // of backward_workspace_bytes, aligned to 16 bytes; may be null if that is 0
+struct BackwardArgs : steam::BackwardArgs {
+  void* workspace;
 };
 
 // Returns the bytes of workspace that a call needs on the current device. The call ignores the content of the

@@ -131,6 +131,37 @@ def sizes_of(channels, area, width, grid_h, grid_w, LAYOUT: tl.constexpr):
     return Sizes(channels * LAYOUT.CHANNELS_MULTIPLE, area * LAYOUT.AREA_MULTIPLE, width, grid_h, grid_w)
 
 
+@triton.jit
+def weights_of(
+    channel_weight, channel_row, channel_column, spatial_weight, spatial_row, spatial_column, heads, head_width
+):  # fmt: skip
+    """Both weights, or the gradients of both, from the arguments of a kernel."""
+    channel = Weight(channel_weight, channel_row, channel_column, heads, head_width)
+    return channel, Weight(spatial_weight, spatial_row, spatial_column, heads, head_width)
+
+
+@triton.jit
+def weight_numbers(weight, TILE: tl.constexpr, ACC: tl.constexpr):
+    """The rows of a weight, (HEADS, WIDTH) each: query, key, value and output, 0 beyond the heads and their width."""
+    # [HEADS, 1] and [1, WIDTH]
+    head = tl.arange(0, TILE.HEADS)[:, None]
+    k = tl.arange(0, TILE.WIDTH)[None, :]
+    # [HEADS, WIDTH]
+    inside = (head < weight.heads) & (k < weight.head_width)
+    at = weight.data + (head * weight.head_width + k) * weight.column
+    query = tl.load(at, mask=inside, other=0.0).to(ACC)
+    key = tl.load(at + weight.row, mask=inside, other=0.0).to(ACC)
+    value = tl.load(at + 2 * weight.row, mask=inside, other=0.0).to(ACC)
+    output = tl.load(at + 3 * weight.row, mask=inside, other=0.0).to(ACC)
+    return query, key, value, output
+
+
+@triton.jit
+def program_of(blocks):
+    """The sample and the block of this program; a sample has ``blocks`` programs."""
+    return (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
+
+
 # ---- groups on the host ----------------------------------------------------------------------------------------------
 
 #: Whether Triton's interpreter runs the kernels: whether TRITON_INTERPRET was 1 when this module was imported.

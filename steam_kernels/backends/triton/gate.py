@@ -8,7 +8,7 @@ are channels, and its columns are pixels.
 import triton
 import triton.language as tl
 
-from .arguments import DO_NOT_SPECIALIZE, Weight, sizes_of
+from .arguments import DO_NOT_SPECIALIZE, sizes_of
 from .pool import upstream
 from .weights import weight_gradients
 
@@ -42,6 +42,18 @@ def place(t, sizes, steps, LAYOUT: tl.constexpr, TILE: tl.constexpr):
     column = pixel - row * sizes.width
     cell = row * sizes.grid_h // (sizes.area // sizes.width) * sizes.grid_w + column * sizes.grid_w // sizes.width
     return row_block * steps * TILE.ROWS, e, member, cell
+
+
+@triton.jit
+def tile_of_program(sizes, steps, TILE: tl.constexpr):
+    """The sample and the tile of this program. The programs begin with the last tile of the last sample.
+
+    The pool stage read this sample last, so that the cache may still hold it.
+    """
+    row_blocks, run_blocks = gate_tiles(sizes, steps, TILE)
+    tiles = row_blocks * run_blocks
+    t = tl.num_programs(0) - 1 - tl.program_id(0)
+    return (t // tiles).to(tl.int64), t % tiles
 
 
 @triton.jit
@@ -101,17 +113,12 @@ def gate(
     channels, area, width, grid_h, grid_w,
     SCALE: tl.constexpr, RELU: tl.constexpr, LAYOUT: tl.constexpr, TILE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """A program is ``steps`` tiles of a sample. The programs begin with the last sample.
-
-    The pool stage read this sample last, so that the cache may still hold it.
-    """
+    """A program is ``steps`` tiles of a sample."""
     if not TILE.LOOP:
         steps = 1
     sizes = sizes_of(channels, area, width, grid_h, grid_w, LAYOUT)
-    row_blocks, run_blocks = gate_tiles(sizes, steps, TILE)
-    tiles = row_blocks * run_blocks
-    t = tl.num_programs(0) - 1 - tl.program_id(0)
-    gate_of((t // tiles).to(tl.int64), t % tiles, x, residual, y, gates, sizes, steps, SCALE, RELU, LAYOUT, TILE, ACC)
+    n, t = tile_of_program(sizes, steps, TILE)
+    gate_of(n, t, x, residual, y, gates, sizes, steps, SCALE, RELU, LAYOUT, TILE, ACC)
 
 
 @triton.jit
@@ -161,10 +168,8 @@ def gate_backward(
     gates, shifts,
     partials_c,  # None: all programs are tiles
     partials_s,
-    channel_weight,
-    spatial_weight,
-    dchannel_weight,  # None: not needed
-    dspatial_weight,  # None: not needed
+    channel_weight, spatial_weight,
+    dchannel_weight, dspatial_weight,  # None: not needed
     channel_row, channel_column, spatial_row, spatial_column,
     dchannel_row, dchannel_column, dspatial_row, dspatial_column,
     rows, samples,
@@ -173,24 +178,18 @@ def gate_backward(
     SCALE: tl.constexpr, SEQUENTIAL: tl.constexpr, LAYOUT: tl.constexpr, TILE: tl.constexpr,
     WEIGHTS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """A program is ``steps`` tiles of a sample. With partials, the first program computes the gradients of the weights.
-
-    The other programs begin with the last sample, which the pool stage read last.
-    """
+    """A program is ``steps`` tiles of a sample. With partials, the first program computes the gradients of the weights."""
     if not TILE.LOOP:
         steps = 1
     sizes = sizes_of(channels, area, width, grid_h, grid_w, LAYOUT)
-    row_blocks, run_blocks = gate_tiles(sizes, steps, TILE)
-    tiles = row_blocks * run_blocks
-    t = tl.num_programs(0) - 1 - tl.program_id(0)
-    n = (t // tiles).to(tl.int64)
     if partials_c is None or tl.program_id(0) > 0:
+        n, t = tile_of_program(sizes, steps, TILE)
         gate_backward_of(
-            n, t % tiles, dy, y, dx, dresidual, gates, shifts, sizes, steps, SCALE, SEQUENTIAL, LAYOUT, TILE, ACC
+            n, t, dy, y, dx, dresidual, gates, shifts, sizes, steps, SCALE, SEQUENTIAL, LAYOUT, TILE, ACC
         )  # fmt: skip
     else:
-        channel = Weight(channel_weight, channel_row, channel_column, heads, head_width)
-        spatial = Weight(spatial_weight, spatial_row, spatial_column, heads, head_width)
-        dchannel = Weight(dchannel_weight, dchannel_row, dchannel_column, heads, head_width)
-        dspatial = Weight(dspatial_weight, dspatial_row, dspatial_column, heads, head_width)
-        weight_gradients(channel, spatial, dchannel, dspatial, partials_c, partials_s, rows, samples, WEIGHTS, ACC)
+        weight_gradients(
+            channel_weight, channel_row, channel_column, spatial_weight, spatial_row, spatial_column,
+            dchannel_weight, dchannel_row, dchannel_column, dspatial_weight, dspatial_row, dspatial_column,
+            heads, head_width, partials_c, partials_s, rows, samples, WEIGHTS, ACC,
+        )  # fmt: skip

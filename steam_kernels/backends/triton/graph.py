@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .arguments import DO_NOT_SPECIALIZE, Weight, sizes_of
+from .arguments import DO_NOT_SPECIALIZE, Weight, program_of, sizes_of
 from .pool import cell_begin, upstream
 from .transform import Graph, collapse, sigmoid, transform
 
@@ -325,20 +325,16 @@ def lattice_gates(
 def graph(
     sums,  # over the cells, or x if each cell is a pixel
     saved, gates, windows, partials,
-    channel_weight,
-    channel_row, channel_column,
-    channels, area, width, grid_h, grid_w,
-    heads, head_width, ring_first, ring_count,
+    channel_weight, channel_row, channel_column,
+    channels, area, width, grid_h, grid_w, heads, head_width, ring_first, ring_count,
     OPTIONS: tl.constexpr, LAYOUT: tl.constexpr, TILE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """A program is a block of channels of a sample."""
     sizes = sizes_of(channels, area, width, grid_h, grid_w, LAYOUT)
-    blocks = tl.cdiv(sizes.channels, TILE.CHANNELS)
-    n = (tl.program_id(0) // blocks).to(tl.int64)
+    n, b = program_of(tl.cdiv(sizes.channels, TILE.CHANNELS))
     weight = Weight(channel_weight, channel_row, channel_column, heads, head_width)
     graph_of(
-        n, tl.program_id(0) % blocks, sums, saved, gates, windows, partials, weight, sizes, ring_first, ring_count,
-        OPTIONS, LAYOUT, TILE, ACC,
+        n, b, sums, saved, gates, windows, partials, weight, sizes, ring_first, ring_count, OPTIONS, LAYOUT, TILE, ACC
     )  # fmt: skip
 
 
@@ -346,8 +342,7 @@ def graph(
 def lattice(
     saved, gates, partials,
     spatial_weight, spatial_row, spatial_column,
-    channels, area, width, grid_h, grid_w,
-    heads, head_width,
+    channels, area, width, grid_h, grid_w, heads, head_width,
     OPTIONS: tl.constexpr, LAYOUT: tl.constexpr, TILE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """A program is the cells of a sample."""

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .arguments import DO_NOT_SPECIALIZE, Weight, sizes_of
+from .arguments import DO_NOT_SPECIALIZE, Weight, program_of, sizes_of
 from .graph import (
     block_of,
     by_channel,
@@ -244,9 +244,7 @@ def graph_backward_cells(
 ):  # fmt: skip
     """A program is a block of channels of a sample."""
     sizes = sizes_of(channels, area, width, grid_h, grid_w, LAYOUT)
-    blocks = tl.cdiv(sizes.channels, TILE.CHANNELS)
-    n = (tl.program_id(0) // blocks).to(tl.int64)
-    b = tl.program_id(0) % blocks
+    n, b = program_of(tl.cdiv(sizes.channels, TILE.CHANNELS))
     cells_of(n, b, products, dy, y, saved, gates, flows, partials, sizes, SCALE, RING, LAYOUT, TILE, ACC)
 
 
@@ -254,8 +252,7 @@ def graph_backward_cells(
 def lattice_backward(
     saved, gates, flows, shifts, partials, partials_s,
     spatial_weight, spatial_row, spatial_column,
-    channels, area, width, grid_h, grid_w,
-    heads, head_width,
+    channels, area, width, grid_h, grid_w, heads, head_width,
     SCALE: tl.constexpr, OPTIONS: tl.constexpr, LAYOUT: tl.constexpr, TILE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """A program is the cells of a sample."""
@@ -271,18 +268,15 @@ def lattice_backward(
 def graph_backward_ring(
     sums,  # over the cells, or x if each cell is a pixel; None in the parallel order
     saved, flows, shifts, windows, partials_c,
-    channel_weight,
-    channel_row, channel_column,
-    channels, area, width, grid_h, grid_w,
-    heads, head_width, ring_first, ring_count,
+    channel_weight, channel_row, channel_column,
+    channels, area, width, grid_h, grid_w, heads, head_width, ring_first, ring_count,
     OPTIONS: tl.constexpr, LAYOUT: tl.constexpr, TILE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """A program is a block of channels of a sample."""
     sizes = sizes_of(channels, area, width, grid_h, grid_w, LAYOUT)
-    blocks = tl.cdiv(sizes.channels, TILE.CHANNELS)
-    n = (tl.program_id(0) // blocks).to(tl.int64)
+    n, b = program_of(tl.cdiv(sizes.channels, TILE.CHANNELS))
     weight = Weight(channel_weight, channel_row, channel_column, heads, head_width)
     ring_backward_of(
-        n, tl.program_id(0) % blocks, sums, saved, flows, shifts, windows, partials_c, weight, sizes,
-        ring_first, ring_count, OPTIONS, LAYOUT, TILE, ACC,
+        n, b, sums, saved, flows, shifts, windows, partials_c, weight, sizes, ring_first, ring_count,
+        OPTIONS, LAYOUT, TILE, ACC,
     )  # fmt: skip

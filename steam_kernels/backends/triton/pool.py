@@ -7,7 +7,7 @@ The results are sums, and the graph stage divides them. They have the memory for
 import triton
 import triton.language as tl
 
-from .arguments import DO_NOT_SPECIALIZE, sizes_of
+from .arguments import DO_NOT_SPECIALIZE, program_of, sizes_of
 
 
 @triton.jit
@@ -104,10 +104,8 @@ def pool_runs(
 ):  # fmt: skip
     """A program is ``steps`` runs of a sample."""
     sizes = sizes_of(channels, area, width, grid_h, grid_w, LAYOUT)
-    blocks = tl.cdiv(sizes.channels, TILE.CHANNELS * steps)
-    n = (tl.program_id(0) // blocks).to(tl.int64)
-    first = (tl.program_id(0) % blocks) * steps * TILE.CHANNELS
-    pool_runs_of(n, first, steps, x, dy, y, sums, products, sizes, TILE, ACC)
+    n, b = program_of(tl.cdiv(sizes.channels, TILE.CHANNELS * steps))
+    pool_runs_of(n, b * steps * TILE.CHANNELS, steps, x, dy, y, sums, products, sizes, TILE, ACC)
 
 
 @triton.jit
@@ -208,6 +206,5 @@ def pool_tiles(
 ):  # fmt: skip
     """A program is one tile of a sample."""
     sizes = sizes_of(channels, area, width, grid_h, grid_w, LAYOUT)
-    tiles = tl.cdiv(sizes.channels, TILE.CHANNELS) * tl.cdiv(grid_w, TILE.CELLS) * grid_h
-    n = (tl.program_id(0) // tiles).to(tl.int64)
-    pool_tiles_of(n, tl.program_id(0) % tiles, x, dy, y, sums, products, sizes, LAYOUT, TILE, ACC)
+    n, t = program_of(tl.cdiv(sizes.channels, TILE.CHANNELS) * tl.cdiv(grid_w, TILE.CELLS) * grid_h)
+    pool_tiles_of(n, t, x, dy, y, sums, products, sizes, LAYOUT, TILE, ACC)

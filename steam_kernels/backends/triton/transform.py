@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from .arguments import weight_numbers
+
 
 class Graph(NamedTuple):
     """The nodes of a branch, and where their neighbours are.
@@ -38,16 +40,7 @@ def sigmoid(o):
 @triton.jit
 def collapse(weight, TILE: tl.constexpr, ACC: tl.constexpr):
     """a and b of every head, (1, HEADS) each, 0 beyond the heads."""
-    # [HEADS, 1] and [1, WIDTH]
-    head = tl.arange(0, TILE.HEADS)[:, None]
-    k = tl.arange(0, TILE.WIDTH)[None, :]
-    # [HEADS, WIDTH]
-    inside = (head < weight.heads) & (k < weight.head_width)
-    at = weight.data + (head * weight.head_width + k) * weight.column
-    query = tl.load(at, mask=inside, other=0.0).to(ACC)
-    key = tl.load(at + weight.row, mask=inside, other=0.0).to(ACC)
-    value = tl.load(at + 2 * weight.row, mask=inside, other=0.0).to(ACC)
-    output = tl.load(at + 3 * weight.row, mask=inside, other=0.0).to(ACC)
+    query, key, value, output = weight_numbers(weight, TILE, ACC)
     # [HEADS]
     a = tl.sum(query * key, 1) / tl.sqrt((weight.head_width + tl.zeros([TILE.HEADS], tl.int32)).to(ACC))
     return a[None, :], tl.sum(value * output, 1)[None, :]

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .arguments import DO_NOT_SPECIALIZE, Weight
+from .arguments import DO_NOT_SPECIALIZE, Weight, weight_numbers
 
 
 @triton.jit
@@ -28,11 +28,7 @@ def add_up(weight, gradient, partials, rows, TILE: tl.constexpr, ACC: tl.constex
     k = tl.arange(0, TILE.WIDTH)[None, :]
     # [HEADS, WIDTH]
     inside = (head < weight.heads) & (k < weight.head_width)
-    at = weight.data + (head * weight.head_width + k) * weight.column
-    query = tl.load(at, mask=inside, other=0.0).to(ACC)
-    key = tl.load(at + weight.row, mask=inside, other=0.0).to(ACC)
-    value = tl.load(at + 2 * weight.row, mask=inside, other=0.0).to(ACC)
-    output = tl.load(at + 3 * weight.row, mask=inside, other=0.0).to(ACC)
+    query, key, value, output = weight_numbers(weight, TILE, ACC)
     at = gradient.data + (head * weight.head_width + k) * gradient.column
     tl.store(at, (da * key).to(gradient.data.dtype.element_ty), mask=inside)
     tl.store(at + gradient.row, (da * query).to(gradient.data.dtype.element_ty), mask=inside)
@@ -42,22 +38,26 @@ def add_up(weight, gradient, partials, rows, TILE: tl.constexpr, ACC: tl.constex
 
 @triton.jit
 def weight_gradients(
-    channel, spatial, dchannel, dspatial, partials_c, partials_s, rows, samples, TILE: tl.constexpr, ACC: tl.constexpr
-):
-    """The gradients of both weights; the data of a gradient that is not needed is None."""
-    if dchannel.data is not None:
-        add_up(channel, dchannel, partials_c, rows, TILE, ACC)
-    if dspatial.data is not None:
-        add_up(spatial, dspatial, partials_s, samples, TILE, ACC)
+    channel_weight, channel_row, channel_column, spatial_weight, spatial_row, spatial_column,
+    dchannel_weight, dchannel_row, dchannel_column, dspatial_weight, dspatial_row, dspatial_column,
+    heads, head_width, partials_c, partials_s, rows, samples, TILE: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """The gradients of both weights; a gradient that is not needed is None."""
+    if dchannel_weight is not None:
+        weight = Weight(channel_weight, channel_row, channel_column, heads, head_width)
+        gradient = Weight(dchannel_weight, dchannel_row, dchannel_column, heads, head_width)
+        add_up(weight, gradient, partials_c, rows, TILE, ACC)
+    if dspatial_weight is not None:
+        weight = Weight(spatial_weight, spatial_row, spatial_column, heads, head_width)
+        gradient = Weight(dspatial_weight, dspatial_row, dspatial_column, heads, head_width)
+        add_up(weight, gradient, partials_s, samples, TILE, ACC)
 
 
 @triton.jit(do_not_specialize=DO_NOT_SPECIALIZE)
 def weights_backward(
     partials_c, partials_s,
-    channel_weight,
-    spatial_weight,
-    dchannel_weight,  # None: not needed
-    dspatial_weight,  # None: not needed
+    channel_weight, spatial_weight,
+    dchannel_weight, dspatial_weight,  # None: not needed
     channel_row, channel_column, spatial_row, spatial_column,
     dchannel_row, dchannel_column, dspatial_row, dspatial_column,
     rows, samples,
@@ -65,8 +65,8 @@ def weights_backward(
     TILE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """The gradients of both weights, by one program, where no other kernel has a program for them."""
-    channel = Weight(channel_weight, channel_row, channel_column, heads, head_width)
-    spatial = Weight(spatial_weight, spatial_row, spatial_column, heads, head_width)
-    dchannel = Weight(dchannel_weight, dchannel_row, dchannel_column, heads, head_width)
-    dspatial = Weight(dspatial_weight, dspatial_row, dspatial_column, heads, head_width)
-    weight_gradients(channel, spatial, dchannel, dspatial, partials_c, partials_s, rows, samples, TILE, ACC)
+    weight_gradients(
+        channel_weight, channel_row, channel_column, spatial_weight, spatial_row, spatial_column,
+        dchannel_weight, dchannel_row, dchannel_column, dspatial_weight, dspatial_row, dspatial_column,
+        heads, head_width, partials_c, partials_s, rows, samples, TILE, ACC,
+    )  # fmt: skip

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .arguments import DO_NOT_SPECIALIZE, Sizes, Weight, sizes_of
+from .arguments import DO_NOT_SPECIALIZE, Sizes, sizes_of, weights_of
 from .gate import gate_backward_of, gate_of, gate_tiles
 from .graph import graph_of, lattice_gates
 from .graph_backward import cells_of, lattice_backward_of, ring_backward_of
@@ -26,15 +26,9 @@ def steps_of_sample(sizes, TILE: tl.constexpr):
 
 @triton.jit
 def pool_sample(
-    n, x,
-    dy,  # None: no products
-    y,  # None: no ReLU
-    sums,  # None: only products
-    products,
-    sizes,  # the width divided by WIDTH_MULTIPLE
-    LAYOUT: tl.constexpr, TILE: tl.constexpr, ACC: tl.constexpr,
+    n, x, dy, y, sums, products, sizes, LAYOUT: tl.constexpr, TILE: tl.constexpr, ACC: tl.constexpr
 ):  # fmt: skip
-    """The pool stage of sample n, by runs or by tiles."""
+    """The pool stage of sample n, by runs or by tiles. The arguments are those of ``pool_tiles_of``."""
     if TILE.RUNS:
         blocks = tl.cdiv(sizes.channels, TILE.CHANNELS)
         pool_runs_of(n, 0, blocks, x, dy, y, sums, products, with_whole_width(sizes, LAYOUT), TILE, ACC)
@@ -50,19 +44,17 @@ def whole(
     y,
     sums,  # None: each cell is a pixel
     saved, gates, windows, partials,
-    channel_weight,
-    spatial_weight,
-    channel_row, channel_column, spatial_row, spatial_column,
-    channels, area, width, grid_h, grid_w,
-    heads, head_width, ring_first, ring_count,
+    channel_weight, spatial_weight, channel_row, channel_column, spatial_row, spatial_column,
+    channels, area, width, grid_h, grid_w, heads, head_width, ring_first, ring_count,
     SCALE: tl.constexpr, RELU: tl.constexpr, OPTIONS: tl.constexpr, LAYOUT: tl.constexpr, POOL: tl.constexpr,
     GRAPH: tl.constexpr, GATE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """The forward pass of a sample."""
     n = tl.program_id(0).to(tl.int64)
     sizes = sizes_of(channels, area, width, grid_h, grid_w, LAYOUT)
-    channel = Weight(channel_weight, channel_row, channel_column, heads, head_width)
-    spatial = Weight(spatial_weight, spatial_row, spatial_column, heads, head_width)
+    channel, spatial = weights_of(
+        channel_weight, channel_row, channel_column, spatial_weight, spatial_row, spatial_column, heads, head_width
+    )  # fmt: skip
     pooled = x
     if sums is not None:
         pool_sample(n, x, None, None, sums, None, sizes, LAYOUT, POOL, ACC)
@@ -93,19 +85,17 @@ def whole_backward(
     saved, gates, flows, shifts, windows,
     partials,  # of the blocks of channels
     partials_c, partials_s,
-    channel_weight,
-    spatial_weight,
-    channel_row, channel_column, spatial_row, spatial_column,
-    channels, area, width, grid_h, grid_w,
-    heads, head_width, ring_first, ring_count,
+    channel_weight, spatial_weight, channel_row, channel_column, spatial_row, spatial_column,
+    channels, area, width, grid_h, grid_w, heads, head_width, ring_first, ring_count,
     SCALE: tl.constexpr, RING: tl.constexpr, OPTIONS: tl.constexpr, LAYOUT: tl.constexpr, POOL: tl.constexpr,
     GRAPH: tl.constexpr, GATE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """The backward pass of a sample, up to its partials of the gradients of the weights."""
     n = tl.program_id(0).to(tl.int64)
     sizes = sizes_of(channels, area, width, grid_h, grid_w, LAYOUT)
-    channel = Weight(channel_weight, channel_row, channel_column, heads, head_width)
-    spatial = Weight(spatial_weight, spatial_row, spatial_column, heads, head_width)
+    channel, spatial = weights_of(
+        channel_weight, channel_row, channel_column, spatial_weight, spatial_row, spatial_column, heads, head_width
+    )  # fmt: skip
     pooled = x
     if products is not None:
         pool_sample(n, x, dy, y, sums, products, sizes, LAYOUT, POOL, ACC)

@@ -379,11 +379,11 @@ class Executor {
   std::mt19937_64 random_;
 };
 
-#define PTX_ENTRY(name) #name " "
-const char* const kNames[] = {PTX_TYPES(PTX_ENTRY),        PTX_OPERATIONS(PTX_ENTRY),  PTX_FLAGS(PTX_ENTRY),
-                              PTX_SPACES(PTX_ENTRY),       PTX_COMPARISONS(PTX_ENTRY), PTX_SHUFFLES(PTX_ENTRY),
-                              PTX_COMBINATIONS(PTX_ENTRY), PTX_SPECIALS(PTX_ENTRY),    PTX_COUNTS(PTX_ENTRY)};
-#undef PTX_ENTRY
+#define PTX_NAME(prefix, name) #name " "
+const char* const kNames[] = {PTX_TYPES(PTX_NAME, ),        PTX_OPERATIONS(PTX_NAME, ),  PTX_FLAGS(PTX_NAME, ),
+                              PTX_SPACES(PTX_NAME, ),       PTX_COMPARISONS(PTX_NAME, ), PTX_SHUFFLES(PTX_NAME, ),
+                              PTX_COMBINATIONS(PTX_NAME, ), PTX_SPECIALS(PTX_NAME, ),    PTX_COUNTS(PTX_NAME, )};
+#undef PTX_NAME
 
 }  // namespace
 }  // namespace ptx

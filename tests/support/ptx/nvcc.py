@@ -149,18 +149,7 @@ class SteamProblem(ctypes.Structure):
 #: steam_forward_args and steam_backward_args after the problem, by the names of on_host.ARRAYS.
 POINTERS = {
     False: ("channel_weight", "spatial_weight", "x", "residual", "y", "saved"),
-    True: (
-        "channel_weight",
-        "spatial_weight",
-        "dy",
-        "x",
-        "y",
-        "saved",
-        "dx",
-        "dresidual",
-        "dchannel",
-        "dspatial",
-    ),
+    True: ("channel_weight", "spatial_weight", "dy", "x", "y", "saved", "dx", "dresidual", "dchannel", "dspatial"),
 }
 CALLBACK = ctypes.CFUNCTYPE(
     None,

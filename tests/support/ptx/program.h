@@ -6,57 +6,47 @@
 #include <stdexcept>
 
 // clang-format off
-#define PTX_TYPES(X) \
-  X(u8) X(s8) X(u16) X(s16) X(u32) X(s32) X(u64) X(s64) X(f16) X(bf16) X(f32) X(f64) X(pred) X(f16x2) X(bf16x2)
-#define PTX_OPERATIONS(X) \
-  X(add) X(sub) X(mul) X(mad) X(fma) X(div) X(rem) X(neg) X(abs) X(min) X(max) X(and) X(or) X(xor) X(not) X(shl) \
-  X(shr) X(bfe) X(bfi) X(prmt) X(lop3) X(shf) X(clz) X(popc) X(copysign) X(selp) X(setp) X(ex2) X(rcp) X(rsqrt) \
-  X(sqrt) X(mov) X(pack) X(unpack) X(cvt) X(cvt_pack) X(cvta) X(cvta_to) X(ld) X(st) X(ldmatrix) X(stmatrix) \
-  X(shfl) X(bar) X(bar_warp) X(bra) X(ret) X(trap) X(fence)
-#define PTX_FLAGS(X) \
-  X(ftz) X(sat) X(nan) X(wide) X(hi) X(rz) X(rm) X(rp) X(rni) X(rzi) X(rmi) X(rpi) X(relu) X(trans) X(negated) \
-  X(left) X(clamp)
-#define PTX_SPACES(X) X(global) X(shared) X(local) X(param) X(generic)
-#define PTX_COMPARISONS(X) \
-  X(eq) X(ne) X(lt) X(le) X(gt) X(ge) X(equ) X(neu) X(ltu) X(leu) X(gtu) X(geu) X(num) X(nan)
-#define PTX_SHUFFLES(X) X(idx) X(up) X(down) X(bfly)
-#define PTX_COMBINATIONS(X) X(none) X(and) X(or) X(xor)
-#define PTX_SPECIALS(X) \
-  X(tid_x) X(tid_y) X(tid_z) X(ctaid_x) X(ctaid_y) X(ctaid_z) X(ntid_x) X(ntid_y) X(ntid_z) X(nctaid_x) X(nctaid_y) \
-  X(nctaid_z) X(laneid) X(dynamic_smem_size)
-#define PTX_COUNTS(X) \
-  X(instructions) X(barriers) X(races) X(unwritten) X(conflicts) X(unordered) X(divisions_by_zero)
+#define PTX_TYPES(X, P) \
+  X(P, u8) X(P, s8) X(P, u16) X(P, s16) X(P, u32) X(P, s32) X(P, u64) X(P, s64) X(P, f16) X(P, bf16) X(P, f32) \
+  X(P, f64) X(P, pred) X(P, f16x2) X(P, bf16x2)
+#define PTX_OPERATIONS(X, P) \
+  X(P, add) X(P, sub) X(P, mul) X(P, mad) X(P, fma) X(P, div) X(P, rem) X(P, neg) X(P, abs) X(P, min) X(P, max) \
+  X(P, and) X(P, or) X(P, xor) X(P, not) X(P, shl) X(P, shr) X(P, bfe) X(P, bfi) X(P, prmt) X(P, lop3) X(P, shf) \
+  X(P, clz) X(P, popc) X(P, copysign) X(P, selp) X(P, setp) X(P, ex2) X(P, rcp) X(P, rsqrt) X(P, sqrt) X(P, mov) \
+  X(P, pack) X(P, unpack) X(P, cvt) X(P, cvt_pack) X(P, cvta) X(P, cvta_to) X(P, ld) X(P, st) X(P, ldmatrix) \
+  X(P, stmatrix) X(P, shfl) X(P, bar) X(P, bar_warp) X(P, bra) X(P, ret) X(P, trap) X(P, fence)
+#define PTX_FLAGS(X, P) \
+  X(P, ftz) X(P, sat) X(P, nan) X(P, wide) X(P, hi) X(P, rz) X(P, rm) X(P, rp) X(P, rni) X(P, rzi) X(P, rmi) X(P, rpi) \
+  X(P, relu) X(P, trans) X(P, negated) X(P, left) X(P, clamp)
+#define PTX_SPACES(X, P) X(P, global) X(P, shared) X(P, local) X(P, param) X(P, generic)
+#define PTX_COMPARISONS(X, P) \
+  X(P, eq) X(P, ne) X(P, lt) X(P, le) X(P, gt) X(P, ge) X(P, equ) X(P, neu) X(P, ltu) X(P, leu) X(P, gtu) X(P, geu) \
+  X(P, num) X(P, nan)
+#define PTX_SHUFFLES(X, P) X(P, idx) X(P, up) X(P, down) X(P, bfly)
+#define PTX_COMBINATIONS(X, P) X(P, none) X(P, and) X(P, or) X(P, xor)
+#define PTX_SPECIALS(X, P) \
+  X(P, tid_x) X(P, tid_y) X(P, tid_z) X(P, ctaid_x) X(P, ctaid_y) X(P, ctaid_z) X(P, ntid_x) X(P, ntid_y) X(P, ntid_z) \
+  X(P, nctaid_x) X(P, nctaid_y) X(P, nctaid_z) X(P, laneid) X(P, dynamic_smem_size)
+#define PTX_COUNTS(X, P) \
+  X(P, instructions) X(P, barriers) X(P, races) X(P, unwritten) X(P, conflicts) X(P, unordered) \
+  X(P, divisions_by_zero)
 // clang-format on
 
 namespace ptx {
 
-#define PTX_ENTRY(name) kType_##name,
-enum Type : int32_t { PTX_TYPES(PTX_ENTRY) };
-#undef PTX_ENTRY
-#define PTX_ENTRY(name) kOp_##name,
-enum Operation : int32_t { PTX_OPERATIONS(PTX_ENTRY) };
-#undef PTX_ENTRY
-#define PTX_ENTRY(name) kFlagBit_##name,
-enum FlagBit : int32_t { PTX_FLAGS(PTX_ENTRY) };
-#undef PTX_ENTRY
-#define PTX_ENTRY(name) kFlag_##name = 1 << kFlagBit_##name,
-enum Flag : int32_t { PTX_FLAGS(PTX_ENTRY) };
-#undef PTX_ENTRY
-#define PTX_ENTRY(name) kSpace_##name,
-enum Space : int32_t { PTX_SPACES(PTX_ENTRY) };
-#undef PTX_ENTRY
-#define PTX_ENTRY(name) kIs_##name,
-enum Comparison : int32_t { PTX_COMPARISONS(PTX_ENTRY) };
-#undef PTX_ENTRY
-#define PTX_ENTRY(name) kShuffle_##name,
-enum Shuffle : int32_t { PTX_SHUFFLES(PTX_ENTRY) };
-#undef PTX_ENTRY
-#define PTX_ENTRY(name) kCombine_##name,
-enum Combination : int32_t { PTX_COMBINATIONS(PTX_ENTRY) };
-#undef PTX_ENTRY
-#define PTX_ENTRY(name) kSpecial_##name,
-enum Special : int32_t { PTX_SPECIALS(PTX_ENTRY) };
-#undef PTX_ENTRY
+// X of the lists for an entry of an enumeration, and for a bit of Flag. P is the prefix of its name.
+#define PTX_ENTRY(prefix, name) prefix##name,
+#define PTX_BIT(prefix, name) prefix##name = 1 << kFlagBit_##name,
+
+enum Type : int32_t { PTX_TYPES(PTX_ENTRY, kType_) };
+enum Operation : int32_t { PTX_OPERATIONS(PTX_ENTRY, kOp_) };
+enum FlagBit : int32_t { PTX_FLAGS(PTX_ENTRY, kFlagBit_) };
+enum Flag : int32_t { PTX_FLAGS(PTX_BIT, kFlag_) };
+enum Space : int32_t { PTX_SPACES(PTX_ENTRY, kSpace_) };
+enum Comparison : int32_t { PTX_COMPARISONS(PTX_ENTRY, kIs_) };
+enum Shuffle : int32_t { PTX_SHUFFLES(PTX_ENTRY, kShuffle_) };
+enum Combination : int32_t { PTX_COMBINATIONS(PTX_ENTRY, kCombine_) };
+enum Special : int32_t { PTX_SPECIALS(PTX_ENTRY, kSpecial_) };
 
 constexpr int kBits[] = {8, 8, 16, 16, 32, 32, 64, 64, 16, 16, 32, 64, 1, 32, 32};
 constexpr bool is_signed(int type) {
@@ -90,9 +80,9 @@ constexpr int kPiece = 40;
 constexpr uint64_t kShared = 0xF00000ull << kPiece, kLocal = 0xF10000ull << kPiece;
 
 struct Counts {
-#define PTX_ENTRY(name) int64_t name;
-  PTX_COUNTS(PTX_ENTRY)
-#undef PTX_ENTRY
+#define PTX_FIELD(prefix, name) prefix name;
+  PTX_COUNTS(PTX_FIELD, int64_t)
+#undef PTX_FIELD
 };
 
 struct Launch {
