@@ -178,7 +178,7 @@ def gate_backward(
     SCALE: tl.constexpr, SEQUENTIAL: tl.constexpr, LAYOUT: tl.constexpr, TILE: tl.constexpr,
     WEIGHTS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """A program is ``steps`` tiles of a sample. With partials, the first program computes the gradients of the weights."""
+    """A program is ``steps`` tiles of a sample. With partials, the first one computes the gradients of the weights."""
     if not TILE.LOOP:
         steps = 1
     sizes = sizes_of(channels, area, width, grid_h, grid_w, LAYOUT)
