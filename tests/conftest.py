@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import importlib
 import os
 import shutil
@@ -11,16 +10,19 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
-# This is set before torch is imported, because torch may import Triton. Without a GPU, calls that name Triton run in
-# its interpreter.
-if not glob.glob("/dev/nvidia[0-9]*") + glob.glob("/dev/kfd"):
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-
 import pytest
-import torch
 
 # pytest rewrites the asserts of tests.support, so that they show their values. It must know before the import.
 pytest.register_assert_rewrite("tests.support")
+from tests.support.gpu_files import gpu_files  # noqa: E402
+
+# This is set before torch is imported, because torch may import Triton. Without a GPU, calls that name Triton run in
+# its interpreter.
+if not gpu_files():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import torch  # noqa: E402
+
 from tests.support import tolerances  # noqa: E402
 from tests.support.backends import unusable_backends, usable_backends  # noqa: E402
 from tests.support.poison import POISONED  # noqa: E402

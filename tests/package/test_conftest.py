@@ -1,4 +1,4 @@
-"""Tests of tests/conftest.py: clean environment variables, fresh caches, and results well within their bounds."""
+"""Tests of tests/conftest.py: GPUs, clean environment variables, fresh caches, results well within their bounds."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 
 from tests.support import tolerances
 from tests.support.build import ROOT
+from tests.support.gpu_files import gpu_files
 
 LEFT = "STEAM_TEST_LEFT"
 os.environ[f"{LEFT}_BY_AN_IMPORT"] = os.environ[f"{LEFT}_BY_A_TEST"] = "1"
@@ -55,6 +56,41 @@ def test_a_run_does_not_read_code_that_an_earlier_run_compiled(tmp_path: Path) -
     environment = {k: v for k, v in os.environ.items() if k != "PYTEST_XDIST_WORKER"}
     done = run_pytest(tmp_path / "test_fresh.py", environment | dict.fromkeys(CACHES, str(old)))
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("files", "gpus"),
+    [
+        (["null", "nvidiactl", "nvidia-uvm", "dri"], []),
+        (["nvidia0", "nvidia1", "nvidiactl"], ["nvidia0", "nvidia1"]),
+        (["kfd", "dri"], ["kfd"]),
+        (["dxg", "null"], ["dxg"]),
+    ],
+    ids=["none", "nvidia", "amd", "wsl2"],
+)
+def test_device_files_of_gpus(files: list[str], gpus: list[str], tmp_path: Path) -> None:
+    for name in files:
+        (tmp_path / name).touch()
+    assert [path.name for path in gpu_files(tmp_path)] == gpus
+
+
+ASK = """
+import os
+import pathlib
+import tests.support.gpu_files as files
+files.gpu_files = lambda: {found}
+import tests.conftest
+print("interpreted:", os.environ.get("TRITON_INTERPRET"))
+"""
+
+
+@pytest.mark.parametrize(("found", "interpreted"), [("[pathlib.Path('/dev/dxg')]", None), ("[]", "1")])
+def test_triton_is_interpreted_without_a_gpu(found: str, interpreted: str | None) -> None:
+    clean = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", ASK.format(found=found)], cwd=ROOT, env=clean, capture_output=True, text=True
+    )
+    assert f"interpreted: {interpreted}\n" in done.stdout, done.stdout + done.stderr
 
 
 RUN = """
