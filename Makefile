@@ -6,17 +6,18 @@
 # make bench   runs all benchmarks, and writes docs/benchmarks.md and its pictures (BENCH_FLAGS, RUN, PAGE, IMAGES);
 #              with BENCH_FLAGS=--quick all output goes to build/bench
 # make train   trains a small ResNet with and without attention on handwritten digits
-# make gpu-report   runs the GPU suite and the benchmarks on this machine's GPU, and writes one file in
-#              benchmarks/results/ (REPORT_FLAGS)
+# make gpu-report   builds the CUDA library for this machine's GPU, runs the GPU suite and the benchmarks on it, and writes
+#              one file in benchmarks/results/ (REPORT_FLAGS)
 # make clean   removes all built files and .venv
 #
 # PYTHON is the interpreter that makes .venv. STEAM_KERNELS_BUILD is `require` here, so that make stops if a library
 # cannot be built; `make test STEAM_KERNELS_BUILD=auto` continues without it. The CUDA library is built if nvcc is
-# found, for one GPU architecture, because all major ones take minutes; CMAKE_CUDA_ARCHITECTURES=90-real chooses it.
+# found, only for the GPUs of this machine (80-real if there is none), because all major architectures take minutes.
+# setup.py finds the GPUs; CMAKE_CUDA_ARCHITECTURES=90-real chooses another architecture.
 
 PYTHON ?= python3
 STEAM_KERNELS_BUILD ?= require
-CMAKE_CUDA_ARCHITECTURES ?= 80-real
+CMAKE_CUDA_ARCHITECTURES ?= native
 export STEAM_KERNELS_BUILD CMAKE_CUDA_ARCHITECTURES
 
 VENV := .venv
@@ -81,7 +82,10 @@ bench: venv
 train: venv
 	$(PY) examples/train_digits.py --images $(IMAGES) --results benchmarks/results/train_digits.json
 
-gpu-report: venv
+# The build runs each time, because the library in place may be for another GPU. Without the library there is still a
+# report, which has the reason.
+gpu-report: $(INSTALLED)
+	STEAM_KERNELS_BUILD=auto $(PY) setup.py --quiet build_ext --inplace
 	$(PY) -m benchmarks.gpu_report $(REPORT_FLAGS)
 
 clean:

@@ -13,8 +13,9 @@ The CUDA library also needs nvcc and a torch with CUDA. STEAM_KERNELS_CUDA choos
     off             do not build the library
 
 CMAKE_CUDA_ARCHITECTURES, in CMake's form, lists the architectures of the CUDA library; without it, all major ones from
-7.5. CUDACXX is the path of nvcc. steam_kernels/_build.txt keeps one line for each library, built or not, because pip
-hides the output of a build. MAX_JOBS (or CMAKE_BUILD_PARALLEL_LEVEL) limits the number of compilers that run at a time.
+7.5. Its value `native`, which `make` takes by default, is the GPUs that torch sees, or 80-real if it sees none.
+CUDACXX is the path of nvcc. steam_kernels/_build.txt keeps one line for each library, built or not, because pip hides
+the output of a build. MAX_JOBS (or CMAKE_BUILD_PARALLEL_LEVEL) limits the number of compilers that run at a time.
 CMake reads CXX and CXXFLAGS.
 """
 
@@ -38,6 +39,8 @@ ROOT = Path(__file__).resolve().parent
 PACKAGE = "steam_kernels"
 LIBRARIES = ("steam_cpu", "steam_cuda")  # names of CMake targets, each built into lib<name>.so inside the package
 OLDEST_TORCH = (2, 10)
+OLDEST_GPU = 75  # the least compute capability of the CUDA kernels, times ten
+WITHOUT_GPU = "80-real"  # the architecture that `native` stands for where torch sees no GPU
 
 
 def environment(name: str, allowed: tuple[str, ...]) -> str:
@@ -151,6 +154,28 @@ def why_not_cuda(torch: Torch) -> str:
     return ""
 
 
+def native_architectures(nvcc: str) -> str:
+    """The architectures of the GPUs that torch sees, in CMake's form; :data:`WITHOUT_GPU` if the kernels run on none.
+
+    If nvcc is older than a GPU, the GPU's driver compiles the PTX of the newest architecture that nvcc knows.
+    """
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    gpus = {10 * major + minor for major, minor in map(torch.cuda.get_device_capability, range(count))}
+    try:
+        listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout
+    except OSError:  # CMake gives the reason
+        listed = ""
+    known = {int(number) for number in re.findall(r"compute_(\d+)", listed)}
+    found = []
+    for gpu in sorted(gpus):
+        newest = max((number for number in known if OLDEST_GPU <= number <= gpu), default=0)
+        if newest:
+            found.append(f"{newest}-{'real' if newest == gpu else 'virtual'}")
+    return ";".join(dict.fromkeys(found)) or WITHOUT_GPU
+
+
 def configure(build_dir: Path) -> Configured:
     """Runs CMake, for all libraries."""
     if os.name == "nt":
@@ -171,6 +196,8 @@ def configure(build_dir: Path) -> Configured:
         shutil.rmtree(build_dir)
     with_cuda = not why_not_cuda(torch)
     architectures = os.environ.get("CMAKE_CUDA_ARCHITECTURES")
+    if architectures == "native":
+        architectures = native_architectures(nvcc) if nvcc is not None and with_cuda else WITHOUT_GPU
     command = [
         *(cmake, "-S", str(ROOT), "-B", str(build_dir), "-DCMAKE_BUILD_TYPE=Release"),
         f"-DSTEAM_TORCH_INCLUDE_DIR={torch.include}",

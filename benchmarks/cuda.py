@@ -89,6 +89,8 @@ def copy_gbytes() -> float:
 
 def facts() -> dict[str, Any]:
     """The device and its driver, as an addition to ``machine.facts()``."""
+    from steam_kernels.backends import native
+
     device = torch.cuda.get_device_properties()
     try:
         import triton
@@ -105,6 +107,7 @@ def facts() -> dict[str, Any]:
         "driver": _driver(),
         "cuda": torch.version.cuda or f"HIP {torch.version.hip}",
         "triton": triton_version,
+        "cuda_library": native.build_of(native.CUDA_LIBRARY.stem),
         "copy_gbytes": round(copy_gbytes(), 1),
     }
 

@@ -29,7 +29,7 @@ from benchmarks.tables import markdown_table, micro, number, say
 #: The facts of the machine that the report has, in this order.
 FACTS = (
     "gpu", "gpu_architecture", "gpu_multiprocessors", "gpu_memory_gbytes", "gpu_l2_mbytes", "driver", "cuda", "triton",
-    "torch", "python", "steam_kernels", "commit", "processor", "date",
+    "cuda_library", "torch", "python", "steam_kernels", "commit", "processor", "date",
 )  # fmt: skip
 TITLES = {
     "forward": "Forward, without gradients",

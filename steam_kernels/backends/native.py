@@ -84,7 +84,8 @@ class Library:
     cache: Cache | None = None
 
 
-def _why_not_built(library: str) -> str:
+def build_of(library: str) -> str:
+    """The build's sentence on a library: what it was built from, or the reason why it was not built."""
     lines = BUILD_REPORT.read_text().splitlines() if BUILD_REPORT.is_file() else []
     reasons = [line.partition(": ")[2] for line in lines if line.startswith(f"{library}: ")]
     return (
@@ -97,7 +98,7 @@ def _why_not_built(library: str) -> str:
 def _open(path: Path) -> ctypes.CDLL | str:
     """Loads a library and registers its operators. Returns the library, or the reason why it cannot be loaded."""
     if not path.is_file():
-        return f"{path.name} is not in {path.parent}: {_why_not_built(path.stem)}"
+        return f"{path.name} is not in {path.parent}: {build_of(path.stem)}"
     try:
         torch.ops.load_library(str(path))
         library = ctypes.CDLL(str(path))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +26,7 @@ FACTS: dict[str, Any] = {
     "gpu_architecture": "sm_90",
     "gpu_memory_gbytes": 80.0,
     "cuda": "13.0",
+    "cuda_library": "not built: nvcc was not found",
     "torch": "2.14.1",
     "date": "2027-01-02T03:04:05+00:00",
     "copy_gbytes": 2000.0,
@@ -58,6 +60,7 @@ def test_report_on_made_up_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     lines = text.splitlines()
     assert lines[0] == "# steam_kernels on Made-Up GPU 9000"
     assert "| gpu architecture | sm_90 |" in lines and "| cuda | 13.0 |" in lines
+    assert "| cuda library | not built: nvcc was not found |" in lines
     assert "This GPU copies a large buffer at 2000 GB/s, read and write counted." in lines
     assert "Backend triton: usable." in lines and "Backend cuda: not built." in lines
     assert "2 passed, 2 failed, 1 skipped." in lines
@@ -122,6 +125,33 @@ def test_events_are_timed_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cuda.timed_pair(forward, lambda y: log.append("backward"))(1) == {"both": 2.0, "backward": 1.0}
     assert log[:2] == ["forward", "backward"]
     assert log[2:] == ["evict", "mark", "forward", "mark", "backward", "mark", "wait", "wait"]
+
+
+RECORDER = """#!/bin/sh
+echo "$STEAM_KERNELS_BUILD $CMAKE_CUDA_ARCHITECTURES: $*" >>"$CALLS"
+"""
+
+
+@pytest.mark.parametrize("asked", ["", "90-real;100"])
+def test_make_builds_for_the_gpu_before_the_report(tmp_path: Path, asked: str) -> None:
+    """The build runs although a library is in place, which may be for another GPU. The user's architectures win."""
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    recorder, calls = tmp_path / "recorder", tmp_path / "calls"
+    recorder.write_text(RECORDER)
+    recorder.chmod(0o755)
+    (tmp_path / "steam_kernels").mkdir()
+    for name in ("libsteam_cpu.so", "libsteam_cuda.so"):
+        (tmp_path / "steam_kernels" / name).touch()
+    clean = {k: v for k, v in os.environ.items() if k not in ("STEAM_KERNELS_BUILD", "CMAKE_CUDA_ARCHITECTURES")}
+    clean |= {"CMAKE_CUDA_ARCHITECTURES": asked} if asked else {}
+    command = ["make", "-o", ".venv/.installed", "gpu-report", f"PY={recorder}", "REPORT_FLAGS=--quick"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=clean | {"CALLS": str(calls)})
+    assert done.returncode == 0, done.stdout + done.stderr
+    architectures = asked or "native"
+    assert calls.read_text().splitlines() == [
+        f"auto {architectures}: setup.py --quiet build_ext --inplace",
+        f"require {architectures}: -m benchmarks.gpu_report --quick",
+    ]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

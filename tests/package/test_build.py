@@ -7,15 +7,17 @@ import json
 import os
 import platform
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
+import setuptools
 
 from tests.support.build import BUILD_DIR, ROOT, setup_py, tool, write_torch
 
@@ -196,6 +198,49 @@ def test_cuda_library_is_built_for_the_architectures_asked_for(tree: Path) -> No
     assert {"75", "80", "90"} <= set(built) and not set(built) & {"86", "89"}
     assert set(newest) == {max(built, key=int)}
     assert re.match(r"libsteam_cuda: not built: the compiler failed: .*\.cu.* error: .+$", report(tree)[1])
+
+
+NVCC = """#!/bin/sh
+case "$*" in --list-gpu-arch) printf 'compute_%s\\n' 70 75 80 86 90 ;; *) exit 1 ;; esac
+"""
+
+
+@pytest.mark.parametrize(
+    ("gpus", "built"),
+    [
+        ([], "80-real"),
+        ([(9, 0)], "90-real"),
+        ([(9, 0), (8, 6), (9, 0)], "86-real;90-real"),
+        ([(7, 0)], "80-real"),
+        ([(12, 1), (12, 0), (8, 9)], "86-virtual;90-virtual"),
+    ],
+    ids=["no GPU", "one GPU", "three GPUs", "older than the kernels", "newer than nvcc"],
+)
+def test_native_is_the_gpus_that_torch_sees(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, gpus: list[tuple[int, int]], built: str
+) -> None:
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text(NVCC)
+    nvcc.chmod(0o755)
+    monkeypatch.setattr(setuptools, "setup", lambda **_: None)
+    architectures = runpy.run_path(str(ROOT / "setup.py"))["native_architectures"]
+    cuda = SimpleNamespace(
+        is_available=lambda: bool(gpus), device_count=lambda: len(gpus), get_device_capability=lambda i: gpus[i]
+    )
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda))
+    assert architectures(str(nvcc)) == built
+    assert architectures("/nowhere/nvcc") == architectures("/bin/false") == "80-real"
+
+
+def test_native_build_is_for_the_gpu_that_is_there(tree: Path) -> None:
+    tool("nvcc")
+    empty_sources(tree)
+    torch_with_cuda(tree)
+    gpu = "is_available, device_count, get_device_capability = (lambda: True), (lambda: 1), (lambda index: (9, 0))"
+    write_torch(tree, f'__version__ = "2.14.1"\nclass cuda:\n    {gpu}')
+    done = setup_py(tree, "build_ext", "--inplace", STEAM_KERNELS_CUDA="on", CMAKE_CUDA_ARCHITECTURES="native")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert report(tree)[1].startswith("libsteam_cuda: built: 90-real, by nvcc ")
 
 
 # --- CMake ------------------------------------------------------------------------------------------------------------
