@@ -41,6 +41,8 @@ class Clock:
 
 
 CLOCK = Clock()
+#: The contenders over which a row has a speed-up, all of the same run.
+BASELINES = ("eager", "compiled", "plain", "plain-compiled")
 
 
 @dataclass
@@ -54,6 +56,8 @@ class Row:
     memory: dict[str, dict[str, int]] = field(default_factory=dict)
     #: The backend that ran, for those contenders that have one.
     backends: dict[str, str] = field(default_factory=dict)
+    #: On a GPU, by block: "graph" or "events", and the reason why a block cannot be captured as a graph, or "".
+    timed_by: dict[str, tuple[str, str]] = field(default_factory=dict)
 
     def median(self, contender: str, direction: str) -> float | None:
         block = contender if contender.startswith("floor") else _block(contender, direction)
@@ -74,7 +78,8 @@ class Row:
                 if seconds is None:
                     continue
                 floor = sum(self.measured.median(f"floor-{d}", d) for d in parts)
-                others = {name: self.median(name, direction) for name in ("eager", "compiled", "plain-compiled")}
+                others = {name: self.median(name, direction) for name in BASELINES}
+                timed_by, why_not_graph = self.timed_by.get(_block(contender, direction), (None, ""))
                 memory = self.memory.get(contender, {})
                 steam = contender.removesuffix("-compiled") not in GATES
                 out.append(
@@ -100,6 +105,8 @@ class Row:
                         "gbytes": self.shape.ideal_bytes(direction) / seconds * 1e-9,
                         "over_floor": seconds / floor,
                         "of_copy": self.share_of_copy(direction, seconds),
+                        "timed_by": timed_by,
+                        "why_not_graph": why_not_graph,
                     }
                     | {f"speedup_{k.replace('-', '_')}": v and v / seconds for k, v in others.items()}
                 )
@@ -162,6 +169,7 @@ def _measure(row: Row, names: list[str], effort: Effort, backend: str | None) ->
     del judge, peers, gates
     steady = contenders.Steady()
     row.measured = interleaved(blocks, effort)
+    row.timed_by = {k: (b.timed_by, b.why_not_graph) for k, b in blocks.items() if isinstance(b, cuda.GpuBlock)}
     steady.check()
 
 

@@ -168,11 +168,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     found = [line for row in measured.values() for line in row.lines()]
     if not found:
         return
-    head = ["latency", "spread", "GFLOP/s", "GB/s", "over floor", "x eager", "x compiled", "x plain-compiled"]
-    head += ["extra MB", "parameters"]
-    keys = ["gflops", "gbytes", "over_floor", "speedup_eager", "speedup_compiled", "speedup_plain_compiled"]
-    if _device(config) == "cuda":
-        head.append("of copy")
+    head = ["latency", "spread", "GFLOP/s", "GB/s", "over floor", "x eager", "x compiled", "x plain"]
+    head += ["x plain-compiled", "extra MB", "parameters"]
+    keys = ["gflops", "gbytes", "over_floor", "speedup_eager", "speedup_compiled", "speedup_plain"]
+    keys.append("speedup_plain_compiled")
+    on_gpu = ["of_copy", "timed_by"] if _device(config) == "cuda" else []
+    head += [key.replace("_", " ") for key in on_gpu]
     for direction, title in TITLES.items():
         body = [
             (
@@ -182,7 +183,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
                 *(r[k] for k in keys),
                 None if r["extra_bytes"] is None else r["extra_bytes"] / 1e6,
                 r["parameters"],
-                *([r["of_copy"]] if _device(config) == "cuda" else []),
+                *(r[k] for k in on_gpu),
             )
             for r in found
             if r["direction"] == direction
@@ -196,13 +197,18 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         "GFLOP/s and GB/s: least operations (STEAM's) and bytes over the time.\n"
         "Floor: torch.mul(x, 0.5, out=y) forward, torch.add(x, dy, out=dx) backward; with a tail it has more reads and "
         "writes.\n"
-        "x eager, x compiled: speed-up over the reference, eager and by torch.compile; x plain-compiled: over "
-        "torch.compile of benchmarks/plain.py.\n"
+        "x eager, x compiled: speed-up over the reference, eager and by torch.compile; x plain, x plain-compiled: over "
+        "benchmarks/plain.py.\n"
         "Extra MB: the peak of allocated memory besides x, y and the gradients."
     )
     facts = machine.facts()
     if _device(config) == "cuda":
         facts |= cuda.facts()
-        terminalreporter.write_line("of copy: GB/s over this GPU's own copy of a large buffer, measured in this run.")
+        terminalreporter.write_line(
+            "of copy: GB/s over this GPU's own copy of a large buffer, measured in this run.\n"
+            "timed by: the replay of a CUDA graph, or events around a call that cannot be captured."
+        )
+        for line in cuda.not_captured(found):
+            terminalreporter.write_line(line)
     if config.getoption("--json"):
         runs.write(Path(config.getoption("--json")), "unit", found, facts, config.getoption("--quick"))

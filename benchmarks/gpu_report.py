@@ -88,17 +88,24 @@ def report(facts: Mapping[str, Any], tests: Tests, rows: Sequence[Mapping[str, A
         out += ["None was measured.", ""]
     else:
         out += [
-            "The times are medians of interleaved rounds, timed by events with a cold L2 cache. GB/s is the least "
-            "traffic over the time, and *of copy* is GB/s over the copy bandwidth above. The floor is "
-            "`torch.mul(x, 0.5, out=y)` forward and `torch.add(x, dy, out=dx)` backward. The output and the gradients "
-            "of each contender were judged in the same run.",
+            "The times are medians of interleaved rounds with a cold L2 cache. *Timed by* says whether the GPU "
+            "replayed a CUDA graph of the call, so that the host's time is not in the figure, or events enclosed a "
+            "call that cannot be captured. GB/s is the least traffic over the time, and *of copy* is GB/s over the "
+            "copy bandwidth above. The floor is `torch.mul(x, 0.5, out=y)` forward and `torch.add(x, dy, out=dx)` "
+            "backward. The output and the gradients of each contender were judged in the same run.",
             "",
         ]
-    head = ("shape", "contender", "time", "GB/s", "of copy", "over floor", "x eager", "x compiled", "x plain-compiled")
-    keys = ("gbytes", "of_copy", "over_floor", "speedup_eager", "speedup_compiled", "speedup_plain_compiled")
+        out += [f"- {line}" for line in cuda.not_captured(rows)] + [""]
+    head = ("shape", "contender", "time", "timed by", "GB/s", "of copy", "floor", "over floor")
+    head += ("x eager", "x compiled", "x plain", "x plain-compiled")
+    keys = ("over_floor", "speedup_eager", "speedup_compiled", "speedup_plain", "speedup_plain_compiled")
     for direction, title in TITLES.items():
         body = [
-            (r["problem"], r["contender"], micro(r["seconds"]), *(number(r[k]) for k in keys))
+            (
+                *(r["problem"], r["contender"], micro(r["seconds"]), r["timed_by"]),
+                *(number(r["gbytes"]), number(r["of_copy"]), micro(r["floor_seconds"])),
+                *(number(r[k]) for k in keys),
+            )
             for r in rows
             if r["direction"] == direction
         ]

@@ -1,7 +1,8 @@
 """The memory of a call, from torch.profiler's record of PyTorch's allocations and frees.
 
 The record lacks the memory that a library manages itself: the working memory of oneDNN and of the CPU kernels, which a
-thread keeps between calls. On a GPU the record is the caching allocator's.
+thread keeps between calls. On a GPU the caching allocator counts the bytes that were requested from it, before it
+rounds them up to its blocks.
 """
 
 from __future__ import annotations
@@ -23,13 +24,18 @@ class Memory(NamedTuple):
     peak: int
 
 
+def _requested(which: str) -> int:
+    """Bytes that were requested from the GPU's caching allocator: ``current`` or ``peak``."""
+    return int(torch.cuda.memory_stats().get(f"requested_bytes.all.{which}", 0))  # empty before the first use of CUDA
+
+
 def traced(call: Callable[[], T]) -> tuple[T, Memory]:
     """The result of ``call()`` and its memory, without the memory that was allocated before it."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        before = _requested("current")
         result = call()
-        kept, peak = torch.cuda.memory_allocated() - before, torch.cuda.max_memory_allocated() - before
+        kept, peak = _requested("current") - before, _requested("peak") - before
         if peak:  # without a peak the call ran on the CPU
             return result, Memory(kept, peak)
         del result

@@ -6,8 +6,9 @@ The floor is the least memory traffic of a pass, in the same run, memory format 
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -21,13 +22,12 @@ from benchmarks.timing import Block, Sample, timed
 def forward_block(contender: Contender, shape: Shape, tensors: Mapping[str, Tensor]) -> Block:
     """Forward without gradients."""
     _, args, keywords = call_of(contender, shape, tensors, False)
+    prepare = functools.partial(set_training, contender, False)
     if shape.device == "cuda":
-        on_gpu = cuda.timed("forward", torch.no_grad()(lambda: contender(*args, **keywords)))
+        return cuda.timed("forward", torch.no_grad()(lambda: contender(*args, **keywords)), prepare)
 
     def block(calls: int) -> Sample:
-        set_training(contender, False)
-        if shape.device == "cuda":
-            return on_gpu(calls)
+        prepare()
         with torch.no_grad():
             contender(*args, **keywords)
             start = time.perf_counter()
@@ -42,13 +42,12 @@ def training_block(contender: Contender, shape: Shape, tensors: Mapping[str, Ten
     """Forward with a graph, and ``autograd.grad`` through it to all inputs; also the second part alone."""
     named, args, keywords = call_of(contender, shape, tensors, True)
     leaves, dy, clock, grad = list(named.values()), tensors["dy"], time.perf_counter, torch.autograd.grad
+    prepare = functools.partial(set_training, contender, True)
     if shape.device == "cuda":
-        on_gpu = cuda.timed_pair(lambda: contender(*args, **keywords), lambda y: grad(y, leaves, dy))
+        return cuda.timed_pair(lambda: contender(*args, **keywords), lambda y: grad(y, leaves, dy), prepare)
 
     def block(calls: int) -> Sample:
-        set_training(contender, True)
-        if shape.device == "cuda":
-            return on_gpu(calls)
+        prepare()
         grad(contender(*args, **keywords), leaves, dy)
         forward = backward = 0.0
         for _ in range(calls):
@@ -70,7 +69,7 @@ def floor_blocks(shape: Shape, tensors: Mapping[str, Tensor]) -> dict[str, Block
     backward has ``torch.mul(y, 0.5, out=dresidual)`` in addition: three reads and two writes."""
     x, dy = tensors["x"], tensors["dy"]
     y, dx = torch.empty_like(x), torch.empty_like(x)
-    clock = cuda.timed if shape.device == "cuda" else timed
+    clock: Callable[..., Block] = cuda.timed if shape.device == "cuda" else timed
     if not shape.options.tail:
         return {
             "floor-forward": clock("forward", lambda: torch.mul(x, 0.5, out=y)),

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -50,6 +53,9 @@ def measured(device: str) -> Row:
         samples[f"{name} forward"] = [{"forward": seconds}]
         samples[f"{name} training"] = [{"backward": seconds, "both": 2 * seconds}]
     row.measured = Measured(samples)
+    row.timed_by = dict.fromkeys(samples, ("graph", "")) if device == "cuda" else {}
+    if device == "cuda":
+        row.timed_by["eager forward"] = row.timed_by["eager training"] = "events", "RuntimeError: it synchronises"
     return row
 
 
@@ -74,12 +80,16 @@ def test_report_on_made_up_figures(monkeypatch: pytest.MonkeyPatch) -> None:
         "### Forward and backward, by autograd",
     ]
     # x is 32 x 256 x 56 x 56 float32: forward moves two maps of 102.76 MB in 1.25 ms
-    ours = "| 32x256x56x56-float32-nchw-cuda | triton | 1.25 ms | 164 | 0.08 | 1.25 | 4.00 | - | - |"
+    ours = (
+        "| 32x256x56x56-float32-nchw-cuda | triton | 1.25 ms | graph | 164 | 0.08 | 1.00 ms | 1.25 | 4.00 | - | - | - |"
+    )
     assert lines.count(ours) == 1
+    assert sum("| eager | " in line and "| events |" in line for line in lines) == 3
+    assert lines.count("- eager was not captured: RuntimeError: it synchronises") == 1
     assert sum(line.startswith("| 32x256x56x56") for line in lines) == 6
     for line in lines:
         if line.startswith("| 32x"):
-            assert line.count("|") == 10
+            assert line.count("|") == 13
 
 
 def test_empty_and_quick_reports_say_so() -> None:
@@ -95,36 +105,110 @@ def test_share_of_copy_is_of_a_gpu_alone() -> None:
     assert all(row["of_copy"] is None for row in measured("cpu").lines())
 
 
-def test_events_are_timed_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The blocks on made-up events: each call lies between two marks, the cache is evicted before and not within."""
-    log: list[str] = []
-    clock = iter(range(1000))
+class Gpu:
+    """Stands in for ``torch.cuda``: a log of what is enqueued, and a clock that each entry advances by one second."""
 
-    class Event:
-        def __init__(self, enable_timing: bool) -> None:
-            self.at = -1
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, refused: str = "") -> None:
+        self.log: list[str] = []
+        self.capturing: list[str] | None = None
+        gpu = self
 
-        def record(self) -> None:
-            self.at = next(clock)
-            log.append("mark")
+        class Event:
+            def __init__(self, enable_timing: bool) -> None:
+                self.at = -1
 
-        def elapsed_time(self, end: Event) -> float:
-            return 1000.0 * (end.at - self.at)  # ms
+            def record(self) -> None:
+                gpu.enqueue("mark")
+                self.at = len(gpu.log)
 
-    class Evictor:
-        def zero_(self) -> None:
-            log.append("evict")
+            def elapsed_time(self, end: Event) -> float:
+                return 1000.0 * (end.at - self.at)  # ms
 
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("wait"))
-    monkeypatch.setattr(cuda, "_evictor", Evictor)
-    assert cuda.timed("forward", lambda: log.append("call"))(2) == {"forward": 1.0}
-    assert log == ["call", *["evict", "mark", "call", "mark"] * 2, "wait"]
-    log.clear()
-    forward = lambda: log.append("forward") or torch.zeros(1)  # noqa: E731
-    assert cuda.timed_pair(forward, lambda y: log.append("backward"))(1) == {"both": 2.0, "backward": 1.0}
-    assert log[:2] == ["forward", "backward"]
-    assert log[2:] == ["evict", "mark", "forward", "mark", "backward", "mark", "wait", "wait"]
+        class Stream:
+            def wait_stream(self, other: Stream) -> None:
+                pass
+
+        class CUDAGraph:
+            def __init__(self) -> None:
+                self.calls: list[str] = []
+
+            def pool(self) -> CUDAGraph:
+                return self
+
+            def replay(self) -> None:
+                gpu.log.extend(f"replayed {call}" for call in self.calls)
+
+        @contextlib.contextmanager
+        def graph(into: CUDAGraph, pool: CUDAGraph | None) -> Iterator[None]:
+            gpu.capturing = into.calls
+            gpu.log.append(f"capture{' with the memory of the first' if pool else ''}")
+            yield
+            gpu.capturing = None
+            if refused in into.calls:
+                raise RuntimeError(f"{refused} cannot be captured\nand more")
+
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "Stream", Stream)
+        monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+        monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", CUDAGraph)
+        monkeypatch.setattr(torch.cuda, "graph", graph)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: gpu.log.append("wait"))
+        monkeypatch.setattr(cuda, "evict", lambda: gpu.enqueue("evict"))
+
+    def enqueue(self, what: str) -> None:
+        (self.log if self.capturing is None else self.capturing).append(what)
+
+
+def test_replays_of_graphs_are_timed_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The call is captured once, after calls that compile it. Each replay lies between two marks, and the cache is
+    evicted before the first mark."""
+    gpu = Gpu(monkeypatch)
+    block = cuda.timed("forward", lambda: gpu.enqueue("call"), lambda: gpu.log.append("prepare"))
+    # The later of two marks is one second after the replay, which is one second after the first mark.
+    assert block(2) == {"forward": 2.0} and block.timed_by == "graph"
+    timed = ["evict", "mark", "replayed call", "mark"]
+    assert gpu.log == ["prepare", *["call"] * 3, "capture", "replayed call", *timed * 2, "wait"]
+    gpu.log.clear()
+    block(1)
+    assert gpu.log == ["prepare", "replayed call", *timed, "wait"]
+
+    gpu.log.clear()
+    forward = lambda: gpu.enqueue("forward") or torch.zeros(1)  # noqa: E731
+    assert cuda.timed_pair(forward, lambda y: gpu.enqueue("backward"))(1) == {"both": 4.0, "backward": 2.0}
+    assert gpu.log[6:8] == ["capture", "capture with the memory of the first"]
+    assert gpu.log[8:10] == ["replayed forward", "replayed backward"]
+    assert gpu.log[10:] == ["evict", "mark", "replayed forward", "mark", "replayed backward", "mark", "wait"]
+
+
+def test_events_time_what_cannot_be_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = Gpu(monkeypatch, refused="backward")
+    forward = lambda: gpu.enqueue("forward") or torch.zeros(1)  # noqa: E731
+    block = cuda.timed_pair(forward, lambda y: gpu.enqueue("backward"))
+    assert block(1) == {"both": 4.0, "backward": 2.0}
+    assert block.timed_by == "events" and block.why_not_graph == "RuntimeError: backward cannot be captured"
+    assert gpu.log[-7:] == ["evict", "mark", "forward", "mark", "backward", "mark", "wait"]
+    gpu.log.clear()
+    block(1)
+    assert "capture" not in gpu.log
+
+
+def test_the_cache_is_evicted_by_reading(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel reads a buffer larger than the L2 cache, and writes one number."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: SimpleNamespace(L2_cache_size=50_000_000))
+    made = {name: getattr(torch, name) for name in ("zeros", "empty")}
+    for name, make in made.items():
+        monkeypatch.setattr(torch, name, lambda *size, device, make=make: make(*size))
+    cuda._evictor.cache_clear()
+    try:
+        buffer, target = cuda._evictor()
+        assert buffer.nbytes == 100_000_000
+        buffer[::1000] = 1
+        written = buffer._version
+        cuda.evict()
+    finally:
+        cuda._evictor.cache_clear()
+    assert target.item() == buffer.numel() // 1000 and buffer._version == written
 
 
 RECORDER = """#!/bin/sh

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,52 @@ def test_bodies_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     test_gpu.test_in_place_has_the_same_bits("cpu")
     test_gpu.test_gradcheck(cases.SMALL[0], "cpu")
     test_gpu.test_equal_bits_can_fail("cpu")
+
+
+def test_memory_is_what_was_requested(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The allocator rounds a request up to its blocks, and the test of peaks must not depend on that."""
+    requested, allocated, peaks = [100], [1024], [100]
+
+    def call() -> None:
+        requested[0] += 10
+        peaks[0] = requested[0] + 5
+        allocated[0] += 1024
+
+    def stats() -> dict[str, int]:
+        return {"requested_bytes.all.current": requested[0], "requested_bytes.all.peak": peaks[0]}
+
+    for name, value in (
+        ("is_available", lambda: True),
+        ("synchronize", lambda: None),
+        ("reset_peak_memory_stats", lambda: peaks.__setitem__(0, requested[0])),
+        ("memory_stats", stats),
+        ("memory_allocated", lambda: allocated[0]),
+        ("max_memory_allocated", lambda: allocated[0]),
+    ):
+        monkeypatch.setattr(torch.cuda, name, value)
+    assert test_gpu.peak(call) == 15
+    assert test_gpu.memory.traced(call)[1] == (10, 15)
+
+
+@pytest.mark.parametrize("size", test_gpu.STAGES)
+def test_bounds_of_memory_hold_for_the_triton_operators(size: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The operators allocate on the CPU what they allocate on a GPU. No kernel is launched, so no result is right."""
+    from triton.runtime import KernelInterface
+
+    from steam_kernels.backends.triton import calls
+
+    class NotLaunched:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            return lambda *arguments, **constants: launched.append(grid)
+
+    launched: list[tuple[int, ...]] = []
+    for name, value in list(vars(calls).items()):
+        if isinstance(value, KernelInterface):
+            monkeypatch.setattr(calls, name, NotLaunched())
+    monkeypatch.setattr(test_gpu, "DEVICE", "cpu")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    test_gpu.test_peak_memory(size, "nhwc", "triton")
+    assert len(launched) >= 2 * 3 + 3 + 2 * 4
 
 
 def test_every_gpu_backend_is_tested(monkeypatch: pytest.MonkeyPatch) -> None:
