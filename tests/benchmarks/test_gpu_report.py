@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +21,7 @@ from benchmarks.bench_unit import Row  # noqa: E402
 from benchmarks.gates import GATES  # noqa: E402
 from benchmarks.shapes import STAGES, Shape  # noqa: E402
 from benchmarks.timing import Measured  # noqa: E402
+from tests.support.stand_in_gpu import Gpu  # noqa: E402
 
 FACTS: dict[str, Any] = {
     "gpu": "Made-Up GPU 9000",
@@ -105,65 +104,11 @@ def test_share_of_copy_is_of_a_gpu_alone() -> None:
     assert all(row["of_copy"] is None for row in measured("cpu").lines())
 
 
-class Gpu:
-    """Stands in for ``torch.cuda``: a log of what is enqueued, and a clock that each entry advances by one second."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, refused: str = "") -> None:
-        self.log: list[str] = []
-        self.capturing: list[str] | None = None
-        gpu = self
-
-        class Event:
-            def __init__(self, enable_timing: bool) -> None:
-                self.at = -1
-
-            def record(self) -> None:
-                gpu.enqueue("mark")
-                self.at = len(gpu.log)
-
-            def elapsed_time(self, end: Event) -> float:
-                return 1000.0 * (end.at - self.at)  # ms
-
-        class Stream:
-            def wait_stream(self, other: Stream) -> None:
-                pass
-
-        class CUDAGraph:
-            def __init__(self) -> None:
-                self.calls: list[str] = []
-
-            def pool(self) -> CUDAGraph:
-                return self
-
-            def replay(self) -> None:
-                gpu.log.extend(f"replayed {call}" for call in self.calls)
-
-        @contextlib.contextmanager
-        def graph(into: CUDAGraph, pool: CUDAGraph | None) -> Iterator[None]:
-            gpu.capturing = into.calls
-            gpu.log.append(f"capture{' with the memory of the first' if pool else ''}")
-            yield
-            gpu.capturing = None
-            if refused in into.calls:
-                raise RuntimeError(f"{refused} cannot be captured\nand more")
-
-        monkeypatch.setattr(torch.cuda, "Event", Event)
-        monkeypatch.setattr(torch.cuda, "Stream", Stream)
-        monkeypatch.setattr(torch.cuda, "current_stream", Stream)
-        monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
-        monkeypatch.setattr(torch.cuda, "CUDAGraph", CUDAGraph)
-        monkeypatch.setattr(torch.cuda, "graph", graph)
-        monkeypatch.setattr(torch.cuda, "synchronize", lambda: gpu.log.append("wait"))
-        monkeypatch.setattr(cuda, "evict", lambda: gpu.enqueue("evict"))
-
-    def enqueue(self, what: str) -> None:
-        (self.log if self.capturing is None else self.capturing).append(what)
-
-
 def test_replays_of_graphs_are_timed_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """The call is captured once, after calls that compile it. Each replay lies between two marks, and the cache is
     evicted before the first mark."""
     gpu = Gpu(monkeypatch)
+    monkeypatch.setattr(cuda, "evict", lambda: gpu.enqueue("evict"))
     block = cuda.timed("forward", lambda: gpu.enqueue("call"), lambda: gpu.log.append("prepare"))
     # The later of two marks is one second after the replay, which is one second after the first mark.
     assert block(2) == {"forward": 2.0} and block.timed_by == "graph"
@@ -183,6 +128,7 @@ def test_replays_of_graphs_are_timed_one_by_one(monkeypatch: pytest.MonkeyPatch)
 
 def test_events_time_what_cannot_be_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = Gpu(monkeypatch, refused="backward")
+    monkeypatch.setattr(cuda, "evict", lambda: gpu.enqueue("evict"))
     forward = lambda: gpu.enqueue("forward") or torch.zeros(1)  # noqa: E731
     block = cuda.timed_pair(forward, lambda y: gpu.enqueue("backward"))
     assert block(1) == {"both": 4.0, "backward": 2.0}

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
 from steam_kernels.backends import triton as backend
 from steam_kernels.backends.triton import launch
 from steam_kernels.schemas import Forward
+from tests.support.stand_in_gpu import Gpu
 from tests.support.triton_cases import rounds_to_bfloat16 as rounds_to_bfloat16
 
 
@@ -168,6 +171,20 @@ def test_tuner_finds_and_prints_the_fastest() -> None:
         assert r.best.num_warps == 2 * r.table.num_warps and r.gain == pytest.approx(1.0)
     lines = tune.table(results).splitlines()
     assert len(lines) == 2 + len(results) and all(line.endswith("| 100% |") for line in lines[2:])
+
+
+def test_tuner_times_in_a_full_queue(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replays run until the GPU is warm, and the timed replays follow without a wait. A call compiles before it is
+    captured."""
+    from steam_kernels.backends.triton import tune
+
+    gpu = Gpu(monkeypatch)
+    clock = itertools.count()
+    monkeypatch.setattr(tune.time, "perf_counter", lambda: tune.WARM_UP / 10 * next(clock))
+    # An event is at the end of its entry: the mark after a replay is two entries behind the mark before it.
+    assert tune.time_call(lambda: gpu.enqueue("call")) == 2e6
+    warm, timed = 9, ["mark", "replayed call", "mark"]
+    assert gpu.log == ["call", "capture", *["replayed call"] * warm, *timed * tune.REPEATS, "wait"]
 
 
 def test_tuner_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import statistics
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -39,6 +41,9 @@ BLOCKS = {
 NO_TILE = ("STEPS", "HALO", "NODES", "BLOCKS")
 #: The most elements of a candidate's tile.
 LARGEST_TILE = 8192
+#: Seconds of replays before the timed replays of a candidate, and the number of these.
+WARM_UP = 0.03
+REPEATS = 20
 
 
 @dataclass(frozen=True)
@@ -106,16 +111,16 @@ def passes(samples: int, family: str) -> Iterator[tuple[launch.Pass, torch.dtype
         yield launch.Pass(samples, c, h, w, *grid, dtype.itemsize, last, back, family), dtype
 
 
-def search(p: launch.Pass, time: Callable[[launch.Launch], float]) -> list[Result]:
+def search(p: launch.Pass, time_of: Callable[[launch.Launch], float]) -> list[Result]:
     """The fastest launch of each stage, with the table's launches of the other stages.
 
-    ``time`` gives the microseconds of a launch.
+    ``time_of`` gives the microseconds of a launch.
     """
     found = []
     for how in (launch.pool(p), launch.graph(p, 4, 2), launch.lattice(p, 4, 2), launch.gate(p)):
         if how is None:
             continue
-        timed = [(time(candidate), candidate) for candidate in candidates(how, p)]
+        timed = [(time_of(candidate), candidate) for candidate in candidates(how, p)]
         own = next(us for us, candidate in timed if candidate == how)
         us, best = min(timed, key=lambda pair: pair[0])
         found.append(Result(p, how, own, best, us))
@@ -142,7 +147,32 @@ def describe(how: launch.Launch) -> str:
     return f"{blocks}, {how.num_warps} warps"
 
 
-def time_on_gpu(p: launch.Pass, dtype: torch.dtype, how: launch.Launch, repeats: int = 20) -> float:
+def time_call(call: Callable[[], None]) -> float:
+    """Microseconds of a call's work on the GPU: the median of replays of the call as a CUDA graph.
+
+    An idle GPU lowers its clocks, and the events around a call in an empty queue enclose the host's time to launch it.
+    So replays run for a while before the timed ones, and nothing waits for the GPU in between. A replay is one launch
+    of the host, which takes less time than the GPU's work, so that the timed replays wait in the queue.
+    """
+    call()  # compiles the kernels
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    start = time.perf_counter()
+    while time.perf_counter() - start < WARM_UP:
+        graph.replay()
+    spans = []
+    for _ in range(REPEATS):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        graph.replay()
+        end.record()
+        spans.append((begin, end))
+    torch.cuda.synchronize()
+    return statistics.median(begin.elapsed_time(end) for begin, end in spans) * 1e3
+
+
+def time_on_gpu(p: launch.Pass, dtype: torch.dtype, how: launch.Launch) -> float:
     """Microseconds of a call that launches its kernel by ``how``; infinite if the kernel does not compile."""
     stage = how.kernel.removesuffix("_backward").split("_")[0]
     original, small = getattr(launch, stage), launch.SMALL
@@ -164,22 +194,13 @@ def time_on_gpu(p: launch.Pass, dtype: torch.dtype, how: launch.Launch, repeats:
     setattr(launch, stage, lambda *_: how)
     launch.SMALL = 0
     try:
-        call()
-        times = []
-        for _ in range(repeats):
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            call()
-            end.record()
-            end.synchronize()
-            times.append(begin.elapsed_time(end) * 1e3)
+        return time_call(call)
     except Exception as error:  # too many registers or too much shared memory exclude this candidate alone
         print(f"  {describe(how)}: {type(error).__name__}")
         return float("inf")
     finally:
         setattr(launch, stage, original)
         launch.SMALL = small
-    return sorted(times)[len(times) // 2]
 
 
 def main(arguments: list[str] | None = None) -> int:
