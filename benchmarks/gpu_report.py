@@ -2,9 +2,9 @@
 
     python -m benchmarks.gpu_report [--quick] [--output PATH]
 
-The program runs ``pytest tests -m gpu`` and ``pytest benchmarks --benchmark-only --device cuda``, and writes their
-results, the device and the versions under ``benchmarks/results/``. If a test failed, the report names it, and the
-program ends with 1.
+The program runs ``pytest tests -m gpu``, ``pytest benchmarks --benchmark-only --device cuda`` and ``python -m
+benchmarks.gpu_host``, and writes their results, the device and the versions under ``benchmarks/results/``. If a test
+failed, the report names it, and the program ends with 1. It also ends with 1 if a benchmark has no row.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import cuda, machine
+from benchmarks import cuda, gpu_host, machine
 from benchmarks.commandline import parser_of
 from benchmarks.tables import markdown_table, micro, number, say
 
@@ -69,8 +69,14 @@ def _first_line(text: str | None) -> str:
     return lines[0] if lines else ""
 
 
-def report(facts: Mapping[str, Any], tests: Tests, rows: Sequence[Mapping[str, Any]], quick: bool = False) -> str:
-    """The Markdown file: device and versions, the suite's results, and a table for each direction."""
+Rows = Sequence[Mapping[str, Any]]
+
+
+def report(facts: Mapping[str, Any], tests: Tests, rows: Rows, host_rows: Rows, quick: bool = False) -> str:
+    """The Markdown file: device and versions, the suite's results, a table for each direction, and the host's times.
+
+    ``rows`` are those of the benchmarks of the unit, and ``host_rows`` those of :mod:`benchmarks.gpu_host`.
+    """
     out = [f"# steam_kernels on {facts['gpu']}", ""]
     out += markdown_table(("what", "value"), [(k.replace("_", " "), facts[k]) for k in FACTS if k in facts])
     out += [f"This GPU copies a large buffer at {facts['copy_gbytes']:g} GB/s, read and write counted."]
@@ -111,6 +117,7 @@ def report(facts: Mapping[str, Any], tests: Tests, rows: Sequence[Mapping[str, A
         ]
         if body:
             out += [f"### {title}", "", *markdown_table(head, body)]
+    out += ["## The host: first calls and later calls", "", *(gpu_host.markdown(host_rows) or ["None was measured."])]
     return "\n".join(out).rstrip() + "\n"
 
 
@@ -120,10 +127,16 @@ def output_path(facts: Mapping[str, Any]) -> Path:
     return machine.ROOT / "benchmarks" / "results" / f"gpu_{device}_{str(facts['date'])[:10]}.md"
 
 
-def _pytest(*arguments: str) -> None:
-    command = [sys.executable, "-m", "pytest", *arguments]
+def _run(*arguments: str) -> None:
+    """Runs ``python -m`` with these arguments in the project's root. The files that it writes show its success."""
+    command = [sys.executable, "-m", *arguments]
     say("$ " + " ".join(command[1:]))
     subprocess.run(command, cwd=machine.ROOT)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The content of a benchmark's file; without rows if there is no file."""
+    return json.loads(path.read_text()) if path.exists() else {"rows": []}
 
 
 def main() -> None:
@@ -136,18 +149,18 @@ def main() -> None:
     if not torch.cuda.is_available():
         sys.exit(f"there is nothing to report: PyTorch {torch.__version__} sees no GPU")
     with tempfile.TemporaryDirectory() as folder:
-        xml, rows = Path(folder, "tests.xml"), Path(folder, "unit.json")
-        _pytest("tests", "-m", "gpu", "-q", f"--junitxml={xml}")
+        xml, unit, host = (Path(folder, name) for name in ("tests.xml", "unit.json", "host.json"))
         quick = ["--quick"] if args.quick else []
-        _pytest("benchmarks", "--benchmark-only", "-q", "--device", "cuda", "--json", str(rows), *quick)
-        tests = read_tests(xml.read_text())
-        measured = json.loads(rows.read_text()) if rows.exists() else {"rows": []}
+        _run("pytest", "tests", "-m", "gpu", "-q", f"--junitxml={xml}")
+        _run("pytest", "benchmarks", "--benchmark-only", "-q", "--device", "cuda", "--json", str(unit), *quick)
+        _run("benchmarks.gpu_host", "--json", str(host), *quick)
+        tests, measured, of_host = read_tests(xml.read_text()), _read(unit), _read(host)
         facts = measured.get("machine") or machine.facts() | cuda.facts()
     path = args.output or output_path(facts)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(report(facts, tests, measured["rows"], args.quick))
+    path.write_text(report(facts, tests, measured["rows"], of_host["rows"], args.quick))
     say(f"wrote {path}")
-    if tests.failed or not measured["rows"]:
+    if tests.failed or not measured["rows"] or not of_host["rows"]:
         sys.exit(1)
 
 

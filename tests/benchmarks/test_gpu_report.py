@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import shutil
 import subprocess
@@ -16,7 +18,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import conftest, cuda, gpu_report, machine  # noqa: E402
+from benchmarks import conftest, cuda, gpu_host, gpu_report, host, machine  # noqa: E402
 from benchmarks.bench_unit import Row  # noqa: E402
 from benchmarks.gates import GATES  # noqa: E402
 from benchmarks.shapes import STAGES, Shape  # noqa: E402
@@ -43,6 +45,12 @@ XML = """<testsuites><testsuite>
 </testsuite></testsuites>"""
 
 
+HOST_ROWS = [
+    {"section": "host", "driver": "real", "backend": "triton", "shape": "1x8x7x7"}
+    | dict(zip(host.COLUMNS, (20.0, 30.0, 90.0), strict=True))
+]
+
+
 def measured(device: str) -> Row:
     """A made-up measurement: the floor takes 1 ms, ours 1.25 ms and eager 5 ms, in each direction."""
     row = Row(Shape(32, *STAGES["56"], device=device))
@@ -61,7 +69,7 @@ def measured(device: str) -> Row:
 def test_report_on_made_up_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "copy_gbytes", lambda: FACTS["copy_gbytes"])
     rows = measured("cuda").lines()
-    text = gpu_report.report(FACTS, gpu_report.read_tests(XML), rows)
+    text = gpu_report.report(FACTS, gpu_report.read_tests(XML), rows, HOST_ROWS)
     lines = text.splitlines()
     assert lines[0] == "# steam_kernels on Made-Up GPU 9000"
     assert "| gpu architecture | sm_90 |" in lines and "| cuda | 13.0 |" in lines
@@ -77,7 +85,10 @@ def test_report_on_made_up_figures(monkeypatch: pytest.MonkeyPatch) -> None:
         "### Forward, without gradients",
         "### Backward, by autograd",
         "### Forward and backward, by autograd",
+        "## The host: first calls and later calls",
     ]
+    assert gpu_host.DRIVERS["real"] in lines and gpu_host.DRIVERS["stub"] not in lines
+    assert "| 1x8x7x7, triton | 20.00 | 30.00 | 90.00 |" in lines
     # x is 32 x 256 x 56 x 56 float32: forward moves two maps of 102.76 MB in 1.25 ms
     ours = (
         "| 32x256x56x56-float32-nchw-cuda | triton | 1.25 ms | graph | 164 | 0.08 | 1.00 ms | 1.25 | 4.00 | - | - | - |"
@@ -92,8 +103,36 @@ def test_report_on_made_up_figures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_empty_and_quick_reports_say_so() -> None:
-    text = gpu_report.report(FACTS, gpu_report.Tests(), [], quick=True)
-    assert "None was measured." in text and "A quick run" in text and "0 passed, 0 failed, 0 skipped." in text
+    text = gpu_report.report(FACTS, gpu_report.Tests(), [], [], quick=True)
+    assert text.count("None was measured.") == 2 and "A quick run" in text and "0 passed, 0 failed, 0 skipped." in text
+
+
+@pytest.mark.parametrize("missing", ["", "unit.json", "host.json"])
+def test_every_part_runs_and_is_in_the_report(missing: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Made-up parts write their files. A part that writes none is named, and the program fails at its end."""
+    monkeypatch.setattr(cuda, "copy_gbytes", lambda: FACTS["copy_gbytes"])
+    monkeypatch.setattr(cuda, "facts", dict)
+    monkeypatch.setattr(machine, "facts", lambda: FACTS)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    rows, ran = {"unit.json": measured("cuda").lines(), "host.json": HOST_ROWS}, []
+
+    def run(*arguments: str) -> None:
+        ran.append(arguments[0] if arguments[0] != "pytest" else arguments[1])
+        path = Path(next(a for a in arguments if a.endswith((".json", ".xml"))).removeprefix("--junitxml="))
+        if path.suffix == ".xml":
+            path.write_text(XML.replace("failure", "skipped").replace("error", "skipped"))
+        elif path.name != missing:
+            path.write_text(json.dumps({"machine": FACTS, "rows": rows[path.name]}))
+
+    monkeypatch.setattr(gpu_report, "_run", run)
+    monkeypatch.setattr(sys, "argv", ["gpu_report", "--output", str(tmp_path / "report.md")])
+    with pytest.raises(SystemExit) if missing else contextlib.nullcontext():
+        gpu_report.main()
+    assert ran == ["tests", "benchmarks", "benchmarks.gpu_host"]
+    text = (tmp_path / "report.md").read_text()
+    assert text.count("None was measured.") == (1 if missing else 0)
+    assert ("| triton | 1.25 ms |" in text) == (missing != "unit.json")
+    assert ("| 1x8x7x7, triton |" in text) == (missing != "host.json")
 
 
 def test_file_name_has_device_and_day() -> None:
