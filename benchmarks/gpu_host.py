@@ -3,7 +3,8 @@
     python -m benchmarks.gpu_host [--quick] [--json PATH]
 
 * *compile*: the first calls of all units, forward and backward, with an empty cache of Triton: the kernels that Triton
-  compiled, and the seconds. The import of Triton is not included.
+  compiled, the seconds, and the time of the processors, which other work on the machine changes less. The import of
+  Triton is not included.
 * *host*: microseconds per call of a unit in which the host prepares and enqueues the launches, at batch 1.
 
 Without a GPU, a stand-in for Triton's driver (:mod:`benchmarks.stub_driver`) takes the launches of the triton backend.
@@ -51,7 +52,15 @@ DRIVERS = {
     ),
     "real": "These figures are of this machine's GPU and its real driver.",
 }
-COMPILE_HEAD = ("units", "kernels", "first calls", "compilation", "of it ptxas or LLVM", "slowest kernel")
+COMPILE_HEAD = (
+    "units",
+    "kernels",
+    "first calls",
+    "processor time",
+    "compilation",
+    "of it ptxas or LLVM",
+    "slowest kernel",
+)
 
 
 def unit_shapes() -> dict[str, tuple[int, ...]]:
@@ -97,6 +106,11 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
+def processor_seconds() -> float:
+    """The seconds that processors ran this process and its finished children, ptxas among them."""
+    return sum(os.times()[:4])
+
+
 def compilations() -> list[dict[str, Any]]:
     """A list to which each later compilation of Triton adds its kernel, seconds, and seconds of the last stage."""
     from triton import knobs
@@ -121,11 +135,11 @@ def first_calls(shapes: Mapping[str, Sequence[int]], dtype: str, layout: str, de
     units = [Unit(shape, dtype, layout, "triton", device) for shape in shapes.values()]
     compiled = compilations()
     synchronize()
-    start = time.perf_counter()
+    start, processor = time.perf_counter(), processor_seconds()
     for unit in units:
         unit.both()
     synchronize()
-    seconds = time.perf_counter() - start
+    seconds, processor = time.perf_counter() - start, processor_seconds() - processor
     if not compiled:
         raise RuntimeError("Triton compiled no kernel in the first calls")
     slowest = max(compiled, key=lambda kernel: kernel["seconds"])
@@ -136,6 +150,7 @@ def first_calls(shapes: Mapping[str, Sequence[int]], dtype: str, layout: str, de
         "units": len(units),
         "kernels": len(compiled),
         "first_calls_seconds": seconds,
+        "processor_seconds": processor,
         "compile_seconds": sum(kernel["seconds"] for kernel in compiled),
         "last_stage_seconds": sum(kernel["last_stage"] for kernel in compiled),
         "slowest": f"{slowest['kernel']}, {slowest['seconds']:.2f} s",
@@ -186,7 +201,8 @@ def measure(quick: bool) -> Rows:
 
 
 def compile_cells(row: Mapping[str, Any]) -> tuple[object, ...]:
-    seconds = (f"{row[key]:.1f} s" for key in ("first_calls_seconds", "compile_seconds", "last_stage_seconds"))
+    keys = "first_calls_seconds", "processor_seconds", "compile_seconds", "last_stage_seconds"
+    seconds = (f"{row[key]:.1f} s" for key in keys)
     return f"{row['units']}, {row['dtype']} {row['layout']}", row["kernels"], *seconds, row["slowest"]
 
 

@@ -38,24 +38,16 @@ def test_measured_without_a_gpu(tmp_path: Path, python: Callable[..., str]) -> N
     assert content["quick"] and {row["driver"] for row in content["rows"]} == {"stub"}
     first, later = content["rows"]
     assert (first["section"], first["units"], first["kernels"]) == ("compile", 1, KERNELS_AT_7)
+    assert first["processor_seconds"] > 0
     assert 0 < first["last_stage_seconds"] < first["compile_seconds"] < first["first_calls_seconds"]
     assert (later["section"], later["backend"], later["shape"]) == ("host", "triton", "1x2048x7x7")
     assert all(later[column] > 0 for column in host.COLUMNS)
 
 
 def made_up(driver: str) -> list[dict[str, Any]]:
-    first = {
-        "section": "compile",
-        "driver": driver,
-        "dtype": "float32",
-        "layout": "nchw",
-        "units": 5,
-        "kernels": 30,
-        "first_calls_seconds": 9.0,
-        "compile_seconds": 8.0,
-        "last_stage_seconds": 2.0,
-        "slowest": "graph, 1.00 s",
-    }
+    first = {"section": "compile", "driver": driver, "dtype": "float32", "layout": "nchw", "units": 5, "kernels": 30}
+    first |= {"first_calls_seconds": 9.0, "processor_seconds": 8.5, "compile_seconds": 8.0, "last_stage_seconds": 2.0}
+    first["slowest"] = "graph, 1.00 s"
     later = {"section": "host", "driver": driver, "backend": "triton", "shape": "1x8x7x7"}
     return [first, later | dict.fromkeys(host.COLUMNS, 50.0)]
 
@@ -64,7 +56,7 @@ def made_up(driver: str) -> list[dict[str, Any]]:
 def test_tables_name_the_driver(driver: str) -> None:
     lines = gpu_host.markdown(made_up(driver))
     assert lines[0] == gpu_host.DRIVERS[driver] and (STUB in lines[0]) == (driver == "stub")
-    assert "| 5, float32 nchw | 30 | 9.0 s | 8.0 s | 2.0 s | graph, 1.00 s |" in lines
+    assert "| 5, float32 nchw | 30 | 9.0 s | 8.5 s | 8.0 s | 2.0 s | graph, 1.00 s |" in lines
     assert "| 1x8x7x7, triton | 50.00 | 50.00 | 50.00 |" in lines
     assert gpu_host.markdown([]) == []
 
