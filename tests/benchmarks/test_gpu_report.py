@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,11 +19,11 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import conftest, cuda, gpu_host, gpu_report, host, machine  # noqa: E402
-from benchmarks.bench_unit import Row  # noqa: E402
+from benchmarks import conftest, contenders, cuda, gpu_host, gpu_report, host, machine, passes  # noqa: E402
+from benchmarks.bench_unit import Row, measure  # noqa: E402
 from benchmarks.gates import GATES  # noqa: E402
-from benchmarks.shapes import STAGES, Shape  # noqa: E402
-from benchmarks.timing import Measured  # noqa: E402
+from benchmarks.shapes import DIRECTIONS, STAGES, Shape  # noqa: E402
+from benchmarks.timing import Effort, Measured  # noqa: E402
 from tests.support.stand_in_gpu import Gpu  # noqa: E402
 
 FACTS: dict[str, Any] = {
@@ -176,6 +177,42 @@ def test_events_time_what_cannot_be_captured(monkeypatch: pytest.MonkeyPatch) ->
     gpu.log.clear()
     block(1)
     assert "capture" not in gpu.log
+
+
+def test_rows_say_how_their_contenders_were_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The measurement of a shape on the stand-in, with tensors on the CPU. One of two contenders cannot be captured."""
+    gpu = Gpu(monkeypatch, refused="eager")
+    monkeypatch.setattr(cuda, "evict", lambda: gpu.enqueue("evict"))
+    monkeypatch.setattr(cuda, "copy_gbytes", lambda: FACTS["copy_gbytes"])
+    shape = Shape(1, 8, 7, 7, device="cuda")
+    tensors = replace(shape, device="cpu").tensors()
+    monkeypatch.setattr(Shape, "tensors", lambda self: tensors)
+
+    def eager(*args: Any, **keywords: Any) -> torch.Tensor:
+        gpu.enqueue("eager")
+        return contenders.eager()(*args, **keywords)
+
+    monkeypatch.setitem(contenders.CONTENDERS, "eager", lambda shape: eager)
+    row = measure(shape, ["eager", "plain"], Effort.quick())
+    assert not row.wrong
+    found = {(r["contender"], r["direction"]): (r["timed_by"], r["why_not_graph"]) for r in row.lines()}
+    events = "events", "RuntimeError: eager cannot be captured"
+    assert found == {(c, d): events if c == "eager" else ("graph", "") for c in ("eager", "plain") for d in DIRECTIONS}
+    assert all(r["speedup_plain"] > 0 and r["floor_seconds"] > 0 for r in row.lines())
+    assert cuda.not_captured(row.lines()) == ["eager was not captured: RuntimeError: eager cannot be captured"]
+
+
+def test_blocks_on_a_gpu_set_the_mode_of_a_gate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gate with a batch norm computes another function in training."""
+    gpu = Gpu(monkeypatch)
+    monkeypatch.setattr(cuda, "evict", lambda: gpu.enqueue("evict"))
+    shape = Shape(1, 8, 7, 7)
+    gate, tensors = contenders.Gate("cbam", shape), shape.tensors()
+    on_gpu = replace(shape, device="cuda")
+    forward, training = (block(gate, on_gpu, tensors) for block in (passes.forward_block, passes.training_block))
+    for block, mode in ((forward, False), (training, True), (forward, False)):
+        block(1)
+        assert gate.module.training == mode
 
 
 def test_the_cache_is_evicted_by_reading(monkeypatch: pytest.MonkeyPatch) -> None:
