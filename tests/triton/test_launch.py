@@ -27,6 +27,14 @@ def passes() -> list[launch.Pass]:
     ]
 
 
+def test_equal_constants_are_one_object() -> None:
+    """Triton looks up a compiled kernel by the constants, and compares equal ones member by member."""
+    first, again = (launch.graph(launch.Pass(n, 64, 14, 14, 7, 7, 4, False, False, "sm90"), 4, 2) for n in (4, 5))
+    assert first != again
+    for group in launch.GROUPS["graph"]:
+        assert first.keywords[group] is again.keywords[group]
+
+
 def test_launch_table() -> None:
     """Blocks are powers of two, tiles fit, programs cover the map, and divisors divide. Sizes are no constants."""
     for p in passes():

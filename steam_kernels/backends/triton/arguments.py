@@ -4,6 +4,7 @@ Device functions take groups. A kernel takes its constants in groups, and its ru
 not apply ``do_not_specialize`` to the members of a tuple, and would compile a kernel again for a new size.
 """
 
+import functools
 from typing import Any, NamedTuple, TypeVar
 
 import triton
@@ -174,7 +175,12 @@ def constants(kind: type[Group], members: dict[str, Any]) -> Group:
     """A group of constants, as kernels take them.
 
     The compiler of Triton 3.4 needs each member to be a ``tl.constexpr``. The interpreter cannot compute with tensors
-    and ``tl.constexpr``, and needs plain values.
+    and ``tl.constexpr``, and needs plain values. Equal groups are one object, because a launch looks up its kernel by
+    the groups, and Python compares an object with itself faster.
     """
-    group = kind(**members)
-    return group if INTERPRETED else kind(*map(tl.constexpr, group))
+    return _group(kind, kind(**members))
+
+
+@functools.cache  # a launch table has few groups
+def _group(kind: type[Group], members: Group) -> Group:
+    return members if INTERPRETED else kind(*map(tl.constexpr, members))
