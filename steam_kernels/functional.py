@@ -90,7 +90,7 @@ def run(inputs: Inputs, options: Options, scale: Tensor | None = None) -> Tensor
         _log.debug("%s %s on %s: %s", tuple(x.shape), x.dtype, x.device, runs)
     if plain:
         return reference.compute(inputs, options, grid, scale)
-    if tracing.traced_as_operators():
+    if type(grid[0]) is not int and tracing.traced_as_operators():
         grid = int(grid[0]), int(grid[1])  # sizes are tensors in a trace, and the counter reads ints
     return ops.call(inputs, options, grid, chosen if named else ops.AUTOMATIC)
 
