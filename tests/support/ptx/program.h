@@ -25,7 +25,7 @@
   X(tid_x) X(tid_y) X(tid_z) X(ctaid_x) X(ctaid_y) X(ctaid_z) X(ntid_x) X(ntid_y) X(ntid_z) X(nctaid_x) X(nctaid_y) \
   X(nctaid_z) X(laneid) X(dynamic_smem_size)
 #define PTX_COUNTS(X) \
-  X(instructions) X(barriers) X(races) X(unwritten) X(conflicts) X(unordered) X(divisions_by_zero)
+  X(instructions) X(barriers) X(rounds) X(races) X(unwritten) X(conflicts) X(unordered) X(divisions_by_zero)
 // clang-format on
 
 namespace ptx {
@@ -83,8 +83,9 @@ struct Allocation {
   uint64_t address;
   uint8_t* host;
   uint64_t bytes;
-  uint8_t* written;  // a byte for each byte, or null: all are
-  int64_t shift;     // log2 of the bytes whose accesses are ordered as one
+  uint8_t* written;        // a byte for each byte, or null: all are
+  int64_t shift;           // log2 of the bytes whose accesses are ordered as one
+  int64_t loaded, stored;  // sectors, each counted once for each block
 };
 constexpr int kPiece = 40;
 constexpr uint64_t kShared = 0xF00000ull << kPiece, kLocal = 0xF10000ull << kPiece;
