@@ -155,6 +155,15 @@ def test_the_end_of_a_tensor_is_found_in_reverse() -> None:
     assert memory_bytes(pool, replace(gate, is_reversed=True)) == [4000, 3500]
 
 
+def test_the_oldest_bytes_are_given_up_first() -> None:
+    """Of 500 bytes of a, 300 of b and 400 of c, in this order, the cache holds 300 of a."""
+    calls = [Launch(name, {name: read(size)}) for name, size in (("a", 500), ("b", 300), ("c", 400))]
+    cache = estimate.Cache(TOY.cache)
+    for each in calls:
+        cache.run(each)
+    assert {name: held.bytes for name, held in cache.held.items()} == {"a": 300, "b": 300, "c": 400}
+
+
 # ---- the record ------------------------------------------------------------------------------------------------------
 
 
@@ -300,6 +309,29 @@ def test_an_unknown_gpu_is_one_clear_error(monkeypatch: pytest.MonkeyPatch, caps
 
 def test_the_command_prints_the_page(python: Any, record: Record) -> None:
     assert python("-m", "benchmarks.gpu_model", "--gpu", "a100").rstrip() == command.page("a100", record, False)
+
+
+#: Rows of the table of constants in docs/gpu.md: the attribute of a GPU and its unit.
+CONSTANTS = {
+    "multiprocessors": ("multiprocessors", 1),
+    "clock, GHz": ("clock", 1e9),
+    "bandwidth of memory, TB/s": ("peak_bandwidth", 1e12),
+    "bytes that stay in the cache, MB": ("cache", 1e6),
+    "bandwidth of the cache, TB/s": ("cache_bandwidth", 1e12),
+    "latency of the cache, ns": ("cache_latency", 1e-9),
+    "latency of memory, ns": ("memory_latency", 1e-9),
+    "fixed time of a launch, µs": ("launch", 1e-6),
+}
+
+
+def test_the_docs_have_the_constants() -> None:
+    text = command.PAGE.read_text()
+    rows = {cells[0]: cells[1:] for line in text.splitlines() if len(cells := line.strip("| ").split(" | ")) == 6}
+    for title, (name, unit) in CONSTANTS.items():
+        assert [float(cell) for cell in rows[title][:4]] == [
+            pytest.approx(getattr(gpu, name) / unit) for gpu in GPUS.values()
+        ], title
+    assert f"a copy reaches {COPY_SHARE} of it" in text
 
 
 def test_the_docs_show_what_the_command_prints(record: Record) -> None:

@@ -65,8 +65,8 @@ class Compiler(triton_aot.Compiler):
             text = assembly["amdgcn"]
             machine = len(re.findall(r"^\t(?:[vs]|ds|global|buffer|flat|scratch)_\w+", text, re.M))
             return Code("", compiled.metadata.name, code.amd_resources(text, shared), machine)
-        usage = triton_aot._tool("cuobjdump", "--dump-resource-usage", assembly["cubin"])
-        sass = triton_aot._tool("nvdisasm", "-c", assembly["cubin"])
+        usage = triton_aot.tool("cuobjdump", "--dump-resource-usage", assembly["cubin"])
+        sass = triton_aot.tool("nvdisasm", "-c", assembly["cubin"])
         machine = len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?!NOP)", sass, re.M))
         resources = code.nvidia_resources(usage, sass, shared)
         return Code(assembly["ptx"], compiled.metadata.name, resources, machine)

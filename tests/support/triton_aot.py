@@ -248,8 +248,8 @@ class Compiler:
             resources, machine = code.amd_resources(text, shared), code.amd_accesses(text)
             accesses, opcodes = code.llvm_accesses(assembly["llir"]), set[str]()
         else:
-            usage = _tool("cuobjdump", "--dump-resource-usage", assembly["cubin"])
-            text = _tool("nvdisasm", "-c", assembly["cubin"])
+            usage = tool("cuobjdump", "--dump-resource-usage", assembly["cubin"])
+            text = tool("nvdisasm", "-c", assembly["cubin"])
             resources, machine = code.nvidia_resources(usage, text, shared), code.sass_accesses(text)
             accesses, opcodes = code.ptx_accesses(assembly["ptx"]), code.ptx_opcodes(assembly["ptx"])
         occupancy = code.occupancy(self.name, resources, warps)
@@ -275,7 +275,7 @@ def tools() -> dict[str, Path]:
     return found if all(os.access(path, os.X_OK) for path in found.values()) else {}
 
 
-def _tool(name: str, option: str, cubin: bytes) -> str:
+def tool(name: str, option: str, cubin: bytes) -> str:
     """The output of one of the CUDA tools."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
