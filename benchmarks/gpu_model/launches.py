@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -32,6 +33,18 @@ REVERSED = ("gate", "gate_backward")
 
 def name_of(call: str, direction: str) -> str:
     return f"{call} {direction}"
+
+
+def call_of(text: str) -> str:
+    """The name of a call on a command line."""
+    if text not in CALLS:
+        raise argparse.ArgumentTypeError(f"{text!r} is no call: allowed are {', '.join(CALLS)}")
+    return text
+
+
+def add_calls(parser: argparse.ArgumentParser) -> None:
+    """The names of calls as positional arguments; none of them means all calls."""
+    parser.add_argument("calls", nargs="*", metavar="CALL", type=call_of, help="the calls (all of them)")
 
 
 def map_bytes(call: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import sys
@@ -274,6 +275,19 @@ def test_the_earlier_kernels_have_the_times_of_the_design_on_paper(record: Recor
         assert micro / 1.2 <= found <= micro * 1.2, stage
 
 
+def test_counting_anew_writes_the_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the recorded answers in place of the programs that count."""
+    recorded = json.loads(launches.RECORD.read_text())
+    answers = {("gpu_counts", gpu): recorded["triton"][gpu] for gpu in GPUS} | {
+        ("inductor_counts",): recorded["inductor"]
+    }
+    monkeypatch.setattr(launches, "counted", lambda *arguments: answers.pop(arguments))
+    monkeypatch.setattr(launches, "RECORD", tmp_path / "counts.json")
+    launches.count()
+    assert json.loads((tmp_path / "counts.json").read_text()) == recorded | {"torch": metadata.version("torch")}
+    assert answers == {}
+
+
 # ---- what is printed -------------------------------------------------------------------------------------------------
 
 
@@ -305,6 +319,16 @@ def test_an_unknown_gpu_is_one_clear_error(monkeypatch: pytest.MonkeyPatch, caps
         command.main()
     said = capsys.readouterr().err
     assert raised.value.code == 2 and "--gpu" in said and "h1000" in said and all(name in said for name in GPUS)
+
+
+def test_an_unknown_call_is_one_clear_error(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = argparse.ArgumentParser()
+    launches.add_calls(parser)
+    assert parser.parse_args([]).calls == [] and parser.parse_args(list(CALLS)).calls == list(CALLS)
+    with pytest.raises(SystemExit):
+        parser.parse_args(["32x3x224x224 nchw"])
+    said = capsys.readouterr().err
+    assert "32x3x224x224 nchw" in said and all(call in said for call in CALLS)
 
 
 def test_the_command_prints_the_page(python: Any, record: Record) -> None:

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu_model.gpus import GPUS, Gpu
-from benchmarks.gpu_model.launches import CALLS, name_of
+from benchmarks.gpu_model.launches import CALLS, add_calls, name_of
 from tests.support import triton_aot
 from tests.support import triton_code as code
 from tests.support.ptx import executor
@@ -183,11 +183,8 @@ def counted(gpu: str, calls: list[str]) -> dict[str, list[Row]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("gpu", choices=GPUS)
-    parser.add_argument("calls", nargs="*", metavar="CALL", help=f"all of them by default: {', '.join(CALLS)}")
+    add_calls(parser)
     args = parser.parse_args()
-    for call in args.calls:
-        if call not in CALLS:
-            parser.error(f"CALL {call!r}: allowed are {', '.join(CALLS)}")
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
         json.dump(counted(args.gpu, args.calls or list(CALLS)), sys.stdout)

@@ -13,6 +13,7 @@ Each launch gets the bytes of its tensors, read once and written once.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import copy
 import json
@@ -28,7 +29,7 @@ from torch import Tensor
 
 from benchmarks import plain
 from benchmarks.gpu_model.gpus import GPUS
-from benchmarks.gpu_model.launches import CALLS, name_of
+from benchmarks.gpu_model.launches import CALLS, add_calls, name_of
 
 GPU, DEVICE = GPUS["h100"], torch.device("cuda:0")
 PROPERTIES = SimpleNamespace(
@@ -219,7 +220,9 @@ def counted(calls: list[str]) -> dict[str, list[dict[str, Any]]]:
 
 
 def main() -> None:
-    json.dump(counted(sys.argv[1:] or list(CALLS)), sys.stdout)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    add_calls(parser)
+    json.dump(counted(parser.parse_args().calls or list(CALLS)), sys.stdout)
 
 
 if __name__ == "__main__":
