@@ -225,6 +225,13 @@ def test_known_structure(record: Record) -> None:
     assert pooled[0].tensors["x"].read == pooled[3].tensors["x"].read == 32 * 256 * 56 * 56 * 4
 
 
+def test_the_docs_tell_the_rounds_of_the_earlier_kernels(record: Record) -> None:
+    rounds = [
+        max(each.program.rounds for each in record.before[f"32x2048x7x7 nchw {direction}"]) for direction in DIRECTIONS
+    ]
+    assert "a chain of {} (forward)\nand {} (backward) rounds".format(*rounds) in command.PAGE.read_text()
+
+
 def raw(gpu: str, call: str) -> dict[str, Any]:
     recorded = json.loads(launches.RECORD.read_text())["triton"][gpu]
     return {name_of(call, direction): recorded[name_of(call, direction)] for direction in DIRECTIONS}
