@@ -44,6 +44,8 @@ TARGETS: dict[str, tuple[str, int | str, int, str]] = {
     "sm_100": ("cuda", 100, 32, "sm100"),
     "gfx942": ("hip", "gfx942", 64, "gfx9"),
 }
+#: Targets for which the tests do not compile every launch.
+OTHERS: dict[str, tuple[str, int | str, int, str]] = {"sm_89": ("cuda", 89, 32, "sm80")}
 
 
 # ---- cases -----------------------------------------------------------------------------------------------------------
@@ -173,6 +175,34 @@ def launches(case: Compiled, family: str) -> Iterator[tuple[str, Recorded, list[
 # ---- compiling (in the worker) ---------------------------------------------------------------------------------------
 
 
+class Specialised(NamedTuple):
+    """A launch as Triton compiles it for one target."""
+
+    source: Any
+    options: Any
+    #: The arguments that are no constants, by the names of their parameters.
+    arguments: dict[str, Any]
+
+    @property
+    def key(self) -> str:
+        return f"{self.source.hash()} {self.options.hash()}"
+
+
+def specialise(launch: Recorded, backend: Any) -> Specialised:
+    """What JITFunction.run does with the arguments, for a backend that is not of this machine's GPU."""
+    from triton.compiler import ASTSource
+    from triton.runtime.jit import create_function_from_signature
+
+    fn = launch.kernel
+    kwargs = {**launch.kwargs, "debug": False, "instrumentation_mode": ""}
+    bind = create_function_from_signature(fn.signature, fn.params, backend)
+    bound, specialization, options = bind(*launch.args, **kwargs)
+    kinds = [kind for kind, *_ in specialization]
+    values = {k: v for (k, v), kind in zip(bound.items(), kinds, strict=True) if kind != "constexpr"}
+    options, signature, constants, attributes = fn._pack_args(backend, kwargs, bound, specialization, options)
+    return Specialised(ASTSource(fn, signature, constants, attributes), options, values)
+
+
 class Kernel(NamedTuple):
     """The compiled code of one launch."""
 
@@ -198,27 +228,18 @@ class Compiler:
         from triton.compiler import make_backend
 
         self.name = target
-        self.target = GPUTarget(*TARGETS[target][:3])
+        self.target = GPUTarget(*(TARGETS | OTHERS)[target][:3])
         self.backend = make_backend(self.target)
         self.kernels: dict[str, Kernel] = {}
 
     def __call__(self, launch: Recorded) -> Kernel:
-        from triton.compiler import ASTSource, compile
-        from triton.runtime.jit import create_function_from_signature
+        from triton.compiler import compile
 
-        fn = launch.kernel
-        # JITFunction.run does the same with the arguments, for the backend of this machine's GPU.
-        kwargs = {**launch.kwargs, "debug": False, "instrumentation_mode": ""}
-        bind = create_function_from_signature(fn.signature, fn.params, self.backend)
-        bound, specialization, options = bind(*launch.args, **kwargs)
-        options, signature, constants, attributes = fn._pack_args(self.backend, kwargs, bound, specialization, options)
-        source = ASTSource(fn, signature, constants, attributes)
-        key = f"{source.hash()} {options.hash()}"
-        if key not in self.kernels:
-            compiled = compile(source, target=self.target, options=options.__dict__)
-            parameters = [name for name, kind in signature.items() if kind != "constexpr"]
-            self.kernels[key] = self._read(compiled, options.num_warps, parameters)
-        return self.kernels[key]
+        found = specialise(launch, self.backend)
+        if found.key not in self.kernels:
+            compiled = compile(found.source, target=self.target, options=found.options.__dict__)
+            self.kernels[found.key] = self._read(compiled, found.options.num_warps, list(found.arguments))
+        return self.kernels[found.key]
 
     def _read(self, compiled: Any, warps: int, parameters: list[str]) -> Kernel:
         shared, assembly = compiled.metadata.shared, compiled.asm
@@ -227,8 +248,8 @@ class Compiler:
             resources, machine = code.amd_resources(text, shared), code.amd_accesses(text)
             accesses, opcodes = code.llvm_accesses(assembly["llir"]), set[str]()
         else:
-            usage = _tool("cuobjdump", "--dump-resource-usage", assembly["cubin"])
-            text = _tool("nvdisasm", "-c", assembly["cubin"])
+            usage = tool("cuobjdump", "--dump-resource-usage", assembly["cubin"])
+            text = tool("nvdisasm", "-c", assembly["cubin"])
             resources, machine = code.nvidia_resources(usage, text, shared), code.sass_accesses(text)
             accesses, opcodes = code.ptx_accesses(assembly["ptx"]), code.ptx_opcodes(assembly["ptx"])
         occupancy = code.occupancy(self.name, resources, warps)
@@ -254,7 +275,7 @@ def tools() -> dict[str, Path]:
     return found if all(os.access(path, os.X_OK) for path in found.values()) else {}
 
 
-def _tool(name: str, option: str, cubin: bytes) -> str:
+def tool(name: str, option: str, cubin: bytes) -> str:
     """The output of one of the CUDA tools."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)

@@ -12,6 +12,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from benchmarks.gpu_model.gpus import LIMITS
+
 WIDE = 16  # bytes of a 128-bit access
 
 
@@ -226,25 +228,10 @@ def amd_resources(assembly: str, shared: int) -> Resources:
     return Resources(fields["vgpr_count"], spills, shared)
 
 
-#: The bytes of shared memory of a multiprocessor, by target, from NVIDIA's compute capability tables.
-_SHARED = {"sm_80": 164 << 10, "sm_90": 228 << 10, "sm_100": 228 << 10}
-
-
 def occupancy(target: str, resources: Resources, warps: int) -> float:
-    """Resident warps over the most that a multiprocessor (AMD: compute unit) holds.
-
-    NVIDIA: 64 warps, 32 programs, 65536 registers that a warp gets in units of 256, and 1 KiB of shared memory beside
-    the program's own. gfx942: 4 SIMDs of 8 warps, with 512 vector registers per lane in units of 8, and 64 KiB of LDS.
-    """
-    if target == "gfx942":
-        most, per_simd = 32, min(8, 512 // max(8, -(-resources.registers // 8) * 8))
-        programs = 4 * per_simd // warps
-        if resources.shared:
-            programs = min(programs, (64 << 10) // resources.shared)
-        return programs * warps / most
-    most, of_warp = 64, -(-resources.registers * 32 // 256) * 256
-    programs = min(32, most // warps, 65536 // of_warp // warps, _SHARED[target] // (resources.shared + 1024))
-    return programs * warps / most
+    """Resident warps over the most that a multiprocessor (AMD: a compute unit) holds."""
+    limits = LIMITS[target]
+    return limits.resident(resources.registers, resources.shared, warps) * warps / limits.warps
 
 
 # ---- Triton's IR -----------------------------------------------------------------------------------------------------

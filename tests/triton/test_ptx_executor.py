@@ -218,6 +218,64 @@ def test_store_matrices(transposed: bool) -> None:
     assert found.tolist() == expected and result.faults == []
 
 
+# ---- counts ----------------------------------------------------------------------------------------------------------
+
+#: A load of the number that begins 512 bytes after the thread's own, at the address in %rd4.
+FAR = "add.s64 %rd4, %rd1, {}; ld.global.b32 {}, [%rd4];"
+
+
+@pytest.mark.parametrize(
+    "body,rounds",
+    [
+        ("mov.b32 %r2, %r1;", 1),
+        (FAR.format(128, "%r3") + "add.s32 %r2, %r1, %r3;", 1),  # both loads begin at once
+        # The address of the second load needs the number of the first one.
+        ("and.b32 %r4, %r1, 0; cvt.u64.u32 %rd5, %r4; add.s64 %rd1, %rd1, %rd5;" + FAR.format(128, "%r2"), 2),
+        # No load is moved across a barrier, or across a branch that waits for a number.
+        ("add.s32 %r4, %r1, 1; bar.sync 0;" + FAR.format(128, "%r2"), 2),
+        ("setp.eq.u32 %p1, %r1, 77; @%p1 bra $A; $A: " + FAR.format(128, "%r2"), 2),
+        ("setp.eq.u32 %p1, %r0, 77; @%p1 bra $A; $A: " + FAR.format(128, "%r2"), 1),
+        # The block has loaded this sector already.
+        ("add.s32 %r4, %r1, 1; bar.sync 0;" + FAR.format(0, "%r2"), 1),
+        # A number that no instruction uses is not waited for.
+        ("add.s32 %r4, %r1, 1; bar.sync 0; mov.b32 %r2, 0;" + FAR.format(128, "%r3"), 1),
+    ],
+)
+def test_rounds_of_loads(body: str, rounds: int) -> None:
+    """The second half of the numbers is loaded by no thread itself."""
+    data, out, memory = np.zeros(64, np.uint32), np.zeros(32, np.uint32), Memory()
+    how = Launch((1,), (32,), [memory.add_array(data), memory.add_array(out)])
+    assert executor.launch(Kernel(MODULE.format(body), "k"), how, memory).counts["rounds"] == rounds
+
+
+def test_a_barrier_waits_for_the_rounds_of_every_warp() -> None:
+    """The second warp loads twice, one after the other. The first warp begins its second load behind the barrier."""
+    body = (
+        "setp.lt.u32 %p1, %r0, 32; @%p1 bra $A; and.b32 %r4, %r1, 0; cvt.u64.u32 %rd5, %r4; add.s64 %rd6, %rd1, %rd5; "
+        "ld.global.b32 %r5, [%rd6+256]; add.s32 %r6, %r5, 1; $A: bar.sync 0; ld.global.b32 %r2, [%rd1+512];"
+    )
+    data, out, memory = np.zeros(256, np.uint32), np.zeros(64, np.uint32), Memory()
+    how = Launch((1,), (64,), [memory.add_array(data), memory.add_array(out)])
+    assert executor.launch(Kernel(MODULE.format(body), "k"), how, memory).counts["rounds"] == 3
+
+
+def sectors(count: int) -> np.ndarray:
+    """So many sectors of zeros, at an address that begins one."""
+    room = np.zeros(8 * count + 8, np.uint32)
+    begin = -room.ctypes.data % 32 // 4
+    return room[begin : begin + 8 * count]
+
+
+@pytest.mark.parametrize("blocks,executed", [(None, 3), ([1], 1), ([2, 0], 2)])
+def test_sectors_are_counted_once_for_each_block(blocks: list[int] | None, executed: int) -> None:
+    """32 numbers are four sectors, however often a block loads them. Blocks may be left out."""
+    memory = Memory()
+    parameters = [memory.add_array(sectors(4)), memory.add_array(sectors(4))]
+    kernel = Kernel(MODULE.format("bar.sync 0; ld.global.b32 %r2, [%rd1];"), "k")
+    result = executor.launch(kernel, Launch((3,), (32,), parameters, blocks=blocks), memory)
+    assert result.traffic == [(4 * executed, 0), (0, 4 * executed)]
+
+
 # ---- planted faults --------------------------------------------------------------------------------------------------
 
 SIXTY_FOUR = np.arange(64, dtype=np.uint32)

@@ -25,6 +25,10 @@ struct Warp {
   uint32_t counter[32];
   Lanes present = 0, exited = 0, at_barrier = 0, waiting = 0;
   uint32_t step = 1;
+  // Rounds of loads from beyond the L1 cache, one after the other: before each register has its number, before the
+  // current stretch of code without branches and barriers, and before all sources of this stretch.
+  std::vector<int32_t> rounds;
+  int32_t begun = 0, needed = 0;
   bool together = true;  // whether all lanes that can run have one program counter
 
   Lanes alive() const { return present & ~exited; }
@@ -43,6 +47,7 @@ class Executor {
         random_(launch.seed) {
     for (Warp& warp : warps_) {
       warp.registers.values.assign(static_cast<size_t>(launch.registers) * 32, ~0ull);
+      warp.rounds.resize(launch.registers);
       for (int k = 0; k < launch.constants; ++k) {
         std::fill_n(warp.registers[launch.constant_slots[k]], 32, launch.constant_values[k]);
       }
@@ -64,6 +69,9 @@ class Executor {
     do {
       run_to_barrier(schedule);
     } while (!pass_barrier());
+    for (const Warp& warp : warps_) {
+      report_.counts.rounds = std::max<int64_t>(report_.counts.rounds, std::max(warp.begun, warp.needed));
+    }
   }
 
   void begin(Warp& warp, int index, int block) {
@@ -72,6 +80,8 @@ class Executor {
     warp.exited = warp.at_barrier = warp.waiting = 0;
     warp.together = true;
     ++warp.step;
+    std::fill(warp.rounds.begin(), warp.rounds.end(), 0);
+    warp.begun = warp.needed = 0;
     std::fill_n(warp.counter, 32, 0);
     const int32_t *grid = launch_.grid, *size = launch_.block;
     for (int k = 0; k < launch_.specials; ++k) {
@@ -130,7 +140,10 @@ class Executor {
       reached = barrier;
     }
     if (reached == nullptr) return true;
+    int32_t begun = 0;
+    for (const Warp& warp : warps_) begun = std::max({begun, warp.begun, warp.needed});
     for (Warp& warp : warps_) {
+      warp.begun = begun;
       warp.at_barrier = 0;
       warp.together = false;
       ++warp.step;
@@ -182,6 +195,7 @@ class Executor {
     }
     ++report_.counts.instructions;
     launch_.executed[counter] += std::popcount(active);
+    count_rounds(warp, i, active);
     if (i.op == kOp_bra) {
       for_lanes(lanes, [&](int lane) { warp.counter[lane] = active >> lane & 1 ? i.target : counter + 1; });
       if (active != 0 && active != lanes) warp.together = false;
@@ -191,6 +205,30 @@ class Executor {
     if (active != 0) execute(warp, i, active);
     if (active != lanes && (i.op == kOp_ret || i.op == kOp_bar)) warp.together = false;
     return true;
+  }
+
+  // A load begins when its address is known and the stretch of code has begun: a compiler moves loads within a stretch,
+  // and not across branches and barriers. A stretch ends when all numbers are there that it has used.
+  void count_rounds(Warp& warp, const Instruction& i, Lanes active) const {
+    int32_t from = warp.begun;
+    for (int k = 0; k < i.sources; ++k) from = std::max(from, warp.rounds[i.s[k]]);
+    if (i.predicate >= 0) from = std::max(from, warp.rounds[i.predicate]);
+    warp.needed = std::max(warp.needed, from);
+    if (i.op == kOp_bra) warp.begun = warp.needed;
+    const bool is_far = i.op == kOp_ld && loads_from_afar(warp, i, active);
+    for (int k = 0; k < i.results; ++k) {
+      if (i.d[k] >= 0) warp.rounds[i.d[k]] = from + is_far;
+    }
+  }
+  bool loads_from_afar(Warp& warp, const Instruction& i, Lanes active) const {
+    const uint64_t* base = warp.registers[i.s[0]];
+    bool found = false;
+    for_lanes(active, [&](int lane) {
+      const uint64_t address = base[lane] + static_cast<uint64_t>(i.immediate);
+      found = found ||
+              (Memory::space_of(address, i.space) == kSpace_global && !memory_.has_loaded(address, i.width * i.count));
+    });
+    return found;
   }
 
   static uint32_t next_lanes(Warp& warp, Lanes& lanes) {

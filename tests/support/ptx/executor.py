@@ -47,7 +47,7 @@ LISTS = (
     parse.SHUFFLES,
     parse.COMBINATIONS,
     parse.SPECIALS,
-    parse.words("instructions barriers races unwritten conflicts unordered divisions_by_zero"),
+    parse.words("instructions barriers rounds races unwritten conflicts unordered divisions_by_zero"),
 )
 #: Counts that are 0 where a kernel is right, apart from conflicts, for which tests have a check of their own.
 FAULTS = ("races", "unwritten", "unordered", "divisions_by_zero")
@@ -91,6 +91,8 @@ class Allocation(ctypes.Structure):
         ("bytes", ctypes.c_uint64),
         ("written", ctypes.c_void_p),
         ("shift", ctypes.c_int64),
+        ("loaded", ctypes.c_int64),
+        ("stored", ctypes.c_int64),
     ]
 
 
@@ -152,7 +154,7 @@ class Memory:
         """
         address = (len(self.allocations) + 1) * PIECE + (1 << 20) + host % 4096
         pointer = None if written is None else written.ctypes.data
-        self.allocations.append(Allocation(address, host, bytes, pointer, shift))
+        self.allocations.append(Allocation(address, host, bytes, pointer, shift, 0, 0))
         self._kept.append(written)
         return address
 
@@ -171,6 +173,7 @@ class Launch:
     dynamic_shared: int = 0
     seed: int = 0
     first_wins: bool = False  # of lanes that store to one address in one instruction, the first one's number stays
+    blocks: Sequence[int] | None = None  # those that are run; None: all
 
 
 @dataclass
@@ -182,6 +185,8 @@ class Result:
     notes: list[str] = field(default_factory=list)
     #: Of each instruction of the code, by operation and space: how often a lane has executed it.
     executed: dict[str, list[int]] = field(default_factory=dict)
+    #: For each piece of global memory: the 32-byte sectors that were loaded and stored, each once for each block.
+    traffic: list[tuple[int, int]] = field(default_factory=list)
 
     @property
     def faults(self) -> list[str]:
@@ -257,12 +262,13 @@ def _three(sizes: Sequence[int]) -> Any:
 
 
 def launch(kernel: Kernel, how: Launch, memory: Memory) -> Result:
-    """Runs all blocks, in a random order; raises Fault where a kernel cannot go on."""
+    """Runs the blocks in a random order; raises Fault where a kernel cannot go on."""
     grid, block = _three(how.grid), _three(how.block)
     if block[0] * block[1] * block[2] > kernel.most_threads:
         raise Fault(f"{kernel.name}: {list(block)} threads, and the kernel allows {kernel.most_threads}")
     arrays = _packed(kernel)
-    blocks = np.arange(grid[0] * grid[1] * grid[2], dtype=np.int32)
+    every = range(grid[0] * grid[1] * grid[2])
+    blocks = np.array(every if how.blocks is None else how.blocks, dtype=np.int32)
     np.random.default_rng(how.seed).shuffle(blocks)
     executed = np.zeros(len(kernel.code), np.int64)
     parameters = _parameters(kernel, how.parameters)
@@ -305,4 +311,5 @@ def launch(kernel: Kernel, how: Launch, memory: Memory) -> Result:
         name = f"{i.op}.{i.space}" if i.op in ("ld", "st") else i.op
         of_operation.setdefault(name, []).append(count)
     found = {name: getattr(counts, name) for name in LISTS[-1]}
-    return Result(kernel.name, found, text.splitlines(), of_operation)
+    traffic = [(a.loaded, a.stored) for a in allocations]
+    return Result(kernel.name, found, text.splitlines(), of_operation, traffic)

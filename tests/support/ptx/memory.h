@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstring>
 #include <string>
+#include <unordered_set>
 #include <vector>
 
 #include "numbers.h"
@@ -23,6 +24,9 @@ struct Access {
   const uint8_t* value;  // that is stored; null for a load
   bool is_store() const { return value != nullptr; }
 };
+
+// Bytes that a GPU moves between its L2 cache and a block at least.
+constexpr uint64_t kSector = 32;
 
 // What is known of the accesses to a few bytes.
 class History {
@@ -116,9 +120,18 @@ class Memory {
   void begin_block() {
     std::fill(shared_.begin(), shared_.end(), 0xFF);
     std::fill(shared_written_.begin(), shared_written_.end(), 0);
+    loaded_.clear();
+    stored_.clear();
     barrier();
   }
   void barrier() { ++epoch_; }
+  // Whether the block has loaded the sectors of these bytes of global memory before. A GPU has them in its L1 cache.
+  bool has_loaded(uint64_t address, int bytes) const {
+    for (uint64_t k = address / kSector; k <= (address + bytes - 1) / kSector; ++k) {
+      if (loaded_.count(k) == 0) return false;
+    }
+    return true;
+  }
 
   static int space_of(uint64_t address, int space) {
     if (space != kSpace_generic) return space;
@@ -187,6 +200,7 @@ class Memory {
     if (access.address < of.address || at + bytes > of.bytes) {
       out_of_bounds("global memory " + std::to_string(piece), what, at, of.bytes, access);
     }
+    count_sectors(access, of);
     uint8_t* memory = of.host + at;
     if (of.written != nullptr) {
       if (access.is_store()) {
@@ -203,6 +217,15 @@ class Memory {
       history[i].note(access, report_, epoch_, false, same, false, "");
     }
     return memory;
+  }
+
+  // The sectors that a block loads and stores for the first time. A GPU moves them between its L2 cache and the block.
+  void count_sectors(const Access& access, Allocation& of) {
+    std::unordered_set<uint64_t>& seen = access.is_store() ? stored_ : loaded_;
+    int64_t& count = access.is_store() ? of.stored : of.loaded;
+    for (uint64_t k = access.address / kSector; k <= (access.address + access.bytes - 1) / kSector; ++k) {
+      count += seen.insert(k).second;
+    }
   }
 
   // Whether the stored numbers and those in memory differ by rounding alone; `values` shows the first two that differ.
@@ -245,6 +268,7 @@ class Memory {
   std::vector<History> shared_history_;
   std::vector<uint8_t> local_;
   std::vector<std::vector<History>> history_;
+  std::unordered_set<uint64_t> loaded_, stored_;  // sectors of this block
 };
 
 }  // namespace ptx

@@ -28,7 +28,7 @@
   X(P, tid_x) X(P, tid_y) X(P, tid_z) X(P, ctaid_x) X(P, ctaid_y) X(P, ctaid_z) X(P, ntid_x) X(P, ntid_y) X(P, ntid_z) \
   X(P, nctaid_x) X(P, nctaid_y) X(P, nctaid_z) X(P, laneid) X(P, dynamic_smem_size)
 #define PTX_COUNTS(X, P) \
-  X(P, instructions) X(P, barriers) X(P, races) X(P, unwritten) X(P, conflicts) X(P, unordered) \
+  X(P, instructions) X(P, barriers) X(P, rounds) X(P, races) X(P, unwritten) X(P, conflicts) X(P, unordered) \
   X(P, divisions_by_zero)
 // clang-format on
 
@@ -73,8 +73,9 @@ struct Allocation {
   uint64_t address;
   uint8_t* host;
   uint64_t bytes;
-  uint8_t* written;  // a byte for each byte, or null: all are
-  int64_t shift;     // log2 of the bytes whose accesses are ordered as one
+  uint8_t* written;        // a byte for each byte, or null: all are
+  int64_t shift;           // log2 of the bytes whose accesses are ordered as one
+  int64_t loaded, stored;  // sectors, each counted once for each block
 };
 constexpr int kPiece = 40;
 constexpr uint64_t kShared = 0xF00000ull << kPiece, kLocal = 0xF10000ull << kPiece;

@@ -31,7 +31,7 @@ from steam_kernels.schemas import Backward, Forward
 from tests.support.ptx import executor
 from tests.support.ptx.executor import Launch, Memory, Result
 from tests.support.ptx.parse import Kernel
-from tests.support.triton_aot import TARGETS
+from tests.support.triton_aot import TARGETS, Recorded, specialise
 
 #: Changes a kernel before it runs: (name, PTX) -> PTX. It must be a function of a module, to reach this process.
 Edit = Callable[[str, str], str]
@@ -127,27 +127,14 @@ class Compiler:
 
         self.target = GPUTarget(*TARGETS[target][:3])
         self.backend = make_backend(self.target)
-        self._binders: dict[Any, Any] = {}
         self._compiled: dict[str, Compiled] = {}
 
-    def __call__(self, fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Compiled, list[Any]]:
+    def __call__(self, launch: Recorded) -> tuple[Compiled, list[Any]]:
         """The kernel of a launch, and the arguments that are not constants."""
-        from triton.compiler import ASTSource
-        from triton.runtime.jit import create_function_from_signature
-
-        if fn not in self._binders:
-            self._binders[fn] = create_function_from_signature(fn.signature, fn.params, self.backend)
-        # What JITFunction.run does with the arguments, on this target's backend.
-        kwargs = {**kwargs, "debug": False, "instrumentation_mode": ""}
-        bound, specialization, options = self._binders[fn](*args, **kwargs)
-        options, signature, constants, attributes = fn._pack_args(self.backend, kwargs, bound, specialization, options)
-        source = ASTSource(fn, signature, constants, attributes)
-        key = f"{source.hash()} {options.hash()}"
-        if key not in self._compiled:
-            self._compiled[key] = self._compile(source, options)
-        kinds = [kind for kind, *_ in specialization]
-        values = [value for value, kind in zip(bound.values(), kinds, strict=True) if kind != "constexpr"]
-        return self._compiled[key], values
+        found = specialise(launch, self.backend)
+        if found.key not in self._compiled:
+            self._compiled[found.key] = self._compile(found.source, found.options)
+        return self._compiled[found.key], list(found.arguments.values())
 
     def _compile(self, source: Any, options: Any) -> Compiled:
         from triton._C.libtriton import ir
@@ -185,7 +172,7 @@ class Machine:
         compiler = self._compilers.setdefault(call.target, Compiler(call.target))
 
         def run(fn: Any, *args: Any, grid: tuple[int, ...], warmup: bool = False, **kwargs: Any) -> None:
-            compiled, values = compiler(fn, args, kwargs)
+            compiled, values = compiler(Recorded(fn, args, kwargs, grid))
             ptx = compiled.ptx if call.edit is None else call.edit(fn.__name__, compiled.ptx)
             launches.append(self._launch(ptx, compiled, grid, values, poison, seeds.getrandbits(60), call.first_wins))
             launches[-1].kernel = fn.__name__
