@@ -145,7 +145,8 @@ def gate_backward_of(
     for step in range(steps):
         # [ROWS, RUN]
         offset, inside, channel = elements(first + step * TILE.ROWS, e, member, sizes, LAYOUT, TILE)
-        g = upstream(dy, y, base + offset, inside, ACC)
+        # No later kernel of this call reads dy or y, and the layer before reads dx.
+        g = upstream(dy, y, base + offset, inside, ACC, "evict_first")
         if dresidual is not None:
             tl.store(dresidual + base + offset, g.to(dresidual.dtype.element_ty), mask=inside)
         if dx is not None:

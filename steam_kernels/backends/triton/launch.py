@@ -258,8 +258,9 @@ def pool_channels(p: Pass, cell_width: int, cell_height: int) -> tuple[int, int]
     return channels if tiles(channels, 8) <= 8 else min(channels, least // 2), 8
 
 
-#: The threads of a program of the graph stage, and of one that processes a whole sample.
-GRAPH_THREADS, WHOLE_THREADS = 128, 256
+#: The threads of a program of the graph stage that has a block of channels, of one that has the cells of a sample, and
+#: of one that has a whole sample.
+GRAPH_THREADS, LATTICE_THREADS, WHOLE_THREADS = 128, 256, 256
 
 
 def graph_blocks(p: Pass, heads: int, head_width: int, tile: int) -> dict[str, Any]:
@@ -284,7 +285,7 @@ def graph_blocks(p: Pass, heads: int, head_width: int, tile: int) -> dict[str, A
         "HALO": max(2, min(16, 128 // cells)),
         "BLOCKS": min(power(ceil_div(p.channels, channels)), max(1, 2048 // cells)),
         # One cell and head per thread.
-        "NODES": min(power(p.cells), max(1, 128 // power(heads))),
+        "NODES": min(power(p.cells), max(1, LATTICE_THREADS // power(heads))),
         "HEADS": power(heads),
         "WIDTH": power(head_width),
     }
@@ -295,23 +296,25 @@ def graph_tile(p: Pass) -> int:
     return GRAPH_THREADS * 32 >> (p.itemsize == 8)
 
 
-def graph_stage(p: Pass, kernel: str, programs: int, heads: int, head_width: int) -> Launch:
+def graph_stage(p: Pass, kernel: str, programs: int, threads: int, heads: int, head_width: int) -> Launch:
     of = FAMILIES[p.family]
     constants = graph_blocks(p, heads, head_width, graph_tile(p))
-    return Launch(kernel, programs, constants, num_warps=GRAPH_THREADS // of.warp, maxnreg=of.registers)
+    return Launch(kernel, programs, constants, num_warps=threads // of.warp, maxnreg=of.registers)
 
 
 @lru_cache(maxsize=4096)
 def graph(p: Pass, heads: int, head_width: int) -> Launch:
     """One program per block of channels. Backward, it is the launch of both kernels of such programs."""
     blocks = ceil_div(p.channels, graph_blocks(p, heads, head_width, graph_tile(p))["CHANNELS"])
-    return graph_stage(p, "graph_backward_ring" if p.backward else "graph", p.samples * blocks, heads, head_width)
+    kernel = "graph_backward_ring" if p.backward else "graph"
+    return graph_stage(p, kernel, p.samples * blocks, GRAPH_THREADS, heads, head_width)
 
 
 @lru_cache(maxsize=4096)
 def lattice(p: Pass, heads: int, head_width: int) -> Launch:
     """One program per sample."""
-    return graph_stage(p, "lattice_backward" if p.backward else "lattice", p.samples, heads, head_width)
+    kernel = "lattice_backward" if p.backward else "lattice"
+    return graph_stage(p, kernel, p.samples, LATTICE_THREADS, heads, head_width)
 
 
 #: The most threads that a program of the gate stage has, alone or in a whole sample.

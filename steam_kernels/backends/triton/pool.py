@@ -17,11 +17,15 @@ def cell_begin(cell, cells, size):
 
 
 @triton.jit
-def upstream(dy, y, offset, inside, ACC: tl.constexpr):
-    """dy in the accumulation type, and 0 where the ReLU that made y was off. A NaN in y keeps dy, as in PyTorch."""
-    g = tl.load(dy + offset, mask=inside, other=0.0).to(ACC)
+def upstream(dy, y, offset, inside, ACC: tl.constexpr, EVICTION: tl.constexpr = ""):
+    """dy in the accumulation type, and 0 where the ReLU that made y was off. A NaN in y keeps dy, as in PyTorch.
+
+    EVICTION: which loaded numbers the cache gives up first, as ``tl.load`` takes it.
+    """
+    g = tl.load(dy + offset, mask=inside, other=0.0, eviction_policy=EVICTION).to(ACC)
     if y is not None:
-        g = tl.where(tl.load(y + offset, mask=inside, other=0.0) <= 0.0, 0.0, g)
+        masks = tl.load(y + offset, mask=inside, other=0.0, eviction_policy=EVICTION)
+        g = tl.where(masks <= 0.0, 0.0, g)
     return g
 
 
