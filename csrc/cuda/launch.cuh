@@ -75,7 +75,8 @@ PoolSizes pool_sizes(const Plan& plan, bool aligned_maps) {
   constexpr int kTileBytes = 16384;
   PoolSizes sizes{};
   const int log2_lanes = cell_log2_lanes<T>(plan);
-  if (!plan.problem.channels_last && aligned_maps && log2_lanes >= 0) {
+  if (!plan.problem.channels_last && log2_lanes >= 0) {
+    sizes.width = aligned_maps ? kPack<T> : 1;
     sizes.log2_lanes = log2_lanes;
     sizes.slices = ceil_div(plan.problem.channels * plan.cells() << log2_lanes, kPoolThreads);
   } else if (!plan.problem.channels_last) {

@@ -34,7 +34,7 @@ struct PoolSizes {
   int32_t channels;          // NCHW: channels of a slice
   int32_t tile;              // NCHW: elements in shared memory at a time, of whole channels or of one channel; 0: none
   int32_t log2_lanes;        // NCHW without a tile: 2^log2_lanes lanes sum one cell
-  int32_t width;             // channels_last: channels of one access
+  int32_t width;             // elements of one access to maps, if there is no tile
   int32_t threads_per_cell;  // channels_last: threads that sum one cell for the same channels
 };
 
@@ -66,10 +66,19 @@ class CellOffsets {
   int64_t at_, step_, wrap_;
 };
 
+// n elements at any address.
+template <int n, class T>
+__device__ __forceinline__ Pack<T, n> load_elements(const T* p) {
+  Pack<T, n> v;
+#pragma unroll
+  for (int l = 0; l < n; ++l) v.at[l] = p[l];
+  return v;
+}
+
 // Adds up packs `first`, `first` + step, ... of the `size` packs of a cell: the l-th elements in sum[l], and if
-// kProducts the products in dot[l].
+// kProducts the products in dot[l]. If the maps are not aligned, a pack is several accesses, and the sums are the same.
 template <class T, int kWidth, bool kProducts>
-__device__ void sum_packs(const Maps<T>& maps, CellOffsets offsets, int64_t first, int64_t size, int step,
+__device__ void sum_packs(const Maps<T>& maps, CellOffsets offsets, bool aligned, int64_t first, int64_t size, int step,
                           Accumulate<T>* sum, Accumulate<T>* dot) {
   using A = Accumulate<T>;
   constexpr int kBatch = kProducts ? 2 : 4;
@@ -82,9 +91,12 @@ __device__ void sum_packs(const Maps<T>& maps, CellOffsets offsets, int64_t firs
       for (int b = 0; b < kBatch; ++b) {
         const int64_t at = offsets.next();
         if (e + b * step >= stop) continue;
-        x[b] = load_pack<kWidth>(maps.x + at);
-        if (kProducts) dy[b] = load_pack<kWidth>(maps.dy + at);
-        if (kProducts && maps.y) y[b] = load_pack<kWidth>(maps.y + at);
+        const auto load = [&](const T* map) {
+          return aligned ? load_pack<kWidth>(map + at) : load_elements<kWidth>(map + at);
+        };
+        x[b] = load(maps.x);
+        if (kProducts) dy[b] = load(maps.dy);
+        if (kProducts && maps.y) y[b] = load(maps.y);
       }
 #pragma unroll
       for (int b = 0; b < kBatch; ++b) {
@@ -242,8 +254,8 @@ __device__ void pool_cells(const Plan& plan, const PoolSizes& sizes, const Maps<
   const int across = static_cast<int>(static_cast<unsigned>(p.width) / grid_w / n);
   const CellOffsets offsets((c * p.height + r0) * p.width + int64_t{j} * across * n, across, p.width, n, lane, lanes);
   A sum[n] = {}, dot[n] = {};
-  sum_packs<T, n, kProducts>(batch.at(sample * plan.sample_size()), offsets, lane, int64_t{r1 - r0} * across, lanes,
-                             sum, dot);
+  sum_packs<T, n, kProducts>(batch.at(sample * plan.sample_size()), offsets, sizes.width == n, lane,
+                             int64_t{r1 - r0} * across, lanes, sum, dot);
   const A value = sum_lanes(sum_pairs<n>(sum), sizes.log2_lanes);
   const A product = kProducts ? sum_lanes(sum_pairs<n>(dot), sizes.log2_lanes) : A{0};
   if (lane != 0) return;
@@ -310,7 +322,8 @@ __device__ void pool_channels_last(const Plan& plan, const PoolSizes& sizes, con
   const int64_t channels = plan.problem.channels, row_pitch = plan.problem.width * channels;
   const CellOffsets offsets(cell.r0 * row_pitch + cell.q0 * channels, static_cast<int>(cell.q1 - cell.q0), row_pitch,
                             channels, first, sizes.threads_per_cell);
-  sum_packs<T, kWidth, kProducts>(maps, offsets, first, active ? cell.size() : 0, sizes.threads_per_cell, sum, dot);
+  sum_packs<T, kWidth, kProducts>(maps, offsets, true, first, active ? cell.size() : 0, sizes.threads_per_cell, sum,
+                                  dot);
   if (sizes.threads_per_cell > 1) {
     SharedMemory shared;
     A* scratch = shared.take<A>(2 * kWidth * static_cast<int64_t>(blockDim.x));

@@ -169,6 +169,27 @@ def test_bits_do_not_depend_on_the_schedule(case: Case, limit: int, host: on_hos
     assert torch.equal(first["y"][1:], alone["y"]) and torch.equal(first["dx"][1:], alone["dx"])
 
 
+@pytest.mark.parametrize("limit", [GENERAL, FUSED], ids=["general", "fused"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(space=(28, 28), channels=5, tail="relu"),
+        Case(space=(14, 14), channels=7),
+        Case(space=(7, 7), channels=70, dtype=F64),
+        Case(space=(9, 10), channels=72, layout="nhwc"),
+    ],
+    ids=lambda c: c.id,
+)
+def test_bits_do_not_depend_on_the_alignment(case: Case, limit: int, host: on_host.Host) -> None:
+    """The same results from maps that begin one element past a boundary."""
+    host.shared_memory_limit = limit
+    inputs, dy = cases.make(case)
+    host.keeps_phase = True
+    offset = "offset_" + case.layout
+    moved = {k: cases.lay_out(v, offset) if v.dim() == 4 else v for k, v in inputs.items()}
+    same_bits(run(case, inputs, dy), run(case, moved, cases.lay_out(dy, offset)))
+
+
 @sanitized("thread")
 @pytest.mark.parametrize("limit", [GENERAL, FUSED], ids=["general", "fused"])
 @pytest.mark.parametrize(
