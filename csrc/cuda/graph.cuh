@@ -125,7 +125,7 @@ constexpr int kGraphThreads = 256;
 // The blocks of channels that a multiprocessor should run at a time. The compiler limits the registers of a thread for
 // it.
 template <class A>
-constexpr int kGraphBlocks = sizeof(A) == 8 ? 1 : 3;
+constexpr int kGraphBlocks = sizeof(A) == 8 ? 1 : 2;
 // The numbers of a block's windows that fit into shared memory. Longer windows are in the workspace.
 template <class A>
 constexpr int64_t kSharedWindow = 16384 / sizeof(A);

@@ -10,10 +10,6 @@
 namespace steam {
 namespace {
 
-// Like kGraphBlocks. The backward pass needs more registers.
-template <class A>
-constexpr int kGraphBackwardBlocks = sizeof(A) == 8 ? 1 : 2;
-
 // The working memory of the graph stage, backward.
 template <class A>
 struct GraphBackward {
@@ -55,7 +51,7 @@ int64_t graph_backward_cells_bytes(const GraphSizes& sizes) {
 // the block's own that comes from dy * x. `sample` has the sums of dy * x over cells, or if the cells are pixels the
 // maps themselves. Also writes the gates of the channels.
 template <class Of, bool kChannelsLast>
-__global__ void __launch_bounds__(kGraphThreads, kGraphBackwardBlocks<typename Of::A>)
+__global__ void __launch_bounds__(kGraphThreads, kGraphBlocks<typename Of::A>)
     steam_graph_backward_cells(Plan plan, GraphSizes sizes, Of batch, GraphBackward<typename Of::A> memory) {
   using A = typename Of::A;
   SharedMemory shared;
@@ -145,7 +141,7 @@ int64_t graph_backward_ring_bytes(const Plan& plan, const GraphSizes& sizes) {
 // The shifts of a block of channels. values has the sums of x over cells, or x itself if the cells are pixels, and is
 // read in the sequential order only.
 template <class T, bool kChannelsLast>
-__global__ void __launch_bounds__(kGraphThreads, kGraphBackwardBlocks<Accumulate<T>>)
+__global__ void __launch_bounds__(kGraphThreads, kGraphBlocks<Accumulate<T>>)
     steam_graph_backward_ring(Plan plan, GraphSizes sizes, const T* values, GraphBackward<Accumulate<T>> memory) {
   using A = Accumulate<T>;
   const Problem& p = plan.problem;
