@@ -14,6 +14,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "../common/graph.h"
 #include "../common/problem.h"
@@ -39,15 +40,7 @@ STEAM_HD int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // ---------------------------------------------------------------- storage and accumulation types
 
 template <class T>
-struct AccumulateOf {
-  using type = float;
-};
-template <>
-struct AccumulateOf<double> {
-  using type = double;
-};
-template <class T>
-using Accumulate = typename AccumulateOf<T>::type;
+using Accumulate = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 __device__ __forceinline__ float widen(float v) { return v; }
 __device__ __forceinline__ double widen(double v) { return v; }
@@ -89,12 +82,24 @@ template <int n, class T>
 __device__ __forceinline__ Pack<T, n> load_pack(const T* p) {
   return *reinterpret_cast<const Pack<T, n>*>(p);
 }
+// The type of the intrinsics below whose registers a pack of T needs.
+template <class T>
+using PackBits =
+    std::conditional_t<std::is_same_v<T, float>, float4, std::conditional_t<std::is_same_v<T, double>, double2, int4>>;
+// Loads from global memory data that the cache may give up first.
+template <class T>
+__device__ __forceinline__ Pack<T> load_streaming(const T* p) {
+  const PackBits<T> bits = __ldcs(reinterpret_cast<const PackBits<T>*>(p));
+  Pack<T> v;
+  memcpy(&v, &bits, sizeof(bits));
+  return v;
+}
 // Stores to global memory. The compiler may split an assignment into four stores, but not the intrinsic.
 template <class T>
 __device__ __forceinline__ void store_pack(T* p, const Pack<T>& v) {
-  int4 bits;
+  PackBits<T> bits;
   memcpy(&bits, &v, sizeof(bits));
-  __stwb(reinterpret_cast<int4*>(p), bits);
+  __stwb(reinterpret_cast<PackBits<T>*>(p), bits);
 }
 
 // The elements between the last 16-byte boundary and p. Arrays of equal phase have their wide accesses at the same
@@ -133,14 +138,10 @@ STEAM_HD int64_t shared_bytes(int64_t count) {
   return ceil_div(count * static_cast<int64_t>(sizeof(E)), kAccessBytes) * kAccessBytes;
 }
 
-#if !defined(STEAM_CUDA_ON_HOST)
-// The block's dynamic shared memory, in pieces aligned to 16 bytes. Every thread makes the same calls.
-class SharedMemory {
+// Memory in pieces aligned to 16 bytes.
+class Pieces {
  public:
-  __device__ __forceinline__ SharedMemory() {
-    extern __shared__ __align__(16) unsigned char steam_shared_memory[];
-    at_ = steam_shared_memory;
-  }
+  __device__ __forceinline__ explicit Pieces(void* at) : at_(static_cast<unsigned char*>(at)) {}
   template <class E>
   __device__ __forceinline__ E* take(int64_t count) {
     E* out = reinterpret_cast<E*>(at_);
@@ -150,6 +151,17 @@ class SharedMemory {
 
  private:
   unsigned char* at_;
+};
+
+#if !defined(STEAM_CUDA_ON_HOST)
+__device__ __forceinline__ unsigned char* dynamic_shared_memory() {
+  extern __shared__ __align__(16) unsigned char steam_shared_memory[];
+  return steam_shared_memory;
+}
+// The block's dynamic shared memory. Every thread makes the same calls.
+class SharedMemory : public Pieces {
+ public:
+  __device__ __forceinline__ SharedMemory() : Pieces(dynamic_shared_memory()) {}
 };
 #endif
 
@@ -165,41 +177,44 @@ __device__ __forceinline__ A sum_lanes(A v, int log2) {
 }
 
 // f(begin) + f(begin + step) + ..., up to but without f(end).
-template <class A, class F>
-__device__ __forceinline__ A sum_strided(int64_t begin, int64_t end, int64_t step, const F& f) {
+template <class A, class I, class F>
+__device__ __forceinline__ A sum_strided(I begin, I end, I step, const F& f) {
   A total{0};
-  for (int64_t i = begin; i < end;) {
-    const int64_t stop = smaller(end, i + kTermsPerPartial * step);
+  for (I i = begin; i < end;) {
+    const I stop = end - i < kTermsPerPartial * step ? end : i + kTermsPerPartial * step;
     A partial{0};
-#pragma unroll 4
+#pragma unroll 8
     for (; i < stop; i += step) partial += f(i);
     total += partial;
   }
   return total;
 }
 
-// Calls out(row, sum of f(row, column) over the columns). A warp sums a row.
-template <class A, class F, class Out>
-__device__ __forceinline__ void sum_rows(int64_t rows, int64_t columns, const F& f, const Out& out) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarp, warps = static_cast<int>(blockDim.x) / kWarp;
-  for (int64_t row = threadIdx.x / kWarp; row < rows; row += warps) {
-    A sum = sum_strided<A>(lane, columns, kWarp, [&](int64_t column) { return f(row, column); });
-    sum = sum_lanes(sum, 5);
-    if (lane == 0) out(row, sum);
+// Calls out(row, sum of f(row, column) over the columns). 1 to 32 lanes sum a row, so that a warp has up to 32 rows at
+// a time. A lane has about eight columns, or fewer if there would be threads without a row.
+template <class A, class I, class F, class Out>
+__device__ __forceinline__ void sum_rows(I rows, I columns, const F& f, const Out& out) {
+  const int t = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
+  int log2 = 0;
+  while (log2 < 5 && (16 << log2 <= columns || rows <= threads >> (log2 + 1))) ++log2;
+  for (I row = t >> log2; row < rows; row += threads >> log2) {
+    A sum = sum_strided<A, I>(t & ((1 << log2) - 1), columns, 1 << log2, [&](I column) { return f(row, column); });
+    sum = sum_lanes(sum, log2);
+    if ((t & ((1 << log2) - 1)) == 0) out(row, sum);
   }
 }
 
 // Calls out(column, sum of f(row, column) over the rows). Neighbouring threads sum neighbouring columns, so that their
 // reads are contiguous. `scratch` has one number for each thread of the block.
-template <class A, class F, class Out>
-__device__ __forceinline__ void sum_columns(int64_t rows, int64_t columns, A* scratch, const F& f, const Out& out) {
+template <class A, class I, class F, class Out>
+__device__ __forceinline__ void sum_columns(I rows, I columns, A* scratch, const F& f, const Out& out) {
   const int threads = static_cast<int>(blockDim.x), t = static_cast<int>(threadIdx.x);
-  const int across = static_cast<int>(smaller<int64_t>(columns, threads));
+  const int across = static_cast<int>(smaller<I>(columns, threads));
   const int groups = threads / across, group = t / across;
-  for (int64_t first = 0; first < columns; first += across) {
-    const int64_t column = first + t % across;
+  for (I first = 0; first < columns; first += across) {
+    const I column = first + t % across;
     const bool active = group < groups && column < columns;
-    scratch[t] = active ? sum_strided<A>(group, rows, groups, [&](int64_t row) { return f(row, column); }) : A{0};
+    scratch[t] = active ? sum_strided<A, I>(group, rows, groups, [&](I row) { return f(row, column); }) : A{0};
     __syncthreads();
     for (int n = groups; n > 1;) {
       const int half = (n + 1) / 2;
@@ -212,16 +227,18 @@ __device__ __forceinline__ void sum_columns(int64_t rows, int64_t columns, A* sc
   }
 }
 
-// Returns the sum of v over the block in thread 0, and 0 in the other threads. `scratch` has one number for each warp.
+// The sum of v over the threads of the block whose index has the same last log2 bits. Thread t < 2^log2 gets the sum
+// for its bits, and the other threads get 0. `scratch` has 2^log2 numbers for each warp.
 template <class A>
-__device__ __forceinline__ A sum_block(A v, A* scratch) {
-  const int t = static_cast<int>(threadIdx.x), warps = static_cast<int>(blockDim.x) / kWarp;
-  v = sum_lanes(v, 5);
-  if (t % kWarp == 0) scratch[t / kWarp] = v;
+__device__ __forceinline__ A sum_block(A v, int log2, A* scratch) {
+  const int t = static_cast<int>(threadIdx.x), warps = static_cast<int>(blockDim.x) / kWarp, kinds = 1 << log2;
+  for (int step = kWarp / 2; step >= kinds; step /= 2)
+    v += __shfl_xor_sync(0xffffffffu, v, static_cast<unsigned>(step));
+  if (t % kWarp < kinds) scratch[t / kWarp * kinds + t % kWarp] = v;
   __syncthreads();
   A sum{0};
-  if (t == 0) {
-    for (int k = 0; k < warps; ++k) sum += scratch[k];
+  if (t < kinds) {
+    for (int k = 0; k < warps; ++k) sum += scratch[k * kinds + t];
   }
   __syncthreads();
   return sum;
@@ -244,11 +261,14 @@ struct Plan {
   RingStencil ring;
   int32_t lattice;  // bit 3 * (dr + 1) + dc + 1: a cell attends to the cell dr rows and dc columns away
   CellLanes cell_lanes;
+  int32_t log2_head_lanes;  // 2^log2_head_lanes lanes work on one node, each on other heads
 
   STEAM_HD int64_t pixels() const { return problem.height * problem.width; }
   STEAM_HD int64_t cells() const { return problem.grid_h * problem.grid_w; }
   STEAM_HD int64_t sample_size() const { return problem.channels * pixels(); }
   STEAM_HD bool cells_are_pixels() const { return problem.grid_h == problem.height && problem.grid_w == problem.width; }
+  // The channels and cells of a sample.
+  STEAM_HD int64_t nodes() const { return problem.channels + cells(); }
 };
 
 // A cell: the pixels of rows [r0, r1) and columns [q0, q1).

@@ -2,117 +2,60 @@
 //
 // In both memory formats a sample is a matrix: channels by pixels (NCHW), or pixels by channels (channels_last). The
 // gate of an element is the product of a factor of its row and a factor of its column. A block processes some rows and
-// columns, and has their factors in shared memory.
+// columns. The factors of its rows are in shared memory. If a few rows together are whole packs, a thread has the
+// factors of its columns in registers and walks down the rows. Else the factors of the columns are in shared memory
+// too.
 #pragma once
 
-#include "device.cuh"
+#include "gate_factors.cuh"
 #include "pool.cuh"
+#include "weights.cuh"
 
 namespace steam {
 namespace {
 
 // The sizes of the gate's launch.
 struct GateSizes {
+  int32_t group;    // consecutive rows of the matrix that are one row here, whole packs; 0: rows are not whole packs
   int32_t rows;     // rows of a block
   int32_t columns;  // columns of a block; whole packs, unless one block has all columns
-  int64_t row_blocks;
-  int64_t column_blocks;
+  int32_t row_blocks;
+  int32_t column_blocks;
+  int64_t lines;  // rows of the matrix of whole packs, or of the sample
+  int64_t pitch;  // between the beginnings of these rows
+  bool one_cell;  // NCHW: all pixels of a pack are in one cell
 };
 
-// The numbers of one sample that the gate stage reads.
-template <class A>
-struct GateInputs {
-  const A *g_c, *g_s;
-  const A *dz, *share;  // backward only
-};
-
-// The index of a column in an array of factors. Without the gaps, threads that read every fourth or eighth column would
-// read from the same bank of shared memory.
-STEAM_HD int64_t padded(int64_t column) { return column + column / kWarp; }
-
-// An element becomes element * gate + shift. The shift is 0 in the forward pass.
-template <class A>
-struct Affine {
-  A gate;
-  A shift;
-};
-
-// The factors of the rows and columns of a block. The gate of an element is row_gate * column_gate. Its shift is the
-// spatial part row_shift * column_shift, plus channel_shift, which has one number for each channel.
-template <class A, bool kChannelsLast, bool kBackward>
-struct GateFactors {
-  A *row_gate, *column_gate;
-  A *row_shift, *column_shift, *channel_shift;  // backward only
-
-  __device__ GateFactors(SharedMemory& shared, int64_t rows, int64_t columns)
-      : row_gate(shared.take<A>(rows)), column_gate(shared.take<A>(padded(columns))) {
-    if constexpr (kBackward) {
-      row_shift = shared.take<A>(rows);
-      column_shift = shared.take<A>(padded(columns));
-      channel_shift = shared.take<A>(kChannelsLast ? padded(columns) : rows);
-    }
-  }
-
-  // Writes the factors of rows [r0, r0 + rows) and columns [q0, q0 + columns) of a sample. With aligned rows the arrays
-  // have no gaps, because packs of factors are read at once.
-  __device__ void fill(const Plan& plan, const GateInputs<A>& inputs, int64_t r0, int64_t rows, int64_t q0,
-                       int64_t columns, bool aligned_rows) const {
-    const Problem& p = plan.problem;
-    const A scale = static_cast<A>(p.scale), pixels = static_cast<A>(plan.pixels());
-    const auto at = [&](bool by_column, int64_t i) { return by_column && !aligned_rows ? padded(i) : i; };
-    const int64_t first_channel = kChannelsLast ? q0 : r0, channel_count = kChannelsLast ? columns : rows;
-    const int64_t first_pixel = kChannelsLast ? r0 : q0, pixel_count = kChannelsLast ? rows : columns;
-    for (int64_t c = threadIdx.x; c < channel_count; c += blockDim.x) {
-      const int64_t to = at(kChannelsLast, c);
-      const A gate = inputs.g_c[first_channel + c];
-      (kChannelsLast ? column_gate : row_gate)[to] = scale * gate;
-      if constexpr (kBackward) {
-        (kChannelsLast ? column_shift : row_shift)[to] = p.sequential ? gate : A{1};
-        channel_shift[to] = inputs.dz[first_channel + c] / pixels;
-      }
-    }
-    for_pixels(p, first_pixel, first_pixel + pixel_count, [&](int64_t e, int64_t cell) {
-      const int64_t to = at(!kChannelsLast, e);
-      (kChannelsLast ? row_gate : column_gate)[to] = inputs.g_s[cell];
-      if constexpr (kBackward) (kChannelsLast ? row_shift : column_shift)[to] = inputs.share[cell];
-    });
-  }
-
-  // The gate and the shift of one element, from arrays with gaps.
-  __device__ __forceinline__ Affine<A> at(int row, int column) const {
-    const int q = static_cast<int>(padded(column));
-    Affine<A> f{row_gate[row] * column_gate[q], A{0}};
-    if constexpr (kBackward) f.shift = row_shift[row] * column_shift[q] + channel_shift[kChannelsLast ? q : row];
-    return f;
-  }
-  // The gates and the shifts of n neighbours in a row, from arrays without gaps.
-  template <int n>
-  __device__ __forceinline__ void at(int row, int column, Affine<A>* f) const {
-    constexpr int kStep = n < kPack<A> ? n : kPack<A>;
-#pragma unroll
-    for (int l = 0; l < n; l += kStep) {
-      const Pack<A, kStep> gate = load_pack<kStep>(column_gate + column + l);
-      Pack<A, kStep> spatial, channel;
-      if constexpr (kBackward) spatial = load_pack<kStep>(column_shift + column + l);
-      if constexpr (kBackward && kChannelsLast) channel = load_pack<kStep>(channel_shift + column + l);
-#pragma unroll
-      for (int k = 0; k < kStep; ++k) {
-        f[l + k].gate = row_gate[row] * gate.at[k];
-        if constexpr (kBackward) {
-          f[l + k].shift = row_shift[row] * spatial.at[k] + (kChannelsLast ? channel.at[k] : channel_shift[row]);
-        }
-      }
-    }
-  }
-};
-template <class A>
-int64_t gate_factors_bytes(int64_t rows, int64_t columns, bool channels_last, bool backward) {
-  const int64_t row = shared_bytes<A>(rows), column = shared_bytes<A>(padded(columns));
-  return backward ? 2 * (row + column) + (channels_last ? column : row) : row + column;
+// Whether a pack of a row of pixels never has pixels of two cells.
+template <class T>
+STEAM_HD bool packs_have_one_cell(const Problem& p) {
+  return !p.channels_last && p.width % (p.grid_w * kPack<T>) == 0;
 }
 
-// y = relu(x * gate + residual), as an operation on packs and on single elements.
+// The fewest rows of the matrix that together are whole packs, or 0 if a sample is not whole packs, or too large for
+// the 32-bit arithmetic of `ColumnFactors`.
 template <class T>
+STEAM_HD int gate_group(const Plan& plan) {
+  const Problem& p = plan.problem;
+  const int64_t columns = p.channels_last ? p.channels : plan.pixels(), limit = 1 << 27;
+  if (plan.sample_size() % kPack<T> != 0 || columns > limit ||
+      larger(p.height * p.grid_h, p.width * p.grid_w) > limit) {
+    return 0;
+  }
+  int group = 1;
+  while (group * columns % kPack<T> != 0) group *= 2;
+  return group;
+}
+
+// The address so many bytes after p. A loop that counts bytes computes an address by one addition.
+template <class T>
+__device__ __forceinline__ T* after(T* p, int64_t bytes) {
+  using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
+  return reinterpret_cast<T*>(reinterpret_cast<Byte*>(p) + bytes);
+}
+
+// y = relu(x * gate + residual), as an operation on packs and on single elements. x is in shared memory if kShared.
+template <class T, bool kShared>
 struct GateForward {
   using A = Accumulate<T>;
   static constexpr int kBatch = 4;  // packs that a thread reads before it uses the first
@@ -124,28 +67,33 @@ struct GateForward {
     Pack<T> x, residual;
   };
 
+  __device__ bool needs_gates() const { return true; }
+  __device__ const T* first() const { return y; }
   __device__ bool one_phase() const { return phase(x) == phase(y) && (!residual || phase(residual) == phase(y)); }
   __device__ GateForward at(int64_t e) const { return {x + e, residual ? residual + e : nullptr, y + e, relu}; }
-  __device__ __forceinline__ In load(int64_t e) const {
+  __device__ __forceinline__ In load(int64_t bytes) const {
     In in;
-    in.x = load_pack<kPack<T>>(x + e);
-    if (residual) in.residual = load_pack<kPack<T>>(residual + e);
+    // No later kernel of this call reads x, so the cache should give it up first.
+    in.x = kShared ? load_pack<kPack<T>>(after(x, bytes)) : load_streaming(after(x, bytes));
+    if (residual) in.residual = load_pack<kPack<T>>(after(residual, bytes));
     return in;
   }
-  __device__ __forceinline__ void store(int64_t e, const In& in, const Affine<Accumulate<T>>* f) const {
+  __device__ __forceinline__ void store(int64_t bytes, const In& in, const Affine<A>* f) const {
+    A v[kPack<T>];
+#pragma unroll
+    for (int l = 0; l < kPack<T>; ++l) v[l] = widen(in.x.at[l]) * f[l].gate;
+    if (residual || relu) {
+#pragma unroll
+      for (int l = 0; l < kPack<T>; ++l) v[l] = rectified(residual ? v[l] + widen(in.residual.at[l]) : v[l]);
+    }
     Pack<T> out;
 #pragma unroll
-    for (int l = 0; l < kPack<T>; ++l) {
-      A v = widen(in.x.at[l]) * f[l].gate;
-      if (residual) v += widen(in.residual.at[l]);
-      narrow(rectified(v), out.at[l]);
-    }
-    store_pack(y + e, out);
+    for (int l = 0; l < kPack<T>; ++l) narrow(v[l], out.at[l]);
+    store_pack(after(y, bytes), out);
   }
-  __device__ __forceinline__ void one(int64_t e, const Affine<Accumulate<T>>& f) const {
-    A v = widen(x[e]) * f.gate;
-    if (residual) v += widen(residual[e]);
-    narrow(rectified(v), y[e]);
+  __device__ __forceinline__ void one(int64_t e, const Affine<A>& f) const {
+    const A v = widen(x[e]) * f.gate;
+    narrow(rectified(residual ? v + widen(residual[e]) : v), y[e]);
   }
 
  private:
@@ -165,6 +113,8 @@ struct GateBackward {
     Pack<T> dy, y;
   };
 
+  __device__ bool needs_gates() const { return dx != nullptr; }
+  __device__ const T* first() const { return dy; }
   __device__ bool one_phase() const {
     const auto same = [&](const T* map) { return !map || phase(map) == phase(dy); };
     return same(y) && same(dx) && same(dresidual);
@@ -172,13 +122,13 @@ struct GateBackward {
   __device__ GateBackward at(int64_t e) const {
     return {dy + e, y ? y + e : nullptr, dx ? dx + e : nullptr, dresidual ? dresidual + e : nullptr};
   }
-  __device__ __forceinline__ In load(int64_t e) const {
+  __device__ __forceinline__ In load(int64_t bytes) const {
     In in;
-    in.dy = load_pack<kPack<T>>(dy + e);
-    if (y) in.y = load_pack<kPack<T>>(y + e);
+    in.dy = load_pack<kPack<T>>(after(dy, bytes));
+    if (y) in.y = load_pack<kPack<T>>(after(y, bytes));
     return in;
   }
-  __device__ __forceinline__ void store(int64_t e, const In& in, const Affine<Accumulate<T>>* f) const {
+  __device__ __forceinline__ void store(int64_t bytes, const In& in, const Affine<Accumulate<T>>* f) const {
     Pack<T> out, kept;
 #pragma unroll
     for (int l = 0; l < kPack<T>; ++l) {
@@ -186,8 +136,8 @@ struct GateBackward {
       narrow(g * f[l].gate + f[l].shift, out.at[l]);
       narrow(g, kept.at[l]);
     }
-    if (dx) store_pack(dx + e, out);
-    if (dresidual) store_pack(dresidual + e, kept);
+    if (dx) store_pack(after(dx, bytes), out);
+    if (dresidual) store_pack(after(dresidual, bytes), kept);
   }
   __device__ __forceinline__ void one(int64_t e, const Affine<Accumulate<T>>& f) const {
     const Accumulate<T> g = y ? Maps<T>::masked(dy[e], y[e]) : widen(dy[e]);
@@ -196,128 +146,225 @@ struct GateBackward {
   }
 };
 
-// Whether every row of a block begins and ends at a 16-byte boundary of all maps. `first` is the block's first element
-// in one of the maps, and `pitch` is the distance between the beginnings of its rows.
-template <class T, class G>
-__device__ bool has_aligned_rows(const G& op, const T* first, int64_t columns, int64_t pitch) {
-  return op.one_phase() && phase(first) == 0 && columns % kPack<T> == 0 && pitch % kPack<T> == 0;
+// Some packs of a matrix of whole packs: `rows` rows, and in each of them `packs` packs from `column` on.
+struct PackRange {
+  int rows, column, packs;
+  int64_t pitch;  // between the beginnings of rows
+  int group;      // the rows of the sample that are a row of the matrix
+  bool one_cell;
+};
+
+// Applies an operation to a range of packs. A thread has some columns, whose factors it finds once, and every `down`-th
+// row. kGrouped: a row of the matrix is several rows of the sample.
+template <class T, bool kGrouped, bool kChannelsLast, bool kBackward, class G>
+__device__ void gate_lines(const Plan& plan, const G& op, const GateInputs<Accumulate<T>>& inputs,
+                           const RowFactors<Accumulate<T>, kChannelsLast, kBackward>& row_factors,
+                           const PackRange& range) {
+  using A = Accumulate<T>;
+  constexpr int kBatch = G::kBatch, n = kPack<T>;
+  const int t = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
+  const int across = smaller(range.packs, threads), down = threads / across, first = t / across;
+  if (first >= down) return;
+  const int64_t size = sizeof(T), step = down * range.pitch * size;
+  for (int k = t - first * across; k < range.packs; k += across) {
+    ColumnFactors<A, n, kChannelsLast, kBackward> columns;
+    if (op.needs_gates()) columns.find(plan, inputs, range.column + k * n, range.one_cell);
+    int64_t at = (first * range.pitch + k * n) * size;
+    for (int r = first; r < range.rows; r += kBatch * down) {
+      typename G::In in[kBatch];
+      const int64_t begins = at;
+#pragma unroll
+      for (int b = 0; b < kBatch; ++b, at += step) {
+        if (r + b * down < range.rows) in[b] = op.load(at);
+      }
+      at = begins;
+#pragma unroll
+      for (int b = 0; b < kBatch; ++b, at += step) {
+        const int row = r + b * down;
+        if (row >= range.rows) continue;
+        Affine<A> f[n] = {};
+        if (op.needs_gates()) {
+#pragma unroll
+          for (int l = 0; l < n; ++l) {
+            f[l] = row_factors.with(kGrouped ? row * range.group + columns.member[l] : row, columns.at[l]);
+          }
+        }
+        op.store(at, in[b], f);
+      }
+    }
+  }
+}
+template <class T, bool kChannelsLast, bool kBackward, class G>
+__device__ void gate_packs(const Plan& plan, const G& op, const GateInputs<Accumulate<T>>& inputs,
+                           const RowFactors<Accumulate<T>, kChannelsLast, kBackward>& row_factors,
+                           const PackRange& range) {
+  if (range.group == 1) {
+    gate_lines<T, false>(plan, op, inputs, row_factors, range);
+  } else {
+    gate_lines<T, true>(plan, op, inputs, row_factors, range);
+  }
 }
 
-// Applies an operation to a matrix of `rows` by `columns`. `first` is the first element in one of the operation's maps,
-// and `pitch` is the distance between the beginnings of rows.
+// Applies an operation to a matrix of `rows` by `columns` of any alignment. `first` is the first element in one of the
+// operation's maps, and `pitch` is the distance between the beginnings of rows. A thread has the packs of a run. Rows
+// without gaps between them are one run.
 template <class T, class G, class F>
-__device__ void gate_matrix(const G& op, const T* first, const F& factors, int rows, int columns, int64_t pitch,
-                            bool aligned_rows) {
+__device__ void gate_runs(const G& op, const T* first, const F& factors, int rows, int columns, int64_t pitch) {
   using A = Accumulate<T>;
   constexpr int kBatch = G::kBatch, n = kPack<T>;
   const int threads = static_cast<int>(blockDim.x);
-  const auto for_packs = [&](const auto& run_op, int head, int count, const auto& factors_at) {
-    for (int k = static_cast<int>(threadIdx.x); k < count; k += kBatch * threads) {
-      typename G::In in[kBatch];
-      int64_t at[kBatch];
-      int row[kBatch], column[kBatch];
-#pragma unroll
-      for (int b = 0; b < kBatch; ++b) {
-        if (k + b * threads >= count) continue;
-        const int e = head + (k + b * threads) * n;
-        row[b] = e / columns;
-        column[b] = e - row[b] * columns;
-        at[b] = aligned_rows ? row[b] * pitch + column[b] : e;
-        in[b] = run_op.load(at[b]);
-      }
-#pragma unroll
-      for (int b = 0; b < kBatch; ++b) {
-        if (k + b * threads >= count) continue;
-        Affine<A> f[n];
-        factors_at(row[b], column[b], f);
-        run_op.store(at[b], in[b], f);
-      }
-    }
+  const int64_t size = sizeof(T);
+  const auto factors_at = [&](int row, int column) {
+    return op.needs_gates() ? factors.at(row, column) : Affine<A>{A{0}, A{0}};
   };
-  if (aligned_rows) {
-    for_packs(op, 0, rows * columns / n,
-              [&](int row, int column, Affine<A>* f) { factors.template at<n>(row, column, f); });
-    return;
-  }
-  // Rows without gaps between them are one run.
   const int runs = pitch == columns ? 1 : rows, length = pitch == columns ? rows * columns : columns;
   for (int r = 0; r < runs; ++r) {
-    const auto run_op = op.at(r * pitch);
+    const auto run = op.at(r * pitch);
     const Span span = make_span<T>(length, phase(first + r * pitch), op.one_phase());
-    for_packs(run_op, span.head, span.packs, [&](int row, int column, Affine<A>* f) {
+    for (int k = static_cast<int>(threadIdx.x); k < span.packs; k += kBatch * threads) {
+      typename G::In in[kBatch];
 #pragma unroll
-      for (int l = 0; l < n; ++l) {
-        f[l] = factors.at(r + row, column);
-        if (++column == columns) {
-          column = 0;
-          ++row;
-        }
+      for (int b = 0; b < kBatch; ++b) {
+        if (k + b * threads < span.packs) in[b] = run.load((span.head + (k + b * threads) * n) * size);
       }
-    });
+#pragma unroll
+      for (int b = 0; b < kBatch; ++b) {
+        if (k + b * threads >= span.packs) continue;
+        const int e = span.head + (k + b * threads) * n;
+        int row = e / columns, column = e - row * columns;
+        Affine<A> f[n];
+#pragma unroll
+        for (int l = 0; l < n; ++l) {
+          f[l] = factors_at(r + row, column);
+          if (++column == columns) {
+            column = 0;
+            ++row;
+          }
+        }
+        run.store(e * size, in[b], f);
+      }
+    }
     for_ends<T>(span, [&](int e) {
       const int row = e / columns;
-      run_op.one(e, factors.at(r + row, e - row * columns));
+      run.one(e, factors_at(r + row, e - row * columns));
     });
   }
+}
+
+// Applies an operation to a whole sample, by a block that has all of its numbers in shared memory. `first` is the first
+// element in one of the operation's maps. `memory` has whole_gate_bytes.
+template <class T, bool kChannelsLast, bool kBackward, class G>
+__device__ void gate_sample(const Plan& plan, const G& op, const T* first, const GateInputs<Accumulate<T>>& inputs,
+                            Pieces memory) {
+  using A = Accumulate<T>;
+  const int rows = static_cast<int>(kChannelsLast ? plan.pixels() : plan.problem.channels);
+  const int columns = static_cast<int>(kChannelsLast ? plan.problem.channels : plan.pixels());
+  const int group = gate_group<T>(plan);
+  if (group > 0 && phase(first) == 0 && op.one_phase()) {
+    const RowFactors<A, kChannelsLast, kBackward> factors(memory, rows);
+    factors.fill(plan, inputs, 0, rows);
+    __syncthreads();
+    const int line = group * columns;
+    gate_packs<T>(plan, op, inputs, factors,
+                  {rows / group, 0, line / kPack<T>, line, group, packs_have_one_cell<T>(plan.problem)});
+  } else {
+    const GateFactors<A, kChannelsLast, kBackward> factors(memory, rows, columns);
+    factors.fill(plan, inputs, 0, rows, 0, columns);
+    __syncthreads();
+    gate_runs<T>(op, first, factors, rows, columns, columns);
+  }
+}
+template <class A>
+STEAM_HD int64_t whole_gate_bytes(const Plan& plan, bool backward) {
+  const bool channels_last = plan.problem.channels_last;
+  const int64_t rows = channels_last ? plan.pixels() : plan.problem.channels;
+  const int64_t columns = channels_last ? plan.problem.channels : plan.pixels();
+  return gate_factors_bytes<A>(rows, columns, channels_last, backward);
 }
 
 // ---------------------------------------------------------------- the kernels
 
 constexpr int kGateThreads = 256;
+// The rows that a thread has at most, of packs whose columns are the same.
+constexpr int kGateSteps = 8;
 
-// The rows and columns of sample n that a block processes.
+// The rows and columns of sample n that a block processes. The first block has the last sample: the cache may still
+// hold the samples that the pool stage read last.
 struct GateBlock {
-  int64_t n, r0, q0, pitch;
+  int64_t n, r0, q0;
   int rows, columns;
 };
-template <bool kChannelsLast>
-__device__ GateBlock gate_block(const Plan& plan, const GateSizes& sizes) {
-  const int64_t rows = kChannelsLast ? plan.pixels() : plan.problem.channels;
-  const int64_t columns = kChannelsLast ? plan.problem.channels : plan.pixels();
-  const int64_t slice = blockIdx.x / sizes.column_blocks;
-  const int64_t r0 = slice % sizes.row_blocks * sizes.rows, q0 = blockIdx.x % sizes.column_blocks * sizes.columns;
-  return {slice / sizes.row_blocks,
-          r0,
-          q0,
-          columns,
-          static_cast<int>(smaller<int64_t>(sizes.rows, rows - r0)),
-          static_cast<int>(smaller<int64_t>(sizes.columns, columns - q0))};
+__device__ inline GateBlock gate_block(const Plan& plan, const GateSizes& sizes, int index) {
+  const int slice = index / sizes.column_blocks, back = slice / sizes.row_blocks;
+  const int64_t r0 = static_cast<int64_t>(slice - back * sizes.row_blocks) * sizes.rows;
+  const int64_t q0 = static_cast<int64_t>(index - slice * sizes.column_blocks) * sizes.columns;
+  return {plan.problem.samples - 1 - back, r0, q0, static_cast<int>(smaller<int64_t>(sizes.rows, sizes.lines - r0)),
+          static_cast<int>(smaller<int64_t>(sizes.columns, sizes.pitch - q0))};
+}
+
+// Applies an operation to the rows and columns of a block. `gates` and `shifts` have a row for each sample; the shifts
+// are null in the forward pass. If has_other_task() after the block has taken its shared memory, the block does no
+// more.
+template <class T, bool kChannelsLast, bool kBackward, class G, class F>
+__device__ void gate(const Plan& plan, const GateSizes& sizes, const G& batch, const Accumulate<T>* gates,
+                     const Accumulate<T>* shifts, int index, const F& has_other_task) {
+  using A = Accumulate<T>;
+  SharedMemory shared;
+  const auto task = [&](const auto& factors, const auto& apply) {
+    if (has_other_task()) return;
+    const GateBlock b = gate_block(plan, sizes, index);
+    const auto op = batch.at(b.n * plan.sample_size() + b.r0 * sizes.pitch + b.q0);
+    const int64_t row = b.n * plan.nodes(), channels = plan.problem.channels;
+    GateInputs<A> inputs{};
+    if (op.needs_gates()) {
+      inputs = {gates + row, gates + row + channels, nullptr, nullptr};
+      if constexpr (kBackward) inputs.shift_c = shifts + row;
+      if constexpr (kBackward) inputs.shift_s = shifts + row + channels;
+    }
+    apply(factors, op, b, inputs);
+  };
+  if (sizes.group > 0) {
+    const RowFactors<A, kChannelsLast, kBackward> all(shared, sizes.rows * sizes.group);
+    task(all, [&](const auto& factors, const G& op, const GateBlock& b, const GateInputs<A>& inputs) {
+      if (op.needs_gates()) factors.fill(plan, inputs, b.r0 * sizes.group, b.rows * sizes.group);
+      __syncthreads();
+      gate_packs<T>(plan, op, inputs, factors,
+                    {b.rows, static_cast<int>(b.q0), b.columns / kPack<T>, sizes.pitch, sizes.group, sizes.one_cell});
+    });
+  } else {
+    const GateFactors<A, kChannelsLast, kBackward> all(shared, sizes.rows, sizes.columns);
+    task(all, [&](const auto& factors, const G& op, const GateBlock& b, const GateInputs<A>& inputs) {
+      if (op.needs_gates()) factors.fill(plan, inputs, b.r0, b.rows, b.q0, b.columns);
+      __syncthreads();
+      gate_runs<T>(op, op.first(), factors, b.rows, b.columns, sizes.pitch);
+    });
+  }
+}
+template <class A>
+int64_t gate_bytes(const GateSizes& sizes, bool channels_last, bool backward) {
+  return sizes.group > 0 ? row_factors_bytes<A>(sizes.rows * sizes.group, channels_last, backward)
+                         : gate_factors_bytes<A>(sizes.rows, sizes.columns, channels_last, backward);
 }
 
 template <class T, bool kChannelsLast>
 __global__ void __launch_bounds__(kGateThreads, 2)
-    steam_gate_forward(Plan plan, GateSizes sizes, GateForward<T> batch, const Accumulate<T>* gates) {
-  using A = Accumulate<T>;
-  SharedMemory shared;
-  const GateFactors<A, kChannelsLast, false> factors(shared, sizes.rows, sizes.columns);
-  const GateBlock b = gate_block<kChannelsLast>(plan, sizes);
-  const auto op = batch.at(b.n * plan.sample_size() + b.r0 * b.pitch + b.q0);
-  const bool aligned_rows = has_aligned_rows<T>(op, op.y, b.columns, b.pitch);
-  const A* g_c = gates + b.n * (plan.problem.channels + plan.cells());
-  factors.fill(plan, {g_c, g_c + plan.problem.channels, nullptr, nullptr}, b.r0, b.rows, b.q0, b.columns, aligned_rows);
-  __syncthreads();
-  gate_matrix<T>(op, op.y, factors, b.rows, b.columns, b.pitch, aligned_rows);
+    steam_gate_forward(Plan plan, GateSizes sizes, GateForward<T, false> batch, const Accumulate<T>* gates) {
+  gate<T, kChannelsLast, false>(plan, sizes, batch, gates, nullptr, static_cast<int>(blockIdx.x), [] { return false; });
 }
 
-// dz and share have rows of `grads_pitch` numbers, one for each sample. They and the gates are read only if dx is not
-// null.
+// gates and shifts have a row for each sample, and are read only if dx is not null. If a gradient of a weight is
+// needed, one more block, the first, computes both.
 template <class T, bool kChannelsLast>
 __global__ void __launch_bounds__(kGateThreads, 2)
     steam_gate_backward(Plan plan, GateSizes sizes, GateBackward<T> batch, const Accumulate<T>* gates,
-                        const Accumulate<T>* dz, const Accumulate<T>* share, int64_t grads_pitch) {
-  using A = Accumulate<T>;
-  SharedMemory shared;
-  const GateFactors<A, kChannelsLast, true> factors(shared, sizes.rows, sizes.columns);
-  const GateBlock b = gate_block<kChannelsLast>(plan, sizes);
-  const auto op = batch.at(b.n * plan.sample_size() + b.r0 * b.pitch + b.q0);
-  const bool aligned_rows = has_aligned_rows<T>(op, op.dy, b.columns, b.pitch);
-  if (batch.dx) {
-    const A* g_c = gates + b.n * (plan.problem.channels + plan.cells());
-    const GateInputs<A> inputs{g_c, g_c + plan.problem.channels, dz + b.n * grads_pitch, share + b.n * grads_pitch};
-    factors.fill(plan, inputs, b.r0, b.rows, b.q0, b.columns, aligned_rows);
-  }
-  __syncthreads();
-  gate_matrix<T>(op, op.dy, factors, b.rows, b.columns, b.pitch, aligned_rows);
+                        const Accumulate<T>* shifts, WeightGrads weights) {
+  const bool one_more = weights.needed();
+  gate<T, kChannelsLast, true>(plan, sizes, batch, gates, shifts, static_cast<int>(blockIdx.x) - (one_more ? 1 : 0),
+                               [&] {
+                                 if (!one_more || blockIdx.x > 0) return false;
+                                 weight_grads(plan.problem, weights);
+                                 return true;
+                               });
 }
 
 }  // namespace

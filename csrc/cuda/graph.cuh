@@ -1,182 +1,16 @@
-// The graph stage on CUDA: a block computes the gates of one sample from sums over cells or pixels, and backward the
-// gradients of its tokens from the gradients of its gates.
+// The graph stage on CUDA, forward: from sums over cells to tokens, pre-activations and gates.
+//
+// A block of steam_graph_forward has some channels of a sample. The tokens of the neighbouring channels, which belong
+// to other blocks, it computes itself from the sums of a halo of channels on either side (docs/cuda.md, "Blocks of
+// channels, and the halo"). A block of steam_lattice_forward has the cells of a sample.
 #pragma once
 
 #include "device.cuh"
 #include "pool.cuh"
+#include "transform.cuh"
 
 namespace steam {
 namespace {
-
-// ---------------------------------------------------------------- the graph transform T of docs/math.md
-
-// The heads that are in shared memory at a time.
-constexpr int kHeads = 16;
-
-// The slope a and the gain b of kHeads heads of a branch (docs/math.md, "It collapses").
-template <class A>
-struct HeadTable {
-  A* slope;
-  A* gain;
-};
-template <class A>
-__device__ HeadTable<A> take_heads(SharedMemory& shared) {
-  A* memory = shared.take<A>(2 * kHeads);
-  return {memory, memory + kHeads};
-}
-
-template <class A>
-__device__ void load_heads(const Problem& p, const Weight& weight, int first, const HeadTable<A>& table) {
-  __syncthreads();
-  const int head = first + static_cast<int>(threadIdx.x);
-  if (threadIdx.x < kHeads && head < p.num_heads) {
-    const auto get = [&](int row, int column) {
-      return read_number(weight.data, weight.dtype, row * static_cast<int64_t>(p.embed_dim) + column);
-    };
-    double slope, gain;
-    collapse_head(get, p.embed_dim, p.num_heads, head, slope, gain);
-    table.slope[threadIdx.x] = static_cast<A>(slope);
-    table.gain[threadIdx.x] = static_cast<A>(gain);
-  }
-  __syncthreads();
-}
-
-// The neighbourhood of one node, in the form that common/graph.h needs. `node(k)` is the k-th neighbour.
-template <class A>
-struct RingNodes {
-  const A* tokens;
-  RingStencil stencil;
-  int64_t nodes, self;
-  __device__ __forceinline__ int64_t count() const { return stencil.count(); }
-  __device__ __forceinline__ bool exists(int64_t) const { return true; }
-  __device__ __forceinline__ int64_t node(int64_t k) const {
-    const int64_t i = self + stencil.offset(k);
-    return i < 0 ? i + nodes : i < nodes ? i : i - nodes;
-  }
-  __device__ __forceinline__ A token(int64_t k) const { return tokens[node(k)]; }
-};
-
-template <class A>
-struct LatticeNodes {
-  const A* tokens;
-  int32_t present;  // bit k: the neighbour k / 3 - 1 rows and k % 3 - 1 columns away exists
-  int64_t columns, self;
-  __device__ __forceinline__ int64_t count() const { return 9; }
-  __device__ __forceinline__ bool exists(int64_t k) const { return (present >> k & 1) != 0; }
-  __device__ __forceinline__ int64_t node(int64_t k) const { return self + (k / 3 - 1) * columns + k % 3 - 1; }
-  __device__ __forceinline__ A token(int64_t k) const { return tokens[exists(k) ? node(k) : self]; }
-};
-
-template <class A>
-struct Ring {
-  const Plan& plan;
-  const A* tokens;
-  __device__ int64_t nodes() const { return plan.problem.channels; }
-  __device__ RingNodes<A> at(int64_t i) const { return {tokens, plan.ring, plan.problem.channels, i}; }
-};
-
-template <class A>
-struct Lattice {
-  const Plan& plan;
-  const A* tokens;
-  __device__ int64_t nodes() const { return plan.cells(); }
-  __device__ LatticeNodes<A> at(int64_t i) const {
-    const int64_t r = i / plan.problem.grid_w, c = i % plan.problem.grid_w;
-    int32_t present = plan.lattice;
-    if (r == 0) present &= ~0007;
-    if (r == plan.problem.grid_h - 1) present &= ~0700;
-    if (c == 0) present &= ~0111;
-    if (c == plan.problem.grid_w - 1) present &= ~0444;
-    return {tokens, present, plan.problem.grid_w, i};
-  }
-};
-
-template <class A>
-struct Gate {
-  A open;    // sigmoid(o)
-  A closed;  // sigmoid(-o), because 1 - open would lose digits
-};
-template <class A>
-__device__ __forceinline__ Gate<A> sigmoid(A o) {
-  const A e = std::exp(-std::abs(o)), large = A{1} / (e + 1), small = e * large;
-  return o < 0 ? Gate<A>{small, large} : Gate<A>{large, small};
-}
-
-// o = T(tokens) and the gates sigmoid(o), by the threads of the block.
-template <class A, class G>
-__device__ void transform(const Problem& p, const Weight& weight, const G& graph, const HeadTable<A>& heads, A* o,
-                          A* gate) {
-  using L = ScalarLane<A>;
-  for (int first = 0; first < p.num_heads; first += kHeads) {
-    load_heads(p, weight, first, heads);
-    const int count = smaller(kHeads, p.num_heads - first);
-    for (int64_t i = threadIdx.x; i < graph.nodes(); i += blockDim.x) {
-      const auto nodes = graph.at(i);
-      A lo, hi, sum = first == 0 ? A{0} : o[i];
-      extremes<L>(nodes, lo, hi);
-      for (int h = 0; h < count; ++h) {
-        const Attention<L> head = attend<L>(nodes, heads.slope[h] * graph.tokens[i], lo, hi, nullptr);
-        sum += heads.gain[h] * (head.extreme + head.mean);
-      }
-      o[i] = sum;
-      gate[i] = sigmoid(sum).open;
-    }
-  }
-  __syncthreads();
-}
-
-// The attention of one head at every node. The backward pass reads it at the neighbours of a node.
-template <class A>
-struct GraphTape {
-  A *extreme, *inverse, *mean;
-};
-
-// Computes the gradients of the tokens, and in `sums` (2 * heads) the gradients of the heads' a and b. `flow` is the
-// gradient of o.
-template <class A, class G>
-__device__ void transform_backward(const Problem& p, const Weight& weight, const G& graph, const HeadTable<A>& heads,
-                                   const A* flow, const GraphTape<A>& tape, A* scratch, A* token_grad, double* sums) {
-  using L = ScalarLane<A>;
-  for (int h = 0; h < p.num_heads; ++h) {
-    if (h % kHeads == 0) load_heads(p, weight, h, heads);
-    const A a = heads.slope[h % kHeads], b = heads.gain[h % kHeads];
-    A slope_grad{0}, gain_grad{0};
-    for (int64_t i = threadIdx.x; i < graph.nodes(); i += blockDim.x) {
-      const auto nodes = graph.at(i);
-      const A t = graph.tokens[i], mean_grad = b * flow[i];
-      A lo, hi;
-      extremes<L>(nodes, lo, hi);
-      const Attention<L> head = attend<L>(nodes, a * t, lo, hi, nullptr);
-      const A variance = message_variance(nodes, a * t, head);
-      tape.extreme[i] = head.extreme;
-      tape.inverse[i] = head.inverse;
-      tape.mean[i] = head.mean;
-      token_grad[i] = (h == 0 ? A{0} : token_grad[i]) + mean_grad * a * variance;
-      slope_grad += mean_grad * t * variance;
-      gain_grad += flow[i] * (head.extreme + head.mean);
-    }
-    __syncthreads();
-    // The graphs are symmetric: the nodes that attend to j are the neighbours of j. So the sum needs no atomics.
-    for (int64_t j = threadIdx.x; j < graph.nodes(); j += blockDim.x) {
-      const auto nodes = graph.at(j);
-      A sum{0};
-      for (int64_t k = 0; k < nodes.count(); ++k) {
-        if (!nodes.exists(k)) continue;
-        const int64_t i = nodes.node(k);
-        const Attention<L> head{tape.extreme[i], tape.inverse[i], tape.mean[i]};
-        sum += edge_gradient(graph.tokens[j] - head.extreme, a * graph.tokens[i], b * flow[i], head);
-      }
-      token_grad[j] += sum;
-    }
-    slope_grad = sum_block(slope_grad, scratch);
-    gain_grad = sum_block(gain_grad, scratch);
-    if (threadIdx.x == 0) {
-      sums[h] = static_cast<double>(slope_grad);
-      sums[p.num_heads + h] = static_cast<double>(gain_grad);
-    }
-  }
-  __syncthreads();
-}
 
 // ---------------------------------------------------------------- between maps and tokens
 
@@ -189,46 +23,22 @@ struct Layout {
   }
 };
 
-// The sums over cells in global memory.
-template <class A>
-struct StoredSums {
-  const A* values;
-  const A* products;
-  __device__ __forceinline__ A value(int64_t e) const { return values[e]; }
-  __device__ __forceinline__ A product(int64_t e) const { return products[e]; }
-  __device__ StoredSums at(int64_t e) const { return {values ? values + e : nullptr, products + e}; }
-};
-
 // Calls out(c, sum of f(c, s) over the places).
-template <class A, bool kChannelsLast, class F, class Out>
-__device__ void sum_places(const Layout<kChannelsLast>& layout, A* scratch, const F& f, const Out& out) {
+template <bool kChannelsLast, class A, class I, class F, class Out>
+__device__ void sum_places(I channels, I places, A* scratch, const F& f, const Out& out) {
   if constexpr (kChannelsLast) {
-    sum_columns<A>(layout.places, layout.channels, scratch, [&](int64_t s, int64_t c) { return f(c, s); }, out);
+    sum_columns<A>(places, channels, scratch, [&](I s, I c) { return f(c, s); }, out);
   } else {
-    sum_rows<A>(layout.channels, layout.places, f, out);
+    sum_rows<A>(channels, places, f, out);
   }
 }
 // Calls out(s, sum of f(c, s) over the channels).
-template <class A, bool kChannelsLast, class F, class Out>
-__device__ void sum_channels(const Layout<kChannelsLast>& layout, A* scratch, const F& f, const Out& out) {
+template <bool kChannelsLast, class A, class I, class F, class Out>
+__device__ void sum_channels(I channels, I places, A* scratch, const F& f, const Out& out) {
   if constexpr (kChannelsLast) {
-    sum_rows<A>(layout.places, layout.channels, [&](int64_t s, int64_t c) { return f(c, s); }, out);
+    sum_rows<A>(places, channels, [&](I s, I c) { return f(c, s); }, out);
   } else {
-    sum_columns<A>(layout.channels, layout.places, scratch, f, out);
-  }
-}
-
-// Calls out(cell, sum over the pixels of the cell). `pixels` has a number for each pixel.
-template <class A, class Out>
-__device__ void sum_pixels(const Plan& plan, const A* pixels, const Out& out) {
-  const int lanes = 1 << plan.cell_lanes.log2_count, lane = static_cast<int>(threadIdx.x) & (lanes - 1);
-  const int64_t groups = blockDim.x >> plan.cell_lanes.log2_count;
-  for (int64_t k = threadIdx.x >> plan.cell_lanes.log2_count; k < plan.cells(); k += groups) {
-    A sum{0};
-    const Cell cell = cell_at(plan.problem, k / plan.problem.grid_w, k % plan.problem.grid_w);
-    for_cell(cell, plan.problem.width, 0, plan.pixels(), plan.cell_lanes, lane, [&](int e) { sum += pixels[e]; });
-    sum = sum_lanes(sum, plan.cell_lanes.log2_count);
-    if (lane == 0) out(k, sum);
+    sum_columns<A>(channels, places, scratch, f, out);
   }
 }
 
@@ -239,177 +49,299 @@ __device__ A token_size(const Plan& plan, int64_t k) {
   return static_cast<A>(plan.problem.channels) * static_cast<A>(cell.size());
 }
 
+// The numbers of a sample that the graph stage sums: those of `maps.x`, or with kProducts x * dy.
+template <class T, bool kProducts>
+struct Terms {
+  using Stored = T;
+  using A = Accumulate<T>;
+  static constexpr int kBatch = kProducts ? 2 : 4;  // packs of each map that a thread reads before it uses the first
+  Maps<T> maps;
+  struct In {
+    Pack<T> x, dy, y;
+  };
+  __device__ Terms at(int64_t e) const { return {maps.at(e)}; }
+  __device__ const T* first() const { return maps.x; }
+  __device__ bool one_phase() const {
+    return !kProducts || (phase(maps.dy) == phase(maps.x) && (!maps.y || phase(maps.y) == phase(maps.x)));
+  }
+  __device__ __forceinline__ A one(int64_t e) const { return kProducts ? maps.product(e) : maps.value(e); }
+  __device__ __forceinline__ In load(int64_t e) const {
+    In in;
+    in.x = load_pack<kPack<T>>(maps.x + e);
+    if constexpr (kProducts) {
+      in.dy = load_pack<kPack<T>>(maps.dy + e);
+      if (maps.y) in.y = load_pack<kPack<T>>(maps.y + e);
+    }
+    return in;
+  }
+  __device__ __forceinline__ A of(const In& in, int l) const {
+    const A v = widen(in.x.at[l]);
+    if constexpr (!kProducts) return v;
+    return v * (maps.y ? Maps<T>::masked(in.dy.at[l], in.y.at[l]) : widen(in.dy.at[l]));
+  }
+};
+
+// Copies a matrix of terms into shared memory, and returns the beginning of the copy, whose rows have no gaps. `memory`
+// has tile_count numbers. `pitch` is the distance between the beginnings of rows. The copy is ready after the next
+// barrier.
+template <class Of>
+__device__ typename Of::A* load_tile(const Of& terms, typename Of::A* memory, int rows, int columns, int64_t pitch) {
+  using T = typename Of::Stored;
+  using A = typename Of::A;
+  constexpr int n = kPack<T>, kBatch = Of::kBatch;
+  const int threads = static_cast<int>(blockDim.x), count = rows * columns, begins = phase(terms.first());
+  const bool is_run = pitch == columns;
+  const bool aligned_rows = begins == 0 && columns % n == 0 && pitch % n == 0;
+  // Wide accesses on both sides: the copy of a run has the phase of the run.
+  A* tile = memory + (is_run ? begins : 0);
+  const Span span = make_span<T>(count, begins, (is_run || aligned_rows) && terms.one_phase());
+  const auto from = [&](int e) { return is_run ? e : e / columns * pitch + e % columns; };
+  for (int k = static_cast<int>(threadIdx.x); k < span.packs; k += kBatch * threads) {
+    typename Of::In in[kBatch];
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+      if (k + b * threads < span.packs) in[b] = terms.load(from(span.head + (k + b * threads) * n));
+    }
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+      if (k + b * threads >= span.packs) continue;
+#pragma unroll
+      for (int l = 0; l < n; l += kPack<A>) {
+        Pack<A> out;
+#pragma unroll
+        for (int i = 0; i < kPack<A>; ++i) out.at[i] = terms.of(in[b], l + i);
+        *reinterpret_cast<Pack<A>*>(tile + span.head + (k + b * threads) * n + l) = out;
+      }
+    }
+  }
+  for_ends<T>(span, [&](int e) { tile[e] = terms.one(from(e)); });
+  return tile;
+}
+
+// ---------------------------------------------------------------- blocks of channels, and windows of the ring
+
+// The threads of a block of the graph stage.
+constexpr int kGraphThreads = 256;
+// The blocks of channels that a multiprocessor should run at a time. The compiler limits the registers of a thread for
+// it.
+template <class A>
+constexpr int kGraphBlocks = sizeof(A) == 8 ? 1 : 2;
+// The numbers of a block's windows that fit into shared memory. Longer windows are in the workspace.
+template <class A>
+constexpr int64_t kSharedWindow = 16384 / sizeof(A);
+
+// The sizes of the graph stage's launches. They depend on the shape and the dtype, and not on the number of samples,
+// because they decide the order of sums.
+struct GraphSizes {
+  int32_t channels;  // of a block, a power of two
+  int32_t cells;     // of a tile
+  int64_t blocks;    // of a sample
+  int64_t halo;      // the distance of a channel's farthest neighbour, or 0 if one block has all channels
+};
+
+// The numbers of a tile in shared memory: the phase of a run needs up to one pack more.
+template <class A>
+STEAM_HD int64_t tile_count(const GraphSizes& sizes) {
+  return int64_t{sizes.channels} * sizes.cells + kAccessBytes / 2;
+}
+
+// The channels [first, first + own) of a sample. A window has the channels of the block in the middle, and a halo of
+// channels on both sides: place i of a window is channel first - halo + i of the ring.
+struct Block {
+  int64_t n, index;  // index: of the block among the blocks of all samples
+  int64_t first;
+  int own;
+  __device__ __forceinline__ int64_t channel(int64_t place, int64_t halo, int64_t channels) const {
+    const int64_t c = first - halo + place;
+    return c < 0 ? c + channels : c < channels ? c : c - channels;
+  }
+};
+__device__ inline Block block_of(const Plan& plan, const GraphSizes& sizes) {
+  const int64_t n = blockIdx.x / sizes.blocks, first = blockIdx.x % sizes.blocks * sizes.channels;
+  return {n, blockIdx.x, first, static_cast<int>(smaller<int64_t>(sizes.channels, plan.problem.channels - first))};
+}
+
+// `count` numbers of shared memory if they fit there, else the numbers of this block in the workspace.
+template <class A>
+__device__ A* take_window(SharedMemory& shared, int64_t count, A* windows) {
+  return count <= kSharedWindow<A> ? shared.take<A>(count) : windows + blockIdx.x * count;
+}
+// The shared memory of a block for its window, and the numbers of the workspace for the windows of all blocks.
+template <class A>
+int64_t window_bytes(int64_t count) {
+  return count <= kSharedWindow<A> ? shared_bytes<A>(count) : 0;
+}
+template <class A>
+int64_t windows_count(int64_t count, int64_t blocks) {
+  return count <= kSharedWindow<A> ? 0 : blocks * count;
+}
+
+// Calls f(first cell, cells) for the tiles of cells of a sample, in order.
+template <class F>
+__device__ void for_tiles(int64_t cells, const GraphSizes& sizes, const F& f) {
+  for (int64_t first = 0; first < cells; first += sizes.cells) {
+    f(first, static_cast<int>(smaller<int64_t>(sizes.cells, cells - first)));
+  }
+}
+
+// A matrix of channels and cells in shared memory.
+template <class T, bool kChannelsLast>
+struct Tile {
+  const T* numbers;
+  int channels, cells;
+  __device__ __forceinline__ Accumulate<T> operator()(int c, int s) const {
+    return widen(numbers[kChannelsLast ? s * channels + c : c * cells + s]);
+  }
+};
+template <bool kChannelsLast, class Of>
+__device__ Tile<typename Of::A, kChannelsLast> load_cells(const Of& sample, typename Of::A* memory, const Plan& plan,
+                                                          const Block& block, int64_t first_cell, int cells) {
+  const Layout<kChannelsLast> layout{plan.problem.channels, plan.cells()};
+  const Of terms = sample.at(layout.at(block.first, first_cell));
+  return {kChannelsLast ? load_tile(terms, memory, cells, block.own, layout.channels)
+                        : load_tile(terms, memory, block.own, cells, layout.places),
+          block.own, cells};
+}
+
+// Calls out(place, sum of f(e, s) over the cells) for the 2 * halo channels beside a block, by their places in a window
+// with this halo. e is the offset of cell s in the sample.
+template <bool kChannelsLast, class A, class F, class Out>
+__device__ void sum_halo(const Plan& plan, const Block& block, int64_t halo, A* scratch, const F& f, const Out& out) {
+  const Layout<kChannelsLast> layout{plan.problem.channels, plan.cells()};
+  if (halo == 0) return;
+  const auto place = [&](int64_t h) { return h < halo ? h : h + block.own; };
+  sum_places<kChannelsLast>(
+      2 * halo, layout.places, scratch,
+      [&](int64_t h, int64_t s) { return f(layout.at(block.channel(place(h), halo, layout.channels), s), s); },
+      [&](int64_t h, A sum) { out(place(h), sum); });
+}
+
 // ---------------------------------------------------------------- one sample
 
-// The tokens, pre-activations and gates of both branches.
+// The tokens and pre-activations of a sample, in the order of a row of `saved`, and its gates.
 template <class A>
-struct Nodes {
-  A *z, *o_c, *u, *o_s;  // in the order of a row of `saved`
+struct Rows {
+  A *z, *o_c, *u, *o_s;
   A *g_c, *g_s;
 };
 template <class A>
-__device__ Nodes<A> make_nodes(const Plan& plan, A* row, A* gates) {
+__device__ Rows<A> make_rows(const Plan& plan, A* row, A* gates) {
   const int64_t c = plan.problem.channels, cells = plan.cells();
   return {row, row + c, row + 2 * c, row + 2 * c + cells, gates, gates + c};
 }
 
-// Fills `nodes`. `pixel_sums` has a number for each pixel, and is null if the places are cells. `scratch` has a number
-// for each thread.
-template <class A, bool kChannelsLast, class Source>
-__device__ void graph_forward(const Plan& plan, const Source& source, const Layout<kChannelsLast>& layout,
-                              const Nodes<A>& nodes, A* pixel_sums, A* scratch, const HeadTable<A>& heads) {
-  const Problem& p = plan.problem;
-  const A pixels = static_cast<A>(plan.pixels());
-  sum_places<A>(
-      layout, scratch, [&](int64_t c, int64_t s) { return source.value(layout.at(c, s)); },
-      [&](int64_t c, A sum) { nodes.z[c] = sum / pixels; });
-  __syncthreads();
-  transform(p, plan.channel_weight, Ring<A>{plan, nodes.z}, heads, nodes.o_c, nodes.g_c);
-  const auto token = [&](int64_t k, A sum) { nodes.u[k] = sum / token_size<A>(plan, k); };
-  sum_channels<A>(
-      layout, scratch,
-      [&](int64_t c, int64_t s) {
-        const A v = source.value(layout.at(c, s));
-        return p.sequential ? nodes.g_c[c] * v : v;
-      },
-      [&](int64_t s, A sum) {
-        if (pixel_sums) {
-          pixel_sums[s] = sum;
-        } else {
-          token(s, sum);
-        }
-      });
-  __syncthreads();
-  if (pixel_sums) {
-    sum_pixels(plan, pixel_sums, token);
-    __syncthreads();
+// o_s and the gates of the cells from the spatial tokens, after a barrier.
+template <class A>
+__device__ void lattice_gates(const Plan& plan, const Rows<A>& rows, const A* u, const HeadTable<A>& heads) {
+  transform(plan, plan.spatial_weight, Lattice<A>{plan, u}, Nodes{0, plan.cells()}, heads, rows.o_s,
+            [&](int64_t k, A gate) { rows.g_s[k] = gate; });
+}
+
+// ---------------------------------------------------------------- the kernels
+
+// The working memory of the graph stage, forward.
+template <class A>
+struct GraphForward {
+  A* saved;     // (N, 2 * (C + cells))
+  A* gates;     // (N, C + cells)
+  A* windows;   // a window for each block of channels; empty if the windows fit into shared memory
+  A* partials;  // (N, blocks of channels, cells): the terms of u, added up over the channels of a block
+  __device__ Rows<A> at(const Plan& plan, int64_t n) const {
+    return make_rows(plan, saved + n * 2 * plan.nodes(), gates + n * plan.nodes());
   }
-  transform(p, plan.spatial_weight, Lattice<A>{plan, nodes.u}, heads, nodes.o_s, nodes.g_s);
-}
-
-// The gradients of one sample.
-template <class A>
-struct Grads {
-  A *flow_c, *flow_s;  // (C) and (cells)
-  A* dz;               // (C)
-  A* share;            // (cells), and the gradients of u before their division
-  GraphTape<A> tape;   // three arrays of max(C, cells)
-};
-template <class A>
-STEAM_HD Grads<A> make_grads(const Plan& plan, A* row) {
-  const int64_t c = plan.problem.channels, cells = plan.cells(), nodes = larger(c, cells);
-  A* tape = row + 2 * (c + cells);
-  return {row, row + c, row + c + cells, row + 2 * c + cells, {tape, tape + nodes, tape + 2 * nodes}};
-}
-STEAM_HD int64_t grads_count(const Plan& plan) {
-  return 2 * (plan.problem.channels + plan.cells()) + 3 * larger(plan.problem.channels, plan.cells());
-}
-
-// The gate and the share of each pixel, copied from its cell, so that a sum over pixels need not compute the cell of
-// each pixel. Before that, `gate` has sums over the channels. Both are null if the places are cells.
-template <class A>
-struct PerPixel {
-  A* gate;
-  A* share;
 };
 
-// Fills `d`, and computes g_c and g_s again from the pre-activations. `sums` (4 * heads) gets the gradients of the
-// heads' a and b, first of the channel branch, then of the spatial branch.
-template <class A, bool kChannelsLast, class Source>
-__device__ void graph_backward(const Plan& plan, const Source& source, const Layout<kChannelsLast>& layout,
-                               const Nodes<A>& nodes, const Grads<A>& d, const PerPixel<A>& per_pixel, A* scratch,
-                               const HeadTable<A>& heads, double* sums) {
-  const Problem& p = plan.problem;
-  const A scale = static_cast<A>(p.scale);
-  for (int64_t c = threadIdx.x; c < p.channels; c += blockDim.x) nodes.g_c[c] = sigmoid(nodes.o_c[c]).open;
-  for (int64_t k = threadIdx.x; k < plan.cells(); k += blockDim.x) nodes.g_s[k] = sigmoid(nodes.o_s[k]).open;
-  __syncthreads();
-
-  const auto flow = [&](A sum, A o) {
-    const Gate<A> gate = sigmoid(o);
-    return sum * gate.open * gate.closed;
-  };
-  const auto write_flow_s = [&](int64_t k, A sum) { d.flow_s[k] = flow(scale * sum, nodes.o_s[k]); };
-  sum_channels<A>(
-      layout, scratch, [&](int64_t c, int64_t s) { return nodes.g_c[c] * source.product(layout.at(c, s)); },
-      [&](int64_t s, A sum) {
-        if (per_pixel.gate) {
-          per_pixel.gate[s] = sum;
-        } else {
-          write_flow_s(s, sum);
-        }
-      });
-  __syncthreads();
-  if (per_pixel.gate) {
-    sum_pixels(plan, per_pixel.gate, write_flow_s);
-    __syncthreads();
-  }
-  transform_backward(p, plan.spatial_weight, Lattice<A>{plan, nodes.u}, heads, d.flow_s, d.tape, scratch, d.share,
-                     sums + 2 * p.num_heads);
-  for (int64_t k = threadIdx.x; k < plan.cells(); k += blockDim.x) d.share[k] /= token_size<A>(plan, k);
-  __syncthreads();
-  if (per_pixel.gate) {
-    for_pixels(p, 0, plan.pixels(), [&](int64_t e, int64_t k) {
-      per_pixel.gate[e] = nodes.g_s[k];
-      per_pixel.share[e] = d.share[k];
-    });
-    __syncthreads();
-  }
-
-  const A* gates = per_pixel.gate ? per_pixel.gate : nodes.g_s;
-  const A* shares = per_pixel.gate ? per_pixel.share : d.share;
-  sum_places<A>(
-      layout, scratch,
-      [&](int64_t c, int64_t s) {
-        const int64_t e = layout.at(c, s);
-        const A through_gates = scale * gates[s] * source.product(e);
-        return p.sequential ? through_gates + shares[s] * source.value(e) : through_gates;
-      },
-      [&](int64_t c, A sum) { d.flow_c[c] = flow(sum, nodes.o_c[c]); });
-  __syncthreads();
-  transform_backward(p, plan.channel_weight, Ring<A>{plan, nodes.z}, heads, d.flow_c, d.tape, scratch, d.dz, sums);
+STEAM_HD int64_t forward_window(const GraphSizes& sizes) { return sizes.channels + 2 * sizes.halo; }
+template <class A>
+int64_t graph_forward_bytes(const GraphSizes& sizes) {
+  return shared_bytes<A>(tile_count<A>(sizes)) + shared_bytes<A>(sizes.channels) + shared_bytes<A>(kGraphThreads) +
+         shared_bytes<A>(2 * kHeads) + window_bytes<A>(forward_window(sizes));
 }
 
-// ---------------------------------------------------------------- the kernels: one block for each sample
-
-// The threads of a block that processes one sample. A float64 needs two registers, so such a block has fewer threads.
-template <class A>
-constexpr int kSampleThreads = sizeof(A) == 8 ? 256 : 512;
-
-template <class A>
-int64_t graph_bytes() {
-  return shared_bytes<A>(kSampleThreads<A>) + shared_bytes<A>(2 * kHeads);
-}
-
-// values has the sums over cells, or x itself if the cells are pixels. saved is (N, 2 * (C + cells)), and gates is
-// (N, C + cells).
+// z, o_c and g_c of a block of channels, and its terms of u. values has the sums over cells, or x itself if the cells
+// are pixels.
 template <class T, bool kChannelsLast>
-__global__ void __launch_bounds__(kSampleThreads<Accumulate<T>>, 1)
-    steam_graph_forward(Plan plan, const T* values, Accumulate<T>* saved, Accumulate<T>* gates) {
+__global__ void __launch_bounds__(kGraphThreads, kGraphBlocks<Accumulate<T>>)
+    steam_graph_forward(Plan plan, GraphSizes sizes, const T* values, GraphForward<Accumulate<T>> memory) {
   using A = Accumulate<T>;
+  const Problem& p = plan.problem;
   SharedMemory shared;
-  A* scratch = shared.take<A>(kSampleThreads<A>);
+  A* tile_memory = shared.take<A>(tile_count<A>(sizes));
+  A* gates = shared.take<A>(sizes.channels);
+  A* scratch = shared.take<A>(kGraphThreads);
   const HeadTable<A> heads = take_heads<A>(shared);
-  const int64_t n = blockIdx.x, nodes = plan.problem.channels + plan.cells();
-  const Maps<T> source{values + n * plan.problem.channels * plan.cells(), nullptr, nullptr};
-  graph_forward<A>(plan, source, Layout<kChannelsLast>{plan.problem.channels, plan.cells()},
-                   make_nodes(plan, saved + n * 2 * nodes, gates + n * nodes), nullptr, scratch, heads);
+  A* window = take_window<A>(shared, forward_window(sizes), memory.windows);
+  const Block block = block_of(plan, sizes);
+  const Rows<A> rows = memory.at(plan, block.n);
+  const Terms<T, false> sample{{values + block.n * p.channels * plan.cells(), nullptr, nullptr}};
+  const A pixels = static_cast<A>(plan.pixels());
+
+  load_heads(p, plan.channel_weight, 0, heads);
+  Tile<A, kChannelsLast> tile{};
+  for_tiles(plan.cells(), sizes, [&](int64_t first, int cells) {
+    if (first > 0) __syncthreads();
+    tile = load_cells<kChannelsLast>(sample, tile_memory, plan, block, first, cells);
+    __syncthreads();
+    sum_places<kChannelsLast>(block.own, cells, scratch, tile, [&](int c, A sum) {
+      A* z = window + sizes.halo + c;
+      *z = first > 0 ? *z + sum : sum;
+    });
+  });
+  sum_halo<kChannelsLast>(
+      plan, block, sizes.halo, scratch, [&](int64_t e, int64_t) { return sample.one(e); },
+      [&](int64_t place, A sum) { window[place] = sum; });
+  __syncthreads();
+  for (int64_t i = threadIdx.x; i < block.own + 2 * sizes.halo; i += blockDim.x) {
+    const A z = window[i] / pixels;
+    window[i] = z;
+    if (i >= sizes.halo && i < sizes.halo + block.own) rows.z[block.first + i - sizes.halo] = z;
+  }
+  __syncthreads();
+  transform(plan, plan.channel_weight, Ring<A>{window, static_cast<int>(block.own + 2 * sizes.halo), plan.ring},
+            Nodes{sizes.halo, sizes.halo + block.own}, heads, rows.o_c + block.first, [&](int64_t c, A gate) {
+              gates[c] = gate;
+              rows.g_c[block.first + c] = gate;
+            });
+  __syncthreads();
+  for_tiles(plan.cells(), sizes, [&](int64_t first, int cells) {
+    // The first read left the last tile in shared memory, which is the only one for at most `sizes.cells` cells.
+    if (plan.cells() > sizes.cells) {
+      if (first > 0) __syncthreads();
+      tile = load_cells<kChannelsLast>(sample, tile_memory, plan, block, first, cells);
+      __syncthreads();
+    }
+    A* partial = memory.partials + block.index * plan.cells() + first;
+    sum_channels<kChannelsLast>(
+        block.own, cells, scratch, [&](int c, int s) { return p.sequential ? gates[c] * tile(c, s) : tile(c, s); },
+        [&](int s, A sum) { partial[s] = sum; });
+  });
 }
 
-// source has the sums over cells (StoredSums), or x and dy themselves if the cells are pixels (Maps). grads is
-// (N, grads_count), and sums is (N, 4 * heads).
-template <class Source, class A, bool kChannelsLast>
-__global__ void __launch_bounds__(kSampleThreads<A>, 1)
-    steam_graph_backward(Plan plan, Source source, const A* saved, A* gates, A* grads, double* sums) {
+template <class A>
+int64_t lattice_forward_bytes(const Plan& plan) {
+  return shared_bytes<A>(kGraphThreads) + shared_bytes<A>(2 * kHeads) + window_bytes<A>(plan.cells());
+}
+
+// u, o_s and g_s of a sample, from the terms of its blocks of channels.
+template <class A>
+__global__ void __launch_bounds__(kGraphThreads, 1)
+    steam_lattice_forward(Plan plan, GraphSizes sizes, GraphForward<A> memory) {
   SharedMemory shared;
-  A* scratch = shared.take<A>(kSampleThreads<A>);
+  A* scratch = shared.take<A>(kGraphThreads);
   const HeadTable<A> heads = take_heads<A>(shared);
-  const int64_t n = blockIdx.x, nodes = plan.problem.channels + plan.cells();
-  graph_backward<A>(plan, source.at(n * plan.problem.channels * plan.cells()),
-                    Layout<kChannelsLast>{plan.problem.channels, plan.cells()},
-                    make_nodes(plan, const_cast<A*>(saved) + n * 2 * nodes, gates + n * nodes),
-                    make_grads(plan, grads + n * grads_count(plan)), PerPixel<A>{nullptr, nullptr}, scratch, heads,
-                    sums + n * 4 * plan.problem.num_heads);
+  const int64_t n = blockIdx.x, cells = plan.cells();
+  const Rows<A> rows = memory.at(plan, n);
+  A* u = cells <= kSharedWindow<A> ? shared.take<A>(cells) : rows.u;
+  const A* partials = memory.partials + n * sizes.blocks * cells;
+  load_heads(plan.problem, plan.spatial_weight, 0, heads);
+  sum_columns<A>(
+      sizes.blocks, cells, scratch, [&](int64_t b, int64_t k) { return partials[b * cells + k]; },
+      [&](int64_t k, A sum) {
+        u[k] = sum / token_size<A>(plan, k);
+        rows.u[k] = u[k];
+      });
+  __syncthreads();
+  lattice_gates(plan, rows, u, heads);
 }
 
 }  // namespace

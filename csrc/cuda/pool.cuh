@@ -1,8 +1,9 @@
 // The pool stage on CUDA: sums of x over cells, and backward also of dy * x. There is one block per (sample, slice).
 //
-// In NCHW a slice is some channels. The block copies them to shared memory as one run, so that its accesses are wide
-// for any width of a row. In channels_last a slice is some pairs of a cell and a vector of channels, and the threads
-// read the pixels straight into registers.
+// In NCHW, if the rows of cells are whole packs, a slice is some cells of some channels, and each cell has a few lanes,
+// which read its packs straight into registers. Else a slice is some channels. The block copies them to shared memory
+// as one run, so that its accesses are wide for any width of a row. In channels_last a slice is some pairs of a cell
+// and a vector of channels, and the threads read the pixels straight into registers.
 #pragma once
 
 #include "device.cuh"
@@ -31,10 +32,90 @@ struct Maps {
 struct PoolSizes {
   int64_t slices;            // slices of a sample
   int32_t channels;          // NCHW: channels of a slice
-  int32_t tile;              // NCHW: elements in shared memory at a time, of whole channels or of one channel
-  int32_t width;             // channels_last: channels of one access
+  int32_t tile;              // NCHW: elements in shared memory at a time, of whole channels or of one channel; 0: none
+  int32_t log2_lanes;        // NCHW without a tile: 2^log2_lanes lanes sum one cell
+  int32_t width;             // elements of one access to maps, if there is no tile
   int32_t threads_per_cell;  // channels_last: threads that sum one cell for the same channels
 };
+
+// ---------------------------------------------------------------- packs of a cell
+
+// The offsets of every step-th pack of a cell, from pack `first` on. The packs are in rows of `across`, with
+// `row_pitch` elements between the beginnings of rows and `pitch` elements between the beginnings of packs.
+class CellOffsets {
+ public:
+  __device__ CellOffsets(int64_t at, int across, int64_t row_pitch, int64_t pitch, int first, int step)
+      : across_(across), column_step_(step % across), column_(first % across) {
+    at_ = at + first / across * row_pitch + column_ * pitch;
+    step_ = step / across * row_pitch + column_step_ * pitch;
+    wrap_ = row_pitch - across * pitch;
+  }
+  __device__ __forceinline__ int64_t next() {
+    const int64_t at = at_;
+    column_ += column_step_;
+    at_ += step_;
+    if (column_ >= across_) {
+      column_ -= across_;
+      at_ += wrap_;
+    }
+    return at;
+  }
+
+ private:
+  int across_, column_step_, column_;
+  int64_t at_, step_, wrap_;
+};
+
+// n elements at any address.
+template <int n, class T>
+__device__ __forceinline__ Pack<T, n> load_elements(const T* p) {
+  Pack<T, n> v;
+#pragma unroll
+  for (int l = 0; l < n; ++l) v.at[l] = p[l];
+  return v;
+}
+
+// Adds up packs `first`, `first` + step, ... of the `size` packs of a cell: the l-th elements in sum[l], and if
+// kProducts the products in dot[l]. If the maps are not aligned, a pack is several accesses, and the sums are the same.
+template <class T, int kWidth, bool kProducts>
+__device__ void sum_packs(const Maps<T>& maps, CellOffsets offsets, bool aligned, int64_t first, int64_t size, int step,
+                          Accumulate<T>* sum, Accumulate<T>* dot) {
+  using A = Accumulate<T>;
+  constexpr int kBatch = kProducts ? 2 : 4;
+  for (int64_t e = first; e < size;) {
+    const int64_t stop = smaller<int64_t>(size, e + kTermsPerPartial * step);
+    A partial[kWidth] = {}, partial_dot[kWidth] = {};
+    for (; e < stop; e += kBatch * step) {
+      Pack<T, kWidth> x[kBatch], dy[kBatch], y[kBatch];
+#pragma unroll
+      for (int b = 0; b < kBatch; ++b) {
+        const int64_t at = offsets.next();
+        if (e + b * step >= stop) continue;
+        const auto load = [&](const T* map) {
+          return aligned ? load_pack<kWidth>(map + at) : load_elements<kWidth>(map + at);
+        };
+        x[b] = load(maps.x);
+        if (kProducts) dy[b] = load(maps.dy);
+        if (kProducts && maps.y) y[b] = load(maps.y);
+      }
+#pragma unroll
+      for (int b = 0; b < kBatch; ++b) {
+        if (e + b * step >= stop) continue;
+#pragma unroll
+        for (int l = 0; l < kWidth; ++l) {
+          const A v = widen(x[b].at[l]);
+          partial[l] += v;
+          if (kProducts) partial_dot[l] += v * (maps.y ? Maps<T>::masked(dy[b].at[l], y[b].at[l]) : widen(dy[b].at[l]));
+        }
+      }
+    }
+#pragma unroll
+    for (int l = 0; l < kWidth; ++l) {
+      sum[l] += partial[l];
+      dot[l] += partial_dot[l];
+    }
+  }
+}
 
 // ---------------------------------------------------------------- NCHW
 
@@ -140,6 +221,49 @@ __device__ void sum_cells(const Plan& plan, int64_t begin, int64_t end, int64_t 
   }
 }
 
+// The sum of n numbers, by pairs.
+template <int n, class A>
+__device__ __forceinline__ A sum_pairs(A* v) {
+#pragma unroll
+  for (int half = n / 2; half > 0; half /= 2) {
+#pragma unroll
+    for (int l = 0; l < half; ++l) v[l] += v[l + half];
+  }
+  return v[0];
+}
+
+// The rows of cells are whole packs. A group of lanes sums a cell of one channel, and neighbouring groups sum
+// neighbouring cells of a row, then the next rows of cells, then the next channels.
+template <class T, bool kProducts>
+__device__ void pool_cells(const Plan& plan, const PoolSizes& sizes, const Maps<T>& batch, Accumulate<T>* values,
+                           Accumulate<T>* products) {
+  using A = Accumulate<T>;
+  constexpr int n = kPack<T>;
+  const Problem& p = plan.problem;
+  const int t = static_cast<int>(threadIdx.x), lanes = 1 << sizes.log2_lanes, lane = t & (lanes - 1);
+  // The sizes are so small here that 32 bits are enough.
+  const unsigned grid_h = static_cast<unsigned>(p.grid_h), grid_w = static_cast<unsigned>(p.grid_w);
+  const unsigned tasks = static_cast<unsigned>(p.channels) * grid_h * grid_w;
+  const unsigned slice = blockIdx.x % static_cast<unsigned>(sizes.slices);
+  const int64_t sample = blockIdx.x / static_cast<unsigned>(sizes.slices);
+  const unsigned task = (slice * blockDim.x + threadIdx.x) >> sizes.log2_lanes;
+  if (task >= tasks) return;
+  const unsigned j = task % grid_w, i = task / grid_w % grid_h, c = task / grid_w / grid_h;
+  const unsigned height = static_cast<unsigned>(p.height);
+  const unsigned r0 = (i * height + grid_h - 1) / grid_h, r1 = ((i + 1) * height + grid_h - 1) / grid_h;
+  const int across = static_cast<int>(static_cast<unsigned>(p.width) / grid_w / n);
+  const CellOffsets offsets((c * p.height + r0) * p.width + int64_t{j} * across * n, across, p.width, n, lane, lanes);
+  A sum[n] = {}, dot[n] = {};
+  sum_packs<T, n, kProducts>(batch.at(sample * plan.sample_size()), offsets, sizes.width == n, lane,
+                             int64_t{r1 - r0} * across, lanes, sum, dot);
+  const A value = sum_lanes(sum_pairs<n>(sum), sizes.log2_lanes);
+  const A product = kProducts ? sum_lanes(sum_pairs<n>(dot), sizes.log2_lanes) : A{0};
+  if (lane != 0) return;
+  const int64_t out = sample * tasks + task;
+  if (values) values[out] = value;
+  if (kProducts) products[out] = product;
+}
+
 template <class T, bool kProducts>
 __device__ void pool_nchw(const Plan& plan, const PoolSizes& sizes, const Maps<T>& batch, Accumulate<T>* values,
                           Accumulate<T>* products) {
@@ -175,42 +299,15 @@ __device__ void pool_nchw(const Plan& plan, const PoolSizes& sizes, const Maps<T
 
 template <class T, bool kProducts>
 int64_t pool_nchw_bytes(const PoolSizes& sizes) {
-  return (kProducts ? 2 : 1) * shared_bytes<T>(shared_copy_size<T>(sizes.tile));
+  return sizes.tile == 0 ? 0 : (kProducts ? 2 : 1) * shared_bytes<T>(shared_copy_size<T>(sizes.tile));
 }
 
 // ---------------------------------------------------------------- channels_last
-
-// The offsets of every step-th pixel of a cell in channels_last, from the pixel `first` on.
-class CellOffsets {
- public:
-  __device__ CellOffsets(const Problem& p, const Cell& cell, int first, int step)
-      : across_(static_cast<int>(cell.q1 - cell.q0)), channels_(p.channels), width_(p.width) {
-    row_step_ = step / across_;
-    column_step_ = step % across_;
-    column_ = first % across_;
-    at_ = ((cell.r0 + first / across_) * width_ + cell.q0 + column_) * channels_;
-  }
-  __device__ __forceinline__ int64_t next() {
-    const int64_t at = at_;
-    column_ += column_step_;
-    at_ += (row_step_ * width_ + column_step_) * channels_;
-    if (column_ >= across_) {
-      column_ -= across_;
-      at_ += (width_ - across_) * channels_;
-    }
-    return at;
-  }
-
- private:
-  int across_, row_step_, column_step_, column_;
-  int64_t channels_, width_, at_;
-};
 
 template <class T, int kWidth, bool kProducts>
 __device__ void pool_channels_last(const Plan& plan, const PoolSizes& sizes, const Maps<T>& batch,
                                    Accumulate<T>* values, Accumulate<T>* products) {
   using A = Accumulate<T>;
-  constexpr int kBatch = kProducts ? 2 : 4;
   // A task is one cell and one vector of channels. Neighbouring threads have neighbouring tasks. If several threads sum
   // a cell, each thread reads every threads_per_cell-th pixel, from pixel `first` on.
   const int tasks = static_cast<int>(blockDim.x) / sizes.threads_per_cell, t = static_cast<int>(threadIdx.x);
@@ -222,38 +319,11 @@ __device__ void pool_channels_last(const Plan& plan, const PoolSizes& sizes, con
   const Cell cell = cell_at(plan.problem, k / plan.problem.grid_w, k % plan.problem.grid_w);
   const Maps<T> maps = batch.at(n * plan.sample_size() + c);
   A sum[kWidth] = {}, dot[kWidth] = {};
-  CellOffsets offsets(plan.problem, cell, first, sizes.threads_per_cell);
-  const int64_t size = active ? cell.size() : 0;
-  for (int64_t e = first; e < size;) {
-    const int64_t stop = smaller<int64_t>(size, e + kTermsPerPartial * sizes.threads_per_cell);
-    A partial[kWidth] = {}, partial_dot[kWidth] = {};
-    for (; e < stop; e += kBatch * sizes.threads_per_cell) {
-      Pack<T, kWidth> x[kBatch], dy[kBatch], y[kBatch];
-#pragma unroll
-      for (int b = 0; b < kBatch; ++b) {
-        const int64_t at = offsets.next();
-        if (e + b * sizes.threads_per_cell >= stop) continue;
-        x[b] = load_pack<kWidth>(maps.x + at);
-        if (kProducts) dy[b] = load_pack<kWidth>(maps.dy + at);
-        if (kProducts && maps.y) y[b] = load_pack<kWidth>(maps.y + at);
-      }
-#pragma unroll
-      for (int b = 0; b < kBatch; ++b) {
-        if (e + b * sizes.threads_per_cell >= stop) continue;
-#pragma unroll
-        for (int l = 0; l < kWidth; ++l) {
-          const A v = widen(x[b].at[l]);
-          partial[l] += v;
-          if (kProducts) partial_dot[l] += v * (maps.y ? Maps<T>::masked(dy[b].at[l], y[b].at[l]) : widen(dy[b].at[l]));
-        }
-      }
-    }
-#pragma unroll
-    for (int l = 0; l < kWidth; ++l) {
-      sum[l] += partial[l];
-      dot[l] += partial_dot[l];
-    }
-  }
+  const int64_t channels = plan.problem.channels, row_pitch = plan.problem.width * channels;
+  const CellOffsets offsets(cell.r0 * row_pitch + cell.q0 * channels, static_cast<int>(cell.q1 - cell.q0), row_pitch,
+                            channels, first, sizes.threads_per_cell);
+  sum_packs<T, kWidth, kProducts>(maps, offsets, true, first, active ? cell.size() : 0, sizes.threads_per_cell, sum,
+                                  dot);
   if (sizes.threads_per_cell > 1) {
     SharedMemory shared;
     A* scratch = shared.take<A>(2 * kWidth * static_cast<int64_t>(blockDim.x));
@@ -308,6 +378,7 @@ template <class T, bool kChannelsLast, bool kProducts>
 __global__ void __launch_bounds__(kPoolThreads, 2)
     steam_pool(Plan plan, PoolSizes sizes, Maps<T> batch, Accumulate<T>* values, Accumulate<T>* products) {
   if constexpr (!kChannelsLast) {
+    if (sizes.tile == 0) return pool_cells<T, kProducts>(plan, sizes, batch, values, products);
     pool_nchw<T, kProducts>(plan, sizes, batch, values, products);
   } else if (sizes.width == 1) {
     pool_channels_last<T, 1, kProducts>(plan, sizes, batch, values, products);

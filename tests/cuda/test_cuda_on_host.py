@@ -81,6 +81,19 @@ LARGE = [
     Case(space=(6, 5), channels=5, attention=(40, 20)),
     Case(space=(4, 4), channels=2, batch=70),
     Case(space=(1, 1), channels=1),
+    # Several blocks of channels: with long halos, with a ring of all channels, and with more cells than a tile has.
+    Case(space=(7, 7), channels=150, radius=9, layout="nhwc"),
+    Case(space=(7, 7), channels=140, batch=1, radius=100, order="parallel"),
+    Case(space=(24, 24), channels=20, batch=1, grid="w1", radius=2),
+    Case(space=(24, 23), channels=21, batch=1, grid="w1", layout="nhwc", dtype=F16),
+    # Windows in the workspace: of a block, of a block and the lattice in float64, and of the lattice.
+    Case(space=(1, 1), channels=1800, batch=1, radius=899, dtype=F64, attention=(4, 1)),
+    Case(space=(70, 66), channels=2, batch=1, grid="w1"),
+    # More heads than lanes and than a table has.
+    Case(space=(7, 7), channels=70, attention=(40, 20)),
+    # Cells whose rows are packs: of unequal heights, and of more lanes than one.
+    Case(space=(57, 56), channels=6, tail="residual_relu"),
+    Case(space=(64, 64), channels=5, grid=2, dtype=BF16),
 ]
 
 
@@ -154,6 +167,27 @@ def test_bits_do_not_depend_on_the_schedule(case: Case, limit: int, host: on_hos
     part = {k: v[1:] if v.dim() == 4 else v for k, v in inputs.items()}
     alone = run(case, part, dy[1:])
     assert torch.equal(first["y"][1:], alone["y"]) and torch.equal(first["dx"][1:], alone["dx"])
+
+
+@pytest.mark.parametrize("limit", [GENERAL, FUSED], ids=["general", "fused"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(space=(28, 28), channels=5, tail="relu"),
+        Case(space=(14, 14), channels=7),
+        Case(space=(7, 7), channels=70, dtype=F64),
+        Case(space=(9, 10), channels=72, layout="nhwc"),
+    ],
+    ids=lambda c: c.id,
+)
+def test_bits_do_not_depend_on_the_alignment(case: Case, limit: int, host: on_host.Host) -> None:
+    """The same results from maps that begin one element past a boundary."""
+    host.shared_memory_limit = limit
+    inputs, dy = cases.make(case)
+    host.keeps_phase = True
+    offset = "offset_" + case.layout
+    moved = {k: cases.lay_out(v, offset) if v.dim() == 4 else v for k, v in inputs.items()}
+    same_bits(run(case, inputs, dy), run(case, moved, cases.lay_out(dy, offset)))
 
 
 @sanitized("thread")
@@ -233,17 +267,52 @@ def test_gradients_one_at_a_time(wanted: str, limit: int, host: on_host.Host) ->
 
 
 def test_launches(host: on_host.Host) -> None:
-    """A sample that fits into shared memory takes one launch, and one more for the parameters' gradients."""
-    case = Case(space=(14, 14), channels=16)
-    inputs, dy = cases.make(case)
-    counts = {}
-    for limit in (GENERAL, FUSED):
-        host.shared_memory_limit = limit
-        steam_kernels.steam(**inputs, backend="cuda", **case.options)
-        forward = len(host.launched)
-        run(case, inputs, dy)
-        counts[limit] = forward, len(host.launched)
-    assert counts == {GENERAL: (3, 4), FUSED: (1, 2)}
+    """A sample that fits into shared memory takes one launch, and one more for the parameters' gradients.
+
+    Without a pool stage, where the cells are pixels, the general path has one launch less.
+    """
+    for case, general in ((Case(space=(14, 14), channels=16), (4, 5)), (Case(space=(7, 7), channels=16), (3, 4))):
+        inputs, dy = cases.make(case)
+        counts = {}
+        for limit in (GENERAL, FUSED):
+            host.shared_memory_limit = limit
+            steam_kernels.steam(**inputs, backend="cuda", **case.options)
+            forward = len(host.launched)
+            run(case, inputs, dy)
+            counts[limit] = forward, len(host.launched)
+        assert counts == {GENERAL: general, FUSED: (1, 2)}
+
+
+def launches(case: Case, backward: bool, host: on_host.Host) -> dict[str, on_host.Launch]:
+    found = host.plan(on_host.problem_at(case), backward)
+    return dict(zip(on_host.WALKS[backward, len(found)], found, strict=True))
+
+
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+@pytest.mark.parametrize("dtype", [F16, BF16])
+def test_a_half_precision_sample_of_the_last_stage_is_one_launch(
+    layout: str, dtype: torch.dtype, host: on_host.Host
+) -> None:
+    """On a device whose blocks may have 227 KB of shared memory (sm_90). One copy of the gates more would not fit."""
+    case = Case(space=(7, 7), channels=2048, batch=32, layout=layout, dtype=dtype)
+    whole = launches(case, False, host)["whole"]
+    assert whole.shared_bytes <= FUSED < whole.shared_bytes + 4 * 2048
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_every_multiprocessor_has_work(dtype: torch.dtype, layout: str, backward: bool, host: on_host.Host) -> None:
+    """At least three blocks for each of 132 multiprocessors, or at most two, which run at once.
+
+    The lattice has one small block for each sample.
+    """
+    host.shared_memory_limit = GENERAL
+    for channels, height, width in on_host.STAGES:
+        case = Case(space=(height, width), channels=channels, batch=32, layout=layout, dtype=dtype)
+        for name, launch in launches(case, backward, host).items():
+            assert launch.blocks >= (32 if name == "lattice" else 128), (case.id, name)
+            assert not 2 * 132 < launch.blocks < 3 * 132, (case.id, name)
 
 
 SAMPLES = [(1, 1, 1), (2, 1, 1), (64, 1, 1), (65, 1, 1), (1, 8, 8), (3, 7, 7), (5, 2, 1), (130, 3, 5), (4200, 7, 7)]
@@ -272,6 +341,16 @@ def test_grids_have_room_for_every_call_that_is_let_through(
 def test_a_grid_of_too_many_blocks_is_an_error(host: on_host.Host) -> None:
     with pytest.raises(on_host.Failed, match=r"2147483648 blocks, .*: more blocks than a grid can have"):
         host.plan(on_host.problem_at(Case(space=(1, 1), channels=1, batch=2**31)), False)
+
+
+def test_a_reach_beyond_32_bits_is_an_error(host: on_host.Host) -> None:
+    """The largest reach for which a window of the backward pass has less than 2^31 nodes."""
+    most = (2**31 - 1 - 256) // 4
+    case = Case(space=(1, 1), channels=2**31, batch=1, radius=most)
+    for backward in (False, True):
+        assert host.plan(on_host.problem_at(case), backward)
+        with pytest.raises(on_host.Failed, match=f"{most + 1} channels away, and the kernels take {most}"):
+            host.plan(on_host.problem_at(case.but(radius=most + 1)), backward)
 
 
 def test_a_plan_is_what_is_launched(host: on_host.Host) -> None:

@@ -78,16 +78,16 @@ def compiler() -> str | None:
 RUNNER = (SHIM / "runner.cpp", KERNELS / "forward.cu", KERNELS / "backward.cu")
 
 
-def build(variant: str, sources: Sequence[Path] = RUNNER) -> Path:
-    """Compiles a program in one of the VARIANTS, unless it exists already."""
+def build(variant: str, sources: Sequence[Path] = RUNNER, kernels: Path = KERNELS) -> Path:
+    """Compiles a program in one of the VARIANTS, unless it exists already. ``kernels`` is csrc/cuda or a copy of it."""
     cxx = compiler()
     assert cxx is not None
-    flags = [*FLAGS, *VARIANTS[variant][0], f"-I{SHIM}", f"-I{KERNELS}"]
+    flags = [*FLAGS, *VARIANTS[variant][0], f"-I{SHIM}", f"-I{kernels}"]
     headers = [
         *SHIM.glob("*.h"),
-        *KERNELS.glob("*.cuh"),
-        KERNELS / "kernels.h",
-        *(ROOT / "csrc" / "common").glob("*.h"),
+        *kernels.glob("*.cuh"),
+        kernels / "kernels.h",
+        *(kernels.parent / "common").glob("*.h"),
     ]
     BUILD.mkdir(parents=True, exist_ok=True)
 
@@ -176,6 +176,7 @@ class Host:
 
     variant: str = "plain"
     sources: Sequence[Path] = RUNNER
+    kernels: Path = KERNELS
     seed: int = 1
     shared_memory_limit: int = 99 << 10
     failing_launch: int = 0  # counted from 1; 0 is none
@@ -199,7 +200,7 @@ class Host:
         if self._process is None:
             self._log = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the process)
             self._process = subprocess.Popen(
-                [build(self.variant, self.sources)],
+                [build(self.variant, self.sources, self.kernels)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._log,
@@ -340,14 +341,14 @@ PAGE = ROOT / "docs" / "cuda_verification.md"
 BEGIN, END = "<!-- shared memory -->\n", "<!-- end of shared memory -->\n"
 #: The ends of a ResNet-50's four stages at 224 x 224.
 STAGES = ((256, 56, 56), (512, 28, 28), (1024, 14, 14), (2048, 7, 7))
-#: The names of the launches of a walk.
+#: The names of the launches of a call with every gradient, by its direction and their number.
 WALKS = {
     (False, 1): ("whole",),
-    (False, 2): ("graph", "gate"),
-    (False, 3): ("pool", "graph", "gate"),
+    (False, 3): ("graph", "lattice", "gate"),
+    (False, 4): ("pool", "graph", "lattice", "gate"),
     (True, 2): ("whole", "weights"),
-    (True, 3): ("graph", "gate", "weights"),
-    (True, 4): ("pool", "graph", "gate", "weights"),
+    (True, 4): ("cells", "lattice", "ring", "gate"),
+    (True, 5): ("pool", "cells", "lattice", "ring", "gate"),
 }
 
 

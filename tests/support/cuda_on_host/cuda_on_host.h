@@ -22,7 +22,20 @@
 struct alignas(16) int4 {
   int x, y, z, w;
 };
-inline void __stwb(int4* p, int4 v) { *p = v; }
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+struct alignas(16) double2 {
+  double x, y;
+};
+template <class V>
+V __ldcs(const V* p) {
+  return *p;
+}
+template <class V>
+void __stwb(V* p, V v) {
+  *p = v;
+}
 
 struct __half {
   _Float16 value;
