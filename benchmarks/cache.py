@@ -174,8 +174,7 @@ def main() -> None:
         times = (r["time_over_plain"], f"{low:.3f} to {high:.3f}", micro(r["seconds"]))
         lines.append((f"{r['network']} {r['task']}", label(r), *times))
     say("\n" + table("== network ==", head, lines))
-    if args.json:
-        runs.write(args.json, "cache", rows + networks, facts, args.quick)
+    runs.write(args.json, "cache", rows + networks, facts, args.quick)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,13 @@ def add_run_options(parser: argparse.ArgumentParser, quick: str) -> None:
     parser.add_argument("--json", type=Path, help="write the rows to this file")
 
 
+def run_options(name: str, description: str | None, quick: str) -> argparse.Namespace:
+    """The options of a measurement that has no others, from the command line."""
+    parser = parser_of(name, description)
+    add_run_options(parser, quick)
+    return parser.parse_args()
+
+
 def choices(parser: argparse.ArgumentParser, option: str, text: str, allowed: Iterable[str]) -> list[str]:
     """The values of a comma-separated option; a value that is not allowed ends the program with one sentence."""
     allowed = list(allowed)

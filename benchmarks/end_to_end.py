@@ -311,7 +311,7 @@ def main() -> None:
                 except Exception as error:  # the other tables are measured and kept
                     wrong.append(f"{type(error).__name__}: {error}")
                     say(f"  FAILED {wrong[-1]}")
-        if args.json and rows:
+        if rows:
             runs.write(args.json, "end_to_end", rows, facts, args.quick)
     say("\n" + table("== the price of attention: increase over the plain network ==", HEAD, map(line, rows)))
     if wrong:

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import host, runs, stub_driver
-from benchmarks.commandline import add_run_options, parser_of
+from benchmarks.commandline import run_options
 from benchmarks.shapes import LAYOUTS
 from benchmarks.tables import markdown_table, number, say, table
 from benchmarks.timing import Block, Effort, Sample, interleaved
@@ -231,9 +231,7 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def main() -> None:
-    parser = parser_of("gpu_host", __doc__)
-    add_run_options(parser, "one unit, few rounds")
-    args = parser.parse_args()
+    args = run_options("gpu_host", __doc__, "one unit, few rounds")
     facts = runs.begin()
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
@@ -241,8 +239,7 @@ def main() -> None:
     for title, head, cells in sections(rows):
         say("\n" + table(f"== {title} ==", head, cells))
     say("\n" + "\n".join(DRIVERS[driver] for driver in dict.fromkeys(row["driver"] for row in rows)))
-    if args.json:
-        runs.write(args.json, "gpu_host", rows, facts, args.quick)
+    runs.write(args.json, "gpu_host", rows, facts, args.quick)
 
 
 if __name__ == "__main__":

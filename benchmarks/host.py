@@ -23,7 +23,7 @@ if __name__ == "__main__":
 import torch
 
 from benchmarks import judging, runs
-from benchmarks.commandline import add_run_options, parser_of
+from benchmarks.commandline import run_options
 from benchmarks.contenders import Fused
 from benchmarks.shapes import Shape
 from benchmarks.tables import say, table
@@ -162,14 +162,11 @@ def small(effort: Effort, sizes: tuple[tuple[int, int, int, int], ...] = SMALL) 
 
 
 def main() -> None:
-    parser = parser_of("host", __doc__)
-    add_run_options(parser, "few rounds and shapes")
-    args = parser.parse_args()
+    args = run_options("host", __doc__, "few rounds and shapes")
     facts = runs.begin()
     effort = Effort.quick() if args.quick else Effort(seconds=0.3)
     rows = layers(effort) + small(effort, SMALL[:3] if args.quick else SMALL)
-    if args.json:
-        runs.write(args.json, "host", rows, facts, args.quick)
+    runs.write(args.json, "host", rows, facts, args.quick)
 
 
 if __name__ == "__main__":

@@ -245,8 +245,7 @@ def main() -> None:
         "inplace": lambda: inplace(settings, passed),
     }
     rows = [{"section": name} | row for name in wanted for row in sections[name]()]
-    if args.json:
-        runs.write(args.json, "options", rows, facts, args.quick)
+    runs.write(args.json, "options", rows, facts, args.quick)
 
 
 if __name__ == "__main__":

@@ -54,8 +54,12 @@ SHAPE_NAMES = {
 }
 
 
-def write(path: Path, name: str, rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Any], quick: bool) -> None:
-    """Writes one file: the benchmark, the machine, whether the run was quick, and the rows."""
+def write(
+    path: Path | None, name: str, rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Any], quick: bool
+) -> None:
+    """Writes one file, if there is a path: the benchmark, the machine, whether the run was quick, and the rows."""
+    if path is None:
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {"benchmark": name, "quick": quick, "machine": facts, "rows": list(rows)}
     path.write_text(json.dumps(content, indent=1) + "\n")

@@ -77,8 +77,7 @@ def main() -> None:
     effort = Effort.quick() if args.quick else Effort(seconds=0.15, least=5, most=40)
     rows, wrong = run(axes, threads, effort, args.quick)
     say("\n" + table("== scaling ==", HEAD, map(line, rows)))
-    if args.json:
-        runs.write(args.json, "scaling", rows, facts, args.quick)
+    runs.write(args.json, "scaling", rows, facts, args.quick)
     if wrong:
         sys.exit(f"{len(wrong)} points are wrong")
 

@@ -165,8 +165,7 @@ def main() -> None:
     facts = runs.begin()
     effort = Effort.quick() if args.quick else Effort(seconds=0.1, least=5, most=30)
     rows, wrong = sweep(args.cases, args.seed, args.worst, not args.no_check, effort)
-    if args.json:
-        runs.write(args.json, "sweep", rows, facts, args.quick)
+    runs.write(args.json, "sweep", rows, facts, args.quick)
     if wrong:
         raise SystemExit(f"{wrong} of {args.cases} shapes are out of bounds")
     over = falls(rows)

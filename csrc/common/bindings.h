@@ -256,6 +256,14 @@ bool share_memory(const Tensor& a, const Tensor& b) {
 // The dispatcher gives an operator a stack with its arguments. The operator writes its results to the same stack.
 template <class B>
 struct Operators {
+  // Registers the operators under their names, which begin with `prefix`.
+  template <class Library>
+  static void add_to(Library& library, const std::string& prefix) {
+    library.impl((prefix + "forward").c_str(), &Operators::forward);
+    library.impl((prefix + "forward_").c_str(), &Operators::forward_);
+    library.impl((prefix + "backward").c_str(), &Operators::backward);
+  }
+
   static void forward(StableIValue* stack, uint64_t count, uint64_t) {
     Arguments a(stack, count, 5 + Options::kCount);
     const Forward given(a);

@@ -35,9 +35,4 @@ struct Cpu {
 
 extern "C" STEAM_API int steam_cpu_operators(void) { return steam::kOperators; }
 
-STABLE_TORCH_LIBRARY_IMPL(steam_kernels, CPU, m) {
-  using Ops = steam::Operators<steam::Cpu>;
-  m.impl("forward", &Ops::forward);
-  m.impl("forward_", &Ops::forward_);
-  m.impl("backward", &Ops::backward);
-}
+STABLE_TORCH_LIBRARY_IMPL(steam_kernels, CPU, m) { steam::Operators<steam::Cpu>::add_to(m, ""); }

@@ -11,6 +11,8 @@
 #  include <immintrin.h>
 #endif
 
+#include "../common/sizes.h"
+
 namespace steam {
 namespace {
 
@@ -27,14 +29,6 @@ constexpr int kVectorBytes = 16;
 #define STEAM_INLINE inline __attribute__((always_inline))
 #define STEAM_LAMBDA_INLINE __attribute__((always_inline))
 
-template <class I>
-constexpr I smaller(I a, I b) {
-  return a < b ? a : b;
-}
-template <class I>
-constexpr I larger(I a, I b) {
-  return a < b ? b : a;
-}
 constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 struct BFloat16 {

@@ -45,9 +45,4 @@ struct Cuda {
 
 extern "C" STEAM_API int steam_cuda_operators(void) { return steam::kOperators; }
 
-STABLE_TORCH_LIBRARY_IMPL(steam_kernels, CUDA, m) {
-  using Ops = steam::Operators<steam::Cuda>;
-  m.impl("cuda_forward", &Ops::forward);
-  m.impl("cuda_forward_", &Ops::forward_);
-  m.impl("cuda_backward", &Ops::backward);
-}
+STABLE_TORCH_LIBRARY_IMPL(steam_kernels, CUDA, m) { steam::Operators<steam::Cuda>::add_to(m, "cuda_"); }

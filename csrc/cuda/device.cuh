@@ -18,6 +18,7 @@
 
 #include "../common/graph.h"
 #include "../common/problem.h"
+#include "../common/sizes.h"
 
 namespace steam {
 namespace {
@@ -27,14 +28,6 @@ constexpr int kWarp = 32;
 constexpr int kTermsPerPartial = 64;
 constexpr int kAccessBytes = 16;
 
-template <class I>
-STEAM_HD I smaller(I a, I b) {
-  return a < b ? a : b;
-}
-template <class I>
-STEAM_HD I larger(I a, I b) {
-  return a < b ? b : a;
-}
 STEAM_HD int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // ---------------------------------------------------------------- storage and accumulation types

@@ -118,8 +118,8 @@ __global__ void __launch_bounds__(kGraphThreads, 1)
   __syncthreads();
   A* shifts = memory.cell_shifts(plan, n);
   const Nodes all{0, cells};
-  transform_backward(plan, plan.spatial_weight, Lattice<A>{plan, u}, all, all, heads, flow, tape, scratch, gradients,
-                     memory.lattice_sums + n * 2 * plan.problem.num_heads);
+  transform_backward(plan, plan.spatial_weight, Lattice<A>{plan, u}, GradNodes{all, all}, heads, flow, tape, scratch,
+                     gradients, memory.lattice_sums + n * 2 * plan.problem.num_heads);
   for (int64_t k = threadIdx.x; k < cells; k += blockDim.x) shifts[k] = gradients[k] / token_size<A>(plan, k);
 }
 
@@ -195,7 +195,7 @@ __global__ void __launch_bounds__(kGraphThreads, kGraphBlocks<Accumulate<T>>)
   __syncthreads();
   A* shifts = memory.channel_shifts(plan, block.n) + block.first;
   transform_backward(plan, plan.channel_weight, Ring<A>{token, static_cast<int>(block.own + 2 * halo), plan.ring},
-                     Nodes{halo, halo + block.own}, Nodes{halo - near, halo + block.own + near}, heads, flow, tape,
+                     GradNodes{{halo, halo + block.own}, {halo - near, halo + block.own + near}}, heads, flow, tape,
                      scratch, gradients, memory.ring_sums + block.index * 2 * p.num_heads);
   for (int64_t c = threadIdx.x; c < block.own; c += blockDim.x)
     shifts[c] = gradients[c] / static_cast<A>(plan.pixels());

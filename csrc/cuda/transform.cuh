@@ -114,6 +114,11 @@ struct Nodes {
   int64_t begin, end;
 };
 
+// The nodes whose gradients a block computes, and `near`: these nodes and their neighbours.
+struct GradNodes {
+  Nodes own, near;
+};
+
 // o[i - begin] = T(tokens) at the nodes [begin, end), and gate(i - begin, sigmoid(o)). The heads from 0 on are in the
 // table.
 template <class A, class G, class Out>
@@ -156,14 +161,14 @@ STEAM_HD GraphTape<A> make_tape(const Plan& plan, A* memory, int64_t nodes) {
 }
 
 // Computes the gradients of the tokens of the nodes `own`, and in `sums` (2, heads) the sums over these nodes of the
-// gradients of the heads' a and b. `near` are these nodes and their neighbours. flow[i] is the gradient of o at node i
-// of `near`. The heads from 0 on are in the table. The sums are ready in the thread that stored them, and token_grad
-// after the last barrier.
+// gradients of the heads' a and b. flow[i] is the gradient of o at node i of `near`. The heads from 0 on are in the
+// table. The sums are ready in the thread that stored them, and token_grad after the last barrier.
 template <class A, class G>
-__device__ void transform_backward(const Plan& plan, const Weight& weight, const G& graph, const Nodes& own,
-                                   const Nodes& near, const HeadTable<A>& heads, const A* flow,
-                                   const GraphTape<A>& tape, A* scratch, A* token_grad, double* sums) {
+__device__ void transform_backward(const Plan& plan, const Weight& weight, const G& graph, const GradNodes& nodes,
+                                   const HeadTable<A>& heads, const A* flow, const GraphTape<A>& tape, A* scratch,
+                                   A* token_grad, double* sums) {
   using L = ScalarLane<A>;
+  const Nodes own = nodes.own, near = nodes.near;
   const Problem& p = plan.problem;
   const int t = static_cast<int>(threadIdx.x), log2 = plan.log2_head_lanes, lanes = 1 << log2, lane = t & (lanes - 1);
   const int64_t groups = blockDim.x >> log2;

@@ -69,11 +69,12 @@ template <class A>
 struct Grads {
   A *flow_c, *flow_s;    // (C) and (cells)
   A *shift_c, *shift_s;  // (C) and (cells): the gradients of the tokens, divided by the numbers of their elements
+  double *ring_sums, *lattice_sums;  // (2, heads) each: the gradients of the heads' a and b
 };
 template <class A>
-__device__ Grads<A> make_grads(const Plan& plan, A* row) {
+__device__ Grads<A> make_grads(const Plan& plan, A* row, double* ring_sums, double* lattice_sums) {
   const int64_t c = plan.problem.channels, nodes = plan.nodes();
-  return {row, row + c, row + nodes, row + nodes + c};
+  return {row, row + c, row + nodes, row + nodes + c, ring_sums, lattice_sums};
 }
 
 // The gate and the shift of each pixel, copied from its cell, so that a sum over pixels need not compute the cell of
@@ -84,13 +85,13 @@ struct PerPixel {
   A* shift;
 };
 
-// Fills `d` from x and the masked dy, and computes g_c and g_s again from the pre-activations. The gradients of the
-// heads' a and b go to `ring_sums` and `lattice_sums`, (2, heads) each. `tape` has tape_count of max(C, cells) numbers.
+// Fills `d` from x and the masked dy, and computes g_c and g_s again from the pre-activations. `tape` has tape_count of
+// max(C, cells) numbers.
 template <class T, bool kChannelsLast>
 __device__ void whole_graph_backward(const Plan& plan, const T* x, const T* dy, const Rows<Accumulate<T>>& rows,
                                      const Grads<Accumulate<T>>& d, Accumulate<T>* tape,
                                      const PerPixel<Accumulate<T>>& per_pixel, Accumulate<T>* scratch,
-                                     const HeadTable<Accumulate<T>>& heads, double* ring_sums, double* lattice_sums) {
+                                     const HeadTable<Accumulate<T>>& heads) {
   using A = Accumulate<T>;
   const Problem& p = plan.problem;
   const int channels = static_cast<int>(p.channels), pixels = static_cast<int>(plan.pixels());
@@ -106,8 +107,8 @@ __device__ void whole_graph_backward(const Plan& plan, const T* x, const T* dy, 
       plan, per_pixel.gate, scratch, [&](int c, int s) { return rows.g_c[c] * product(c, s); },
       [&](int64_t k, A sum) { d.flow_s[k] = flow_of(scale * sum, rows.o_s[k]); });
   __syncthreads();
-  transform_backward(plan, plan.spatial_weight, Lattice<A>{plan, rows.u}, all_cells, all_cells, heads, d.flow_s,
-                     make_tape(plan, tape, plan.cells()), scratch, d.shift_s, lattice_sums);
+  transform_backward(plan, plan.spatial_weight, Lattice<A>{plan, rows.u}, GradNodes{all_cells, all_cells}, heads,
+                     d.flow_s, make_tape(plan, tape, plan.cells()), scratch, d.shift_s, d.lattice_sums);
   for (int64_t k = threadIdx.x; k < plan.cells(); k += blockDim.x) d.shift_s[k] /= token_size<A>(plan, k);
   replace_heads(p, plan.channel_weight, 0, heads);
   if (per_pixel.gate) {
@@ -127,8 +128,9 @@ __device__ void whole_graph_backward(const Plan& plan, const T* x, const T* dy, 
       },
       [&](int c, A sum) { d.flow_c[c] = flow_of(sum, rows.o_c[c]); });
   __syncthreads();
-  transform_backward(plan, plan.channel_weight, Ring<A>{rows.z, static_cast<int>(p.channels), plan.ring}, all_channels,
-                     all_channels, heads, d.flow_c, make_tape(plan, tape, p.channels), scratch, d.shift_c, ring_sums);
+  transform_backward(plan, plan.channel_weight, Ring<A>{rows.z, static_cast<int>(p.channels), plan.ring},
+                     GradNodes{all_channels, all_channels}, heads, d.flow_c, make_tape(plan, tape, p.channels), scratch,
+                     d.shift_c, d.ring_sums);
   for (int64_t c = threadIdx.x; c < p.channels; c += blockDim.x) d.shift_c[c] /= static_cast<A>(pixels);
 }
 

@@ -190,22 +190,23 @@ ROW = "mov.u32 %r4, s; shl.b32 %r5, %r0, 4; add.s32 %r4, %r4, %r5; "
 FOUR = "{%r5, %r6, %r7, %r8}"
 
 
-@pytest.mark.parametrize("transposed", [False, True])
-def test_load_matrices(transposed: bool) -> None:
-    suffix = ".trans" * transposed
+BOTH = pytest.mark.parametrize("suffix", ["", ".trans"])
+
+
+@BOTH
+def test_load_matrices(suffix: str) -> None:
     found, result = run(
         ROW + "add.s32 %r5, %r1, 1; st.shared.v4.b32 [%r4], {%r1, %r5, %r5, %r1}; bar.warp.sync -1; "
         f"ldmatrix.sync.aligned.m8n8.x4{suffix}.shared.b16 {FOUR}, [%r4]; mov.b32 %r2, %r7;"
     )
     rows = np.stack([INTEGERS, INTEGERS + 1, INTEGERS + 1, INTEGERS], 1).astype(np.uint32).view(np.uint16)
-    matrix = rows[16:24].T if transposed else rows[16:24]
+    matrix = rows[16:24].T if suffix else rows[16:24]
     expected = [int(matrix[k // 4, k % 4 * 2]) | int(matrix[k // 4, k % 4 * 2 + 1]) << 16 for k in LANE]
     assert found.tolist() == expected and result.faults == []
 
 
-@pytest.mark.parametrize("transposed", [False, True])
-def test_store_matrices(transposed: bool) -> None:
-    suffix = ".trans" * transposed
+@BOTH
+def test_store_matrices(suffix: str) -> None:
     found, result = run(
         ROW + "mov.b32 %r5, %r1; add.s32 %r6, %r1, 100; add.s32 %r7, %r1, 200; add.s32 %r8, %r1, 300; "
         f"stmatrix.sync.aligned.m8n8.x4{suffix}.shared.b16 [%r4], {FOUR}; bar.warp.sync -1; ld.shared.b32 %r2, [%r4+4];"
@@ -213,7 +214,7 @@ def test_store_matrices(transposed: bool) -> None:
     expected = []
     for lane in LANE:
         numbers = (INTEGERS + np.uint32(100 * (lane // 8))).view(np.uint16).reshape(8, 8)
-        matrix = numbers.T if transposed else numbers
+        matrix = numbers.T if suffix else numbers
         expected.append(int(matrix[lane % 8, 2]) | int(matrix[lane % 8, 3]) << 16)
     assert found.tolist() == expected and result.faults == []
 
