@@ -39,10 +39,10 @@ __global__ void __launch_bounds__(kSampleThreads<Accumulate<T>>, 1)
   for (int64_t k = threadIdx.x; k < 2 * plan.nodes(); k += blockDim.x) row[k] = saved[n * 2 * plan.nodes() + k];
   __syncthreads();
   const Rows<A> nodes = make_rows(plan, row, gates);
+  const Grads<A> d = make_grads(plan, grads);
   const int64_t sums = n * 2 * plan.problem.num_heads;
-  const Grads<A> d = make_grads(plan, grads, ring_sums + sums, lattice_sums + sums);
   whole_graph_backward<T, kChannelsLast>(plan, x, dy, nodes, d, tape, PerPixel<A>{pixel_gates, pixel_shifts}, scratch,
-                                         heads);
+                                         heads, HeadGrads{ring_sums + sums, lattice_sums + sums});
   if (!op.dx && !op.dresidual) return;
   __syncthreads();
   op.dy = dy;

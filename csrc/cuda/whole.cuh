@@ -69,13 +69,17 @@ template <class A>
 struct Grads {
   A *flow_c, *flow_s;    // (C) and (cells)
   A *shift_c, *shift_s;  // (C) and (cells): the gradients of the tokens, divided by the numbers of their elements
-  double *ring_sums, *lattice_sums;  // (2, heads) each: the gradients of the heads' a and b
 };
 template <class A>
-__device__ Grads<A> make_grads(const Plan& plan, A* row, double* ring_sums, double* lattice_sums) {
+__device__ Grads<A> make_grads(const Plan& plan, A* row) {
   const int64_t c = plan.problem.channels, nodes = plan.nodes();
-  return {row, row + c, row + nodes, row + nodes + c, ring_sums, lattice_sums};
+  return {row, row + c, row + nodes, row + nodes + c};
 }
+
+// The gradients of the heads' a and b, (2, heads) for each branch.
+struct HeadGrads {
+  double *ring, *lattice;
+};
 
 // The gate and the shift of each pixel, copied from its cell, so that a sum over pixels need not compute the cell of
 // each pixel. Before that, `gate` has sums over the channels. Both are null if the cells are pixels.
@@ -91,7 +95,7 @@ template <class T, bool kChannelsLast>
 __device__ void whole_graph_backward(const Plan& plan, const T* x, const T* dy, const Rows<Accumulate<T>>& rows,
                                      const Grads<Accumulate<T>>& d, Accumulate<T>* tape,
                                      const PerPixel<Accumulate<T>>& per_pixel, Accumulate<T>* scratch,
-                                     const HeadTable<Accumulate<T>>& heads) {
+                                     const HeadTable<Accumulate<T>>& heads, const HeadGrads& sums) {
   using A = Accumulate<T>;
   const Problem& p = plan.problem;
   const int channels = static_cast<int>(p.channels), pixels = static_cast<int>(plan.pixels());
@@ -108,7 +112,7 @@ __device__ void whole_graph_backward(const Plan& plan, const T* x, const T* dy, 
       [&](int64_t k, A sum) { d.flow_s[k] = flow_of(scale * sum, rows.o_s[k]); });
   __syncthreads();
   transform_backward(plan, plan.spatial_weight, Lattice<A>{plan, rows.u}, GradNodes{all_cells, all_cells}, heads,
-                     d.flow_s, make_tape(plan, tape, plan.cells()), scratch, d.shift_s, d.lattice_sums);
+                     d.flow_s, make_tape(plan, tape, plan.cells()), scratch, d.shift_s, sums.lattice);
   for (int64_t k = threadIdx.x; k < plan.cells(); k += blockDim.x) d.shift_s[k] /= token_size<A>(plan, k);
   replace_heads(p, plan.channel_weight, 0, heads);
   if (per_pixel.gate) {
@@ -130,7 +134,7 @@ __device__ void whole_graph_backward(const Plan& plan, const T* x, const T* dy, 
   __syncthreads();
   transform_backward(plan, plan.channel_weight, Ring<A>{rows.z, static_cast<int>(p.channels), plan.ring},
                      GradNodes{all_channels, all_channels}, heads, d.flow_c, make_tape(plan, tape, p.channels), scratch,
-                     d.shift_c, d.ring_sums);
+                     d.shift_c, sums.ring);
   for (int64_t c = threadIdx.x; c < p.channels; c += blockDim.x) d.shift_c[c] /= static_cast<A>(pixels);
 }
 
