@@ -364,8 +364,9 @@ def test_ultralytics_trainers_with_units_reach_other_processes() -> None:
 def test_ultralytics_every_layer_of_a_backbone_has_a_unit(name: str) -> None:
     """Units act also after fuse() and an export replace forward by forward_fuse and forward_split."""
     ultralytics = pytest.importorskip("ultralytics")
-    model = networks.settle(ultralytics.YOLO(f"{name}.yaml").model)
-    x = torch.rand(1, 3, 64, 96)
+    # Both in float64: fuse() rounds otherwise, and a network of random weights makes the difference large.
+    model = networks.settle(ultralytics.YOLO(f"{name}.yaml").model).double()
+    x = torch.rand(1, 3, 64, 96, dtype=torch.float64)
     with torch.no_grad():
         plain = model(x)[0]
         sites = [f"model.{i}" for i in range(len(model.yaml["backbone"]))]
