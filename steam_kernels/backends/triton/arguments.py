@@ -136,7 +136,7 @@ def sizes_of(channels, area, width, grid_h, grid_w, LAYOUT: tl.constexpr):
 def weights_of(
     channel_weight, channel_row, channel_column, spatial_weight, spatial_row, spatial_column, heads, head_width
 ):  # fmt: skip
-    """Both weights, or the gradients of both, from the arguments of a kernel."""
+    """Both weights from the arguments of a kernel."""
     channel = Weight(channel_weight, channel_row, channel_column, heads, head_width)
     return channel, Weight(spatial_weight, spatial_row, spatial_column, heads, head_width)
 
