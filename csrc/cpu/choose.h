@@ -1,6 +1,8 @@
 // Values known at run time as template arguments: each function calls f.operator()<argument>().
 #pragma once
 
+#include <type_traits>
+
 #include "../common/problem.h"
 #include "vec.h"
 
@@ -16,31 +18,36 @@ STEAM_INLINE void with_bool(bool value, const F& f) {
   }
 }
 
+// float64 has an object of its own, which is compiled once and not for each instruction set.
 template <class F>
 STEAM_INLINE void with_dtype(DType dtype, const F& f) {
-  switch (dtype) {
-    case DType::kFloat32: return f.template operator()<float>();
-    case DType::kFloat64: return f.template operator()<double>();
-    case DType::kFloat16: return f.template operator()<Float16>();
-    case DType::kBFloat16: return f.template operator()<BFloat16>();
-  }
+#if defined(STEAM_CPU_FLOAT64)
+  if (dtype == DType::kFloat64) f.template operator()<double>();
+#else
+  if (dtype == DType::kFloat32) f.template operator()<float>();
+  if (dtype == DType::kFloat16) f.template operator()<Float16>();
+  if (dtype == DType::kBFloat16) f.template operator()<BFloat16>();
+#endif
 }
 
-// The argument is n, which is from 1 to kMost.
+// Whether loops over maps of T have one instance each, which is slower for small maps. float64 serves gradient checks,
+// and CPUs rarely run networks in float16. Their instances would take a third of the time to compile the library.
+template <class T>
+constexpr bool kFewInstances = std::is_same_v<T, double> || std::is_same_v<T, Float16>;
+
+// The argument is n, which is from 1 to kMost. Without instances (kMost = 0) there is no call.
 template <int kMost, class F>
 STEAM_INLINE void with_unroll(int64_t n, const F& f) {
   if constexpr (kMost > 1) {
     if (n < kMost) return with_unroll<kMost - 1>(n, f);
   }
-  f.template operator()<kMost>();
+  if constexpr (kMost > 0) f.template operator()<kMost>();
 }
 
-// Splits `vectors` into tiles of at most kWant vectors, whose sizes differ by at most one. The argument is the size of
-// a tile, and f also takes the tile's first vector. A float64 tile is one vector: float64 serves gradient checks, and
-// fewer instances keep the library small.
-template <class L, int kWant, class F>
+// Splits `vectors` into tiles of at most kMost vectors, whose sizes differ by at most one. The argument is the size of
+// a tile, and f also takes the tile's first vector.
+template <int kMost, class F>
 STEAM_INLINE void for_tiles(int64_t vectors, const F& f) {
-  constexpr int kMost = sizeof(typename L::A) == 8 ? 1 : kWant;
   int64_t tiles = (vectors + kMost - 1) / kMost;
   for (int64_t v = 0; tiles > 0; --tiles) {
     const int64_t n = (vectors - v + tiles - 1) / tiles;

@@ -18,7 +18,10 @@ namespace cpu {
 #define STEAM_DECLARE(variant)                              \
   std::size_t forward_##variant(const ForwardArgs&, char*); \
   std::size_t backward_##variant(const BackwardArgs&, char*);
+STEAM_DECLARE(float64)
+#if defined(STEAM_CPU_HAS_GENERIC)
 STEAM_DECLARE(generic)
+#endif
 #if defined(STEAM_CPU_HAS_AVX2)
 STEAM_DECLARE(avx2)
 #endif
@@ -58,7 +61,9 @@ constexpr Variant kVariants[] = {
 #if defined(STEAM_CPU_HAS_AVX2)
     {"avx2", forward_avx2, backward_avx2, has_avx2},
 #endif
+#if defined(STEAM_CPU_HAS_GENERIC)
     {"generic", forward_generic, backward_generic, always},
+#endif
 };
 
 const Variant* best() {
@@ -108,8 +113,13 @@ std::size_t run(std::size_t (*kernels)(const Args&, char*), const Args& args) {
 
 }  // namespace
 
-std::size_t forward(const ForwardArgs& args) { return run(variant().forward, args); }
-std::size_t backward(const BackwardArgs& args) { return run(variant().backward, args); }
+// float64 has the same code on every processor.
+std::size_t forward(const ForwardArgs& args) {
+  return run(args.problem.dtype == DType::kFloat64 ? forward_float64 : variant().forward, args);
+}
+std::size_t backward(const BackwardArgs& args) {
+  return run(args.problem.dtype == DType::kFloat64 ? backward_float64 : variant().backward, args);
+}
 
 void no_memory(std::size_t bytes, const Problem& p, char* text) {
   std::snprintf(text, STEAM_MESSAGE_BYTES,

@@ -183,9 +183,9 @@ struct ForwardWalk {
   void pool_channel_tokens(const Source& source, int64_t begin, int64_t end, A* columns, A* z) const {
     const bool pixels = plan.walk == Walk::kPixels;
     const V mean = L::set(static_cast<A>(1.0 / static_cast<double>(plan.pixels)));
-    if (pixels && plan.map_vectors() <= kHeld) {
+    if (pixels && plan.map_vectors() <= kHeld<T>) {
       const auto tail = L::first(plan.pixels - (plan.map_vectors() - 1) * lanes);
-      with_unroll<kHeld>(plan.map_vectors(), [&, x = source]<int kVectors>() {
+      with_unroll<kHeld<T>>(plan.map_vectors(), [&, x = source]<int kVectors>() {
         sum_channels<L>(begin, end, z, [&](int64_t c) STEAM_LAMBDA_INLINE {
           return sum_short_row<kVectors>(x, c * plan.pixels, tail) * mean;
         });

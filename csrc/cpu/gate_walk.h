@@ -59,8 +59,8 @@ void gate_walk(const Plan<T>& plan, const G& op, T* out, T* second, Route route,
       sinks(begin * plan.pixels, count * plan.pixels, [&](S1& sink, S2& other) STEAM_LAMBDA_INLINE {
         if (plan.run_is_map) {
           const auto along_map = [&](int64_t c) STEAM_LAMBDA_INLINE { return along_run(begin + c, 0); };
-          constexpr int held = kBackward ? kHeldOfTwo : kHeld;
-          if (sizeof(typename Plan<T>::A) == 4 && plan.map_vectors() <= held) {
+          constexpr int held = kBackward ? kHeldOfTwo<T> : kHeld<T>;
+          if (plan.map_vectors() <= held) {
             with_unroll<held>(plan.map_vectors(), [&]<int kVectors>() {
               gate_short_runs<kBackward, kVectors>(op, begin * plan.pixels, count, plan.pixels, along_map, sink, other);
             });

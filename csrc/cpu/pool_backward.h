@@ -86,8 +86,8 @@ struct PoolBackward {
       open_channels(g, begin, end);
       A* contracted = partial + b * plan.sums();
       memset(contracted, 0, sizeof(A) * static_cast<size_t>(plan.sums()));
-      if (pixels && plan.map_vectors() <= kHeldOfTwo) {
-        with_unroll<kHeldOfTwo>(plan.map_vectors(), [&]<int kVectors>() {
+      if (pixels && plan.map_vectors() <= kHeldOfTwo<T>) {
+        with_unroll<kHeldOfTwo<T>>(plan.map_vectors(), [&]<int kVectors>() {
           short_products<kVectors>(maps, begin, end, channel, spread, contracted, gate_grad);
         });
         return;
@@ -120,8 +120,8 @@ struct PoolBackward {
     spread_sums(plan, spread, [&](int64_t i, int64_t j, int64_t) { return m.d.share(plan, i, j); });
     for_tasks(parallel, plan.blocks, [&](int64_t b) {
       const int64_t begin = plan.block_begin(b), end = plan.block_end(b);
-      if (pixels && plan.map_vectors() <= kHeld) {
-        with_unroll<kHeld>(plan.map_vectors(),
+      if (pixels && plan.map_vectors() <= kHeld<T>) {
+        with_unroll<kHeld<T>>(plan.map_vectors(),
                            [&]<int kVectors>() { short_values<kVectors>(maps, begin, end, spread, through_tokens); });
         return add_sums<L>(through_tokens + begin, (end - begin + lanes - 1) / lanes, gate_grad + begin);
       }
