@@ -1,7 +1,5 @@
 // The backward pass of one sample: pool, graph and gate while x and dy are in cache. Compiled once for each instruction
 // set.
-#include <type_traits>
-
 #include "backward_memory.h"
 #include "cells.h"
 #include "choose.h"
@@ -18,12 +16,13 @@
 namespace steam {
 namespace {
 
-template <class T, bool kRelu>
+template <class T>
 struct BackwardWalk {
   using L = Lanes<T>;
   using A = typename L::A;
+  using V = typename L::V;
   static constexpr int64_t lanes = L::kLanes;
-  using Source = Maps<T, true, kRelu>;
+  using Source = Maps<T, true>;
   using Memory = BackwardMemory<T>;
 
   const Plan<T>& plan;
@@ -33,25 +32,44 @@ struct BackwardWalk {
   void operator()(int64_t n, const cpu::Parallel* parallel, char* memory) const {
     Arena arena(memory);
     const Memory m(plan, args, arena);
-    const Source maps{map(args.x, n), map(args.dy, n), kRelu ? map(args.y, n) : nullptr, plan.sample_size};
+    const T* dy = plan.problem.relu ? mask(n, m, parallel) : map(args.dy, n);
+    const Source maps{map(args.x, n), dy, plan.sample_size};
     if (Memory::needs_tokens(args)) {
       restore(m.g, n);
       if (!plan.channels_last()) {
         nchw(maps, m, n, parallel);
       } else if (m.products != nullptr) {
-        PoolBackward<T, kRelu>{plan}.sum_cells(maps, m, parallel);
+        PoolBackward<T>{plan}.sum_cells(maps, m, parallel);
         channels_last(StoredCells<L>{m.values, m.products, plan.channel_pitch}, m, n, parallel);
       } else {
         // A cell is a pixel, so x and dy * x are the sums of the cells.
         channels_last(LiveCells<Source>{maps, plan.problem.channels}, m, n, parallel);
       }
     }
-    if (args.dx || args.dresidual) gate(n, maps, m, parallel);
+    if (args.dx) gate(n, maps, m, parallel);
+  }
+
+  // With a ReLU: dy where the output is positive, else 0. This is the gradient of the residual, and the dy of all that
+  // follows. Where the caller does not ask for it, it is in the memory of dx or in working memory.
+  const T* mask(int64_t n, const Memory& m, const cpu::Parallel* parallel) const {
+    const T *dy = map(args.dy, n), *y = map(args.y, n);
+    T* out = args.dresidual ? output(args.dresidual, n) : args.dx ? output(args.dx, n) : m.masked;
+    // A NaN in y lets the gradient through, as in PyTorch's ReLU.
+    const auto masked = [](V g, V made) STEAM_LAMBDA_INLINE { return L::select(made <= L::zero(), L::zero(), g); };
+    const int64_t vectors = plan.sample_size / lanes, rest = plan.sample_size % lanes;
+    const int64_t tasks = smaller(kGateTasks, larger<int64_t>(vectors, 1));
+    for_tasks(parallel, tasks, [&](int64_t t) {
+      const int64_t end = (t + 1) * vectors / tasks * lanes;
+      for (int64_t e = t * vectors / tasks * lanes; e < end; e += lanes) store(out + e, masked(load(dy + e), load(y + e)));
+    });
+    const int64_t e = vectors * lanes;
+    if (rest) store_first(out + e, masked(load_first(dy + e, rest), load_first(y + e, rest)), rest);
+    return out;
   }
 
   // Pool and graph, NCHW.
   void nchw(const Source& maps, const Memory& m, int64_t n, const cpu::Parallel* parallel) const {
-    const PoolBackward<T, kRelu> pool{plan};
+    const PoolBackward<T> pool{plan};
     pool.gate_grads(maps, m, parallel);
     graph_lattice(m, n, parallel);
     if (plan.problem.sequential) pool.add_token_grads(maps, m, parallel);
@@ -61,7 +79,7 @@ struct BackwardWalk {
   // Pool and graph, channels_last.
   template <class Cells>
   void channels_last(const Cells& cells, const Memory& m, int64_t n, const cpu::Parallel* parallel) const {
-    const PoolBackward<T, kRelu> pool{plan};
+    const PoolBackward<T> pool{plan};
     pool.spatial_gate_grads(cells, m, parallel);
     graph_lattice(m, n, parallel);
     pool.channel_gate_grads(cells, m, parallel);
@@ -69,6 +87,7 @@ struct BackwardWalk {
   }
 
   const T* map(const void* base, int64_t n) const { return static_cast<const T*>(base) + n * plan.sample_size; }
+  T* output(void* base, int64_t n) const { return static_cast<T*>(base) + n * plan.sample_size; }
 
   // The saved tokens and pre-activations, and the spatial gates. Tasks of the pool stage open the channel gates.
   void restore(const Gates<T>& g, int64_t n) const {
@@ -108,55 +127,37 @@ struct BackwardWalk {
 
   void gate(int64_t n, const Source& maps, const Memory& m, const cpu::Parallel* parallel) const {
     const Gates<T>& g = m.g;
-    const bool input = args.dx != nullptr;
     A *scaled = m.scaled, *channel_shift = m.channel_shift, *runs = m.runs;
-    if (input) {
-      const A scale = static_cast<A>(plan.problem.scale), mean = static_cast<A>(1.0 / static_cast<double>(plan.pixels));
-      for (int64_t c = 0; c < plan.problem.channels; c += lanes) {
-        store(scaled + c, load(channel_gates(plan, g) + c) * scale);
-        store(channel_shift + c, load(m.d.channel_token + plan.ring.first + c) * mean);
-      }
-      if (plan.walk != Walk::kChannels) {
-        const A* weight = token_weights(plan, g);
-        const bool narrow = plan.walk == Walk::kNarrow;
-        spread_runs(plan, runs, [&](int64_t i, int64_t j, int64_t c) {
-          const A gate = g.spatial.gate[plan.lattice.at(i, j)];
-          return narrow ? scaled[c] * gate : gate;
-        });
-        spread_runs(plan, runs + plan.runs * plan.run_pitch, [&](int64_t i, int64_t j, int64_t c) {
-          const A share = m.d.share(plan, i, j);
-          return narrow ? weight[c] * share + channel_shift[c] : share;
-        });
-      }
-    }
-    T* dx = input ? static_cast<T*>(args.dx) + n * plan.sample_size : nullptr;
-    T* dresidual = args.dresidual ? static_cast<T*>(args.dresidual) + n * plan.sample_size : nullptr;
-    // Without a ReLU the gradient of the residual is dy itself, and args.dresidual is null.
-    if (!kRelu || dresidual == nullptr) {
-      gate_sample<true, false>(maps, dx, dresidual, m, parallel);
-    } else if constexpr (kRelu) {
-      with_bool(input, [&]<bool kInput>() { gate_sample<kInput, true>(maps, dx, dresidual, m, parallel); });
-    }
-  }
-
-  template <bool kInput, bool kResidual>
-  void gate_sample(const Source& maps, T* dx, T* dresidual, const Memory& m, const cpu::Parallel* parallel) const {
-    const Gates<T>& g = m.g;
     const A* weight = token_weights(plan, g);
+    const A scale = static_cast<A>(plan.problem.scale), mean = static_cast<A>(1.0 / static_cast<double>(plan.pixels));
+    for (int64_t c = 0; c < plan.problem.channels; c += lanes) {
+      store(scaled + c, load(channel_gates(plan, g) + c) * scale);
+      store(channel_shift + c, load(m.d.channel_token + plan.ring.first + c) * mean);
+    }
     const int64_t shifts = plan.runs * plan.run_pitch;  // from a pattern of gates to its pattern of spatial shifts
-    gate_walk<true, std::conditional_t<kInput, Sink<T>, NoSink<T>>, std::conditional_t<kResidual, Sink<T>, NoSink<T>>>(
-        plan, GateBackward<Source, kInput, kResidual>{maps, plan.sample_size}, dx, dresidual, output_route(plan),
+    const bool narrow = plan.walk == Walk::kNarrow;
+    if (plan.walk != Walk::kChannels) {
+      spread_runs(plan, runs, [&](int64_t i, int64_t j, int64_t c) {
+        const A gate = g.spatial.gate[plan.lattice.at(i, j)];
+        return narrow ? scaled[c] * gate : gate;
+      });
+      spread_runs(plan, runs + shifts, [&](int64_t i, int64_t j, int64_t c) {
+        const A share = m.d.share(plan, i, j);
+        return narrow ? weight[c] * share + channel_shift[c] : share;
+      });
+    }
+    T* dx = output(args.dx, n);
+    gate_walk<true>(
+        plan, GateBackward<Source>{maps, plan.sample_size}, dx, maps.dy == dx ? Route::kStaged : output_route(plan),
         parallel,
         [&](int64_t i, int64_t j) {
-          const A gate = kInput ? g.spatial.gate[plan.lattice.at(i, j)] : A{0};
-          const A share = kInput ? m.d.share(plan, i, j) : A{0};
-          return Along<L>{m.scaled, weight, m.channel_shift, plan.channel_pitch, gate, share, 0};
+          return Along<L>{scaled, weight, channel_shift, plan.channel_pitch, g.spatial.gate[plan.lattice.at(i, j)],
+                          m.d.share(plan, i, j), 0};
         },
         [&](int64_t c, int64_t k) {
-          const A* run = m.runs + k * plan.run_pitch;
-          return plan.walk == Walk::kNarrow
-                     ? Along<L>{run, run + shifts, nullptr, plan.period, 1, 1, 0}
-                     : Along<L>{run, run + shifts, nullptr, plan.period, m.scaled[c], weight[c], m.channel_shift[c]};
+          const A* run = runs + k * plan.run_pitch;
+          return narrow ? Along<L>{run, run + shifts, nullptr, plan.period, 1, 1, 0}
+                        : Along<L>{run, run + shifts, nullptr, plan.period, scaled[c], weight[c], channel_shift[c]};
         });
   }
 };
@@ -180,8 +181,7 @@ std::size_t STEAM_NAME(backward_, STEAM_CPU_VARIANT)(const BackwardArgs& args, c
     });
     if (arena.counts()) return;
     fill_plan(plan, args.channel_weight, args.spatial_weight);
-    with_bool(p.relu,
-              [&]<bool kRelu>() { for_samples(schedule, args.parallel, BackwardWalk<T, kRelu>{plan, args, sums}); });
+    for_samples(schedule, args.parallel, BackwardWalk<T>{plan, args, sums});
   });
   if (arena.counts()) return arena.used();
   // The sum over samples has the order of the samples, on any number of threads.

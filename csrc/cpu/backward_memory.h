@@ -45,12 +45,14 @@ struct BackwardMemory {
   A* products = nullptr;  // the sums of dy * x over the cells
   A* values = nullptr;    // order="sequential": the sums of x over the cells
   A* wide = nullptr;      // kNarrow: wide column sums of both
+  T* masked = nullptr;    // dy masked by the ReLU, if no output is asked for that can hold it
   // The gate stage.
   A* scaled = nullptr;         // scale * g_c of each channel
   A* channel_shift = nullptr;  // dz / (H * W) of each channel
   A* runs = nullptr;           // all walks but kChannels: the patterns of the gates, and then of the spatial shifts
 
   BackwardMemory(const Plan<T>& plan, const cpu::BackwardArgs& args, Arena& arena) : g(plan, arena), d(plan, arena) {
+    if (plan.problem.relu && !args.dx && !args.dresidual) masked = arena.take<T>(plan.sample_size);
     if (needs_tokens(args)) {
       if (!plan.channels_last()) {
         spread = arena.take<A>(plan.sums());

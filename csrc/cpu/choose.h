@@ -30,10 +30,13 @@ STEAM_INLINE void with_dtype(DType dtype, const F& f) {
 #endif
 }
 
-// Whether loops over maps of T have one instance each, which is slower for small maps. float64 serves gradient checks,
-// and CPUs rarely run networks in float16. Their instances would take a third of the time to compile the library.
+// The vectors of maps of T that a loop holds in registers, of the `wanted` that are fastest. Each number of vectors has an
+// instance of the loop, so fewer are compiled in less time. float64 serves gradient checks, and CPUs rarely run networks
+// in float16.
 template <class T>
-constexpr bool kFewInstances = std::is_same_v<T, double> || std::is_same_v<T, Float16>;
+constexpr int held_vectors(int wanted) {
+  return std::is_same_v<T, double> ? 1 : std::is_same_v<T, Float16> ? smaller(wanted, 4) : wanted;
+}
 
 // The argument is n, which is from 1 to kMost. Without instances (kMost = 0) there is no call.
 template <int kMost, class F>

@@ -1,5 +1,7 @@
 // The forward pass of one sample: pool, graph and gate while the sample is in cache. Compiled once for each instruction
 // set.
+#include <limits>
+
 #include "cells.h"
 #include "choose.h"
 #include "gate.h"
@@ -66,6 +68,12 @@ struct ForwardMemory {
   static constexpr int64_t kFewMore = 8;
 };
 
+// at + n; null, which is the address of memory that a walk does not have, stays null.
+template <class A>
+STEAM_INLINE A* ahead(A* at, int64_t n) {
+  return at ? at + n : nullptr;
+}
+
 // The sums of all cells, with the channels of a cell next to each other: cell k begins at sums + k * pitch. `size` is
 // the number of elements that can be read.
 template <class S>
@@ -80,7 +88,7 @@ struct ForwardWalk {
   using A = typename L::A;
   using V = typename L::V;
   static constexpr int64_t lanes = L::kLanes;
-  using Source = Maps<T, false, false>;
+  using Source = Maps<T, false>;
 
   const Plan<T>& plan;
   const cpu::ForwardArgs& args;
@@ -88,7 +96,7 @@ struct ForwardWalk {
   void operator()(int64_t n, const cpu::Parallel* parallel, char* memory) const {
     Arena arena(memory);
     const ForwardMemory<T> m(plan, parallel ? parallel->threads : 1, arena);
-    const Source x{map(args.x, n), nullptr, nullptr, plan.sample_size};
+    const Source x{map(args.x, n), nullptr, plan.sample_size};
     if (!plan.channels_last()) {
       nchw(x, m, parallel);
     } else if (m.cells != nullptr) {
@@ -318,20 +326,19 @@ struct ForwardWalk {
     }
     const Route route = args.y == args.x ? Route::kStaged : output_route(plan);
     T* y = static_cast<T*>(args.y) + n * plan.sample_size;
+    const A least = plan.problem.relu ? A{0} : -std::numeric_limits<A>::infinity();
     with_bool(args.residual != nullptr, [&]<bool kResidual>() {
-      with_bool(plan.problem.relu, [&]<bool kRelu>() {
-        const T* residual = kResidual ? map(args.residual, n) : nullptr;
-        const GateForward<T, kResidual, kRelu> op{map(args.x, n), residual, plan.sample_size};
-        gate_sample(op, y, route, channel, g, m.runs, parallel);
-      });
+      const T* residual = kResidual ? map(args.residual, n) : nullptr;
+      const GateForward<T, kResidual> op{map(args.x, n), residual, least, plan.sample_size};
+      gate_sample(op, y, route, channel, g, m.runs, parallel);
     });
   }
 
   template <class G>
   void gate_sample(const G& op, T* y, Route route, const A* channel, const Gates<T>& g, const A* runs,
                    const cpu::Parallel* parallel) const {
-    gate_walk<false, Sink<T>, NoSink<T>>(
-        plan, op, y, static_cast<T*>(nullptr), route, parallel,
+    gate_walk<false>(
+        plan, op, y, route, parallel,
         [&](int64_t i, int64_t j) {
           return Along<L>{channel, nullptr, nullptr, plan.channel_pitch, g.spatial.gate[plan.lattice.at(i, j)], 0, 0};
         },

@@ -1,15 +1,15 @@
 // The gate stage on the CPU: y = x * gates (+ residual, ReLU), and backward the gradient of x.
 //
 //   the maps x, residual        Along: the numbers along one run, and their factors
-//   (dy, y)                        |
+//   (dy)                           |
 //      |                        Pattern: the same with the factors in all lanes
 //      |                           |
 //      +------------+--------------+
 //                   v
-//      GateForward or GateBackward: makes one vector of each output
+//      GateForward or GateBackward: makes one vector of the output
 //                   |
 //                   v
-//      Sink: takes the vectors of one task and one output, in the order of memory
+//      Sink: takes the vectors of one task, in the order of memory
 //                   |
 //      Route:  kPlain ------> the output
 //              kStream -----> a buffer -> the output, past the caches
@@ -25,12 +25,6 @@
 namespace steam {
 namespace {
 
-// One vector of each output.
-template <class V>
-struct Made {
-  V first, second;
-};
-
 // Elements from `at` to the next beginning of a cache line; 0 at such a beginning.
 template <class T>
 STEAM_INLINE int64_t until_line_of(const T* at) {
@@ -43,55 +37,52 @@ struct By {
   V gate, spatial_shift, channel_shift;
 };
 
-// An operation makes one vector of each output. make() reads the maps at element e, whole vectors or (kWhole = false)
+// An operation makes one vector of the output. make() reads the maps at element e, whole vectors or (kWhole = false)
 // the part of a vector before the end of the sample, and only then calls by(). Compilers fuse a product and a sum only
-// if no branch lies between them, and the rounding of an element must not depend on kWhole. kFirst and kSecond say
-// which outputs the operation has. A loop copies the operation before it starts, because the compiler must assume that
-// stores of the loop change the original.
+// if no branch lies between them, and the rounding of an element must not depend on kWhole. A loop copies the
+// operation before it starts, because the compiler must assume that stores of the loop change the original.
 
-// y = relu(x * gate + residual).
-template <class T, bool kResidual, bool kRelu>
+// y = relu(x * gate + residual). Without a ReLU, no number is below `least`.
+template <class T, bool kResidual>
 struct GateForward {
   using Type = T;
   using L = Lanes<T>;
   using V = typename L::V;
   using A = typename L::A;
-  static constexpr bool kFirst = true, kSecond = false;
   const T* x;
   const T* residual;
+  A least;  // 0 with a ReLU, else minus infinity
   int64_t size;
 
   int64_t until_line(int64_t e) const { return until_line_of(x + e); }
   template <bool kWhole, class F>
-  STEAM_INLINE Made<V> make(int64_t e, const F& by) const {
+  STEAM_INLINE V make(int64_t e, const F& by) const {
     const auto read = [&](const T* map)
                           STEAM_LAMBDA_INLINE { return kWhole ? load(map + e) : load_until(map + e, map + size); };
     const V in = read(x), rest = kResidual ? read(residual) : L::zero();
     V out = in * by().gate;
     if (kResidual) out += rest;
     // A NaN stays a NaN, as in PyTorch's ReLU.
-    if (kRelu) out = L::select(out < L::zero(), L::zero(), out);
-    return {out, out};
+    return L::select(out < least, L::set(least), out);
   }
 };
 
-// dx = dy * gate + (spatial_shift + channel_shift), and the gradient of the residual: dy, masked by the ReLU.
-template <class M, bool kInput, bool kResidual>
+// dx = dy * gate + (spatial_shift + channel_shift).
+template <class M>
 struct GateBackward {
   using Type = typename M::Type;
   using L = typename M::L;
   using V = typename L::V;
   using A = typename L::A;
-  static constexpr bool kFirst = kInput, kSecond = kResidual;
   M maps;
   int64_t size;
 
   int64_t until_line(int64_t e) const { return until_line_of(maps.dy + e); }
   template <bool kWhole, class F>
-  STEAM_INLINE Made<V> make(int64_t e, const F& by) const {
+  STEAM_INLINE V make(int64_t e, const F& by) const {
     const V g = kWhole ? maps.upstream(e) : maps.upstream_until(e);
     const By<V> b = by();
-    return {g * b.gate + (b.spatial_shift + b.channel_shift), g};
+    return g * b.gate + (b.spatial_shift + b.channel_shift);
   }
 };
 
@@ -126,7 +117,7 @@ struct Pattern {
         channel_shift_all(L::set(a.channel_shift_all)) {}
   // The vector of output at element e, which is at place q of the period.
   template <bool kWhole, class G>
-  STEAM_INLINE Made<V> make(const G& op, int64_t e, int64_t q) const {
+  STEAM_INLINE V make(const G& op, int64_t e, int64_t q) const {
     return op.template make<kWhole>(e, [&]() STEAM_LAMBDA_INLINE {
       const V gate = gate_factor * load(gates + q);
       if (!kBackward) return By<V>{gate, gate, gate};
@@ -136,79 +127,69 @@ struct Pattern {
   }
 };
 
-template <class G, class V>
-STEAM_INLINE void put(typename G::Type* out, typename G::Type* second, const Made<V>& made) {
-  if (G::kFirst) store(out, made.first);
-  if (G::kSecond) store(second, made.second);
-}
-
 // `vectors` vectors of output from element e on, which is at place q of the period.
 template <class G, class P>
 STEAM_INLINE void gate_vectors(const G& op, const P& pattern, int64_t e, int64_t q, int64_t vectors,
-                               typename G::Type* out, typename G::Type* second) {
+                               typename G::Type* out) {
   constexpr int64_t lanes = G::L::kLanes;
   int64_t k = 0;
   for (; k + 2 * lanes <= vectors * lanes; k += 2 * lanes) {
     const auto a = pattern.template make<true>(op, e + k, q + k);
     const auto b = pattern.template make<true>(op, e + k + lanes, q + k + lanes);
-    if (G::kFirst) store_two(out + k, a.first, b.first);
-    if (G::kSecond) store_two(second + k, a.second, b.second);
+    store_two(out + k, a, b);
   }
-  if (k < vectors * lanes) put<G>(ahead(out, k), ahead(second, k), pattern.template make<true>(op, e + k, q + k));
+  if (k < vectors * lanes) store(out + k, pattern.template make<true>(op, e + k, q + k));
 }
 
 // n <= kChunk elements from element e on, which is at place q of the period.
 template <bool kBackward, bool kChannelShifts, class G, class L>
 STEAM_INLINE void gate_chunk(const G& operation, int64_t e, int64_t n, const Along<L>& along, int64_t q,
-                             typename G::Type* out, typename G::Type* second) {
+                             typename G::Type* out) {
   constexpr int64_t lanes = L::kLanes;
   const G op = operation;
   const Pattern<kBackward, kChannelShifts, L> pattern(along);
   const int64_t period = along.period;
   const int64_t whole = e + round_up(n, lanes) <= op.size ? round_up(n, lanes) : n / lanes * lanes;
   if (q + whole <= period + lanes) {
-    gate_vectors(op, pattern, e, q, whole / lanes, out, second);
+    gate_vectors(op, pattern, e, q, whole / lanes, out);
     q += whole;
   } else {
     const int64_t step = lanes % period;
     for (int64_t k = 0; k < whole; k += lanes) {
-      put<G>(ahead(out, k), ahead(second, k), pattern.template make<true>(op, e + k, q));
+      store(out + k, pattern.template make<true>(op, e + k, q));
       q += step;
       q -= q >= period ? period : 0;
     }
   }
   if (whole < n) {
-    put<G>(ahead(out, whole), ahead(second, whole), pattern.template make<false>(op, e + whole, q % period));
+    store(out + whole, pattern.template make<false>(op, e + whole, q % period));
   }
 }
 
 // A run of any length from element e on. Its first chunk ends at the end of a cache line of the map, because loads
 // across lines take longer to come from memory.
-template <bool kBackward, bool kChannelShifts, class G, class L, class S1, class S2>
-STEAM_INLINE void gate_run(const G& op, int64_t e, int64_t length, const Along<L>& along, S1& sink, S2& second) {
+template <bool kBackward, bool kChannelShifts, class G, class L, class S>
+STEAM_INLINE void gate_run(const G& op, int64_t e, int64_t length, const Along<L>& along, S& sink) {
   const int64_t head = op.until_line(e);
   int64_t q = 0, n = 0;
   for (int64_t done = 0; done < length; done += n) {
     n = smaller(done == 0 && head ? head : kChunk, length - done);
-    auto* out = sink.begin(n);
-    gate_chunk<kBackward, kChannelShifts>(op, e + done, n, along, q, out, second.begin(n));
+    gate_chunk<kBackward, kChannelShifts>(op, e + done, n, along, q, sink.begin(n));
     q += n;
     if (q >= along.period) q %= along.period;
     sink.commit(n);
-    second.commit(n);
   }
 }
 
 // `runs` runs of `length` elements, one after the other. along(i) gives the numbers along run i, whose period is not
 // shorter than the run.
-template <bool kBackward, bool kChannelShifts, class G, class F, class S1, class S2>
-STEAM_INLINE void gate_runs(const G& operation, int64_t e, int64_t runs, int64_t length, const F& along, S1& sink,
-                            S2& second) {
+template <bool kBackward, bool kChannelShifts, class G, class F, class S>
+STEAM_INLINE void gate_runs(const G& operation, int64_t e, int64_t runs, int64_t length, const F& along, S& sink) {
   using L = typename G::L;
   const int64_t group = kChunk / length;
   if (group < 2) {
     for (int64_t i = 0; i < runs; ++i) {
-      gate_run<kBackward, kChannelShifts>(operation, e + i * length, length, along(i), sink, second);
+      gate_run<kBackward, kChannelShifts>(operation, e + i * length, length, along(i), sink);
     }
     return;
   }
@@ -217,26 +198,22 @@ STEAM_INLINE void gate_runs(const G& operation, int64_t e, int64_t runs, int64_t
   for (int64_t done = 0; done < runs; done += group) {
     const int64_t n = smaller(group, runs - done);
     auto* out = sink.begin(n * length);
-    auto* second_out = second.begin(n * length);
     int64_t i = 0, at = e + done * length;
     for (; i < n && at + vectors * L::kLanes <= op.size; ++i, at += length) {
-      gate_vectors(op, Pattern<kBackward, kChannelShifts, L>(along(done + i)), at, 0, vectors, ahead(out, i * length),
-                   ahead(second_out, i * length));
+      gate_vectors(op, Pattern<kBackward, kChannelShifts, L>(along(done + i)), at, 0, vectors, out + i * length);
     }
     for (; i < n; ++i, at += length) {
-      gate_chunk<kBackward, kChannelShifts>(op, at, length, along(done + i), 0, ahead(out, i * length),
-                                            ahead(second_out, i * length));
+      gate_chunk<kBackward, kChannelShifts>(op, at, length, along(done + i), 0, out + i * length);
     }
     sink.commit(n * length);
-    second.commit(n * length);
   }
 }
 
 // The same if the arrays of all runs are those of run 0, and are kVectors vectors long: they stay in registers, and
 // only the factors differ between runs.
-template <bool kBackward, int kVectors, class G, class F, class S1, class S2>
-STEAM_INLINE void gate_short_runs(const G& operation, int64_t e, int64_t runs, int64_t length, const F& along, S1& sink,
-                                  S2& second) {
+template <bool kBackward, int kVectors, class G, class F, class S>
+STEAM_INLINE void gate_short_runs(const G& operation, int64_t e, int64_t runs, int64_t length, const F& along,
+                                  S& sink) {
   using L = typename G::L;
   using V = typename L::V;
   constexpr int64_t lanes = L::kLanes;
@@ -252,7 +229,6 @@ STEAM_INLINE void gate_short_runs(const G& operation, int64_t e, int64_t runs, i
   for (int64_t done = 0; done < runs; done += group) {
     const int64_t n = smaller(group, runs - done);
     auto* out = sink.begin(n * length);
-    auto* second_out = second.begin(n * length);
     int64_t i = 0, at = e + done * length;
     for (; i < n && at + kVectors * lanes <= op.size; ++i, at += length) {
       const auto run = along(done + i);
@@ -264,22 +240,18 @@ STEAM_INLINE void gate_short_runs(const G& operation, int64_t e, int64_t runs, i
           return By<V>{gate, kBackward ? spatial_factor * spatial_shifts[k] : gate, channel_shift};
         });
       };
-      auto *to = ahead(out, i * length), *second_to = ahead(second_out, i * length);
+      auto* to = out + i * length;
 #pragma GCC unroll 16
       for (int k = 0; k + 2 <= kVectors; k += 2) {
         const auto a = made(k), b = made(k + 1);
-        if (G::kFirst) store_two(to + k * lanes, a.first, b.first);
-        if (G::kSecond) store_two(second_to + k * lanes, a.second, b.second);
+        store_two(to + k * lanes, a, b);
       }
-      if (kVectors % 2)
-        put<G>(ahead(to, (kVectors - 1) * lanes), ahead(second_to, (kVectors - 1) * lanes), made(kVectors - 1));
+      if (kVectors % 2) store(to + (kVectors - 1) * lanes, made(kVectors - 1));
     }
     for (; i < n; ++i, at += length) {
-      gate_chunk<kBackward, false>(op, at, length, along(done + i), 0, ahead(out, i * length),
-                                   ahead(second_out, i * length));
+      gate_chunk<kBackward, false>(op, at, length, along(done + i), 0, out + i * length);
     }
     sink.commit(n * length);
-    second.commit(n * length);
   }
 }
 

@@ -13,9 +13,9 @@ constexpr int64_t kTermsPerPartial = 128;
 // Bytes from a read to its prefetch.
 constexpr int64_t kAhead = 4096;
 
-// The maps of one sample. A value is x, and a product is dy * x. With a ReLU, whose output is y, dy is masked. `_until`
-// reads the part of a vector that lies before the end of the sample.
-template <class T, bool kProducts, bool kRelu>
+// The maps of one sample. A value is x, and a product is dy * x. `_until` reads the part of a vector that lies before the
+// end of the sample.
+template <class T, bool kProducts>
 struct Maps {
   using Type = T;
   using L = Lanes<T>;
@@ -23,33 +23,15 @@ struct Maps {
   static constexpr bool products = kProducts;
   const T* x;
   const T* dy;
-  const T* y;
   int64_t size;  // elements of the sample
 
   STEAM_INLINE V value(int64_t e) const { return load(x + e); }
   STEAM_INLINE V value_until(int64_t e) const { return load_until(x + e, x + size); }
-  STEAM_INLINE V upstream(int64_t e) const {
-    return masked<kRelu>(load(dy + e), [&] { return load(y + e); });
-  }
-  STEAM_INLINE V upstream_until(int64_t e) const {
-    return masked<kRelu>(load_until(dy + e, dy + size), [&] { return load_until(y + e, y + size); });
-  }
+  STEAM_INLINE V upstream(int64_t e) const { return load(dy + e); }
+  STEAM_INLINE V upstream_until(int64_t e) const { return load_until(dy + e, dy + size); }
   STEAM_INLINE void prefetch(int64_t e, int64_t ahead = kAhead / static_cast<int64_t>(sizeof(T))) const {
     __builtin_prefetch(x + e + ahead);
     if (kProducts) __builtin_prefetch(dy + e + ahead);
-    if (kProducts && kRelu) __builtin_prefetch(y + e + ahead);
-  }
-
- private:
-  template <bool kMask, class F>
-  static STEAM_INLINE V masked(V g, const F& output) {
-    if constexpr (kMask) {
-      const V out = output();
-      // A NaN in y lets the gradient through, as in PyTorch's ReLU.
-      return L::select(out <= L::zero(), L::zero(), g);
-    } else {
-      return g;
-    }
   }
 };
 

@@ -142,7 +142,7 @@ STEAM_INLINE void sum_cells_of_channels(const Plan<T>& plan, const cpu::Parallel
   constexpr int64_t lanes = L::kLanes;
   const int64_t vectors = plan.channel_pitch / lanes;
   for_tasks(parallel, (vectors + kTaskVectors - 1) / kTaskVectors, [&](int64_t t) {
-    for_tiles<kFewInstances<T> ? 1 : kMost>(smaller(kTaskVectors, vectors - t * kTaskVectors), [&]<int kVectors>(int64_t v) {
+    for_tiles<held_vectors<T>(kMost)>(smaller(kTaskVectors, vectors - t * kTaskVectors), [&]<int kVectors>(int64_t v) {
       const int64_t c = (t * kTaskVectors + v) * lanes;
       V total[kVectors];
       for (int k = 0; k < kVectors; ++k) total[k] = L::zero();
@@ -197,7 +197,7 @@ STEAM_INLINE void strip_sums(const S& s, int64_t e, const int64_t* begin, int64_
   using L = typename S::L;
   using V = typename L::V;
   constexpr int64_t lanes = L::kLanes;
-  constexpr int kMost = kFewInstances<typename S::Type> ? 1 : kValues && S::products ? 7 : 8;
+  constexpr int kMost = held_vectors<typename S::Type>(kValues && S::products ? 7 : 8);
   const int64_t vectors = (length + lanes - 1) / lanes;
   const auto strip_from = [&](int64_t i, int64_t v) {
     return Strip{e + begin[i] * length + v * lanes, begin[i + 1] - begin[i], length};
@@ -255,7 +255,7 @@ void contract_channels(const S* source, int64_t size, int64_t channels, int64_t 
   using L = Lanes<S>;
   using V = typename L::V;
   constexpr int64_t lanes = L::kLanes;
-  for_tiles<kFewInstances<S> ? 1 : 12>(length / lanes, [&]<int kVectors>(int64_t v) {
+  for_tiles<held_vectors<S>(12)>(length / lanes, [&]<int kVectors>(int64_t v) {
     const int64_t column = v * lanes;
     V total[kVectors];
     for (int k = 0; k < kVectors; ++k) total[k] = L::zero();
@@ -337,9 +337,9 @@ STEAM_INLINE typename S::V sum_run(const S& source, int64_t e, int64_t length) {
 
 // Vectors of a short map of T that stay in registers, if a loop has one pattern, and if it has two.
 template <class T>
-constexpr int kHeld = kFewInstances<T> ? 0 : kVectorBytes >= 32 ? 8 : 4;
+constexpr int kHeld = held_vectors<T>(kVectorBytes >= 32 ? 8 : 4);
 template <class T>
-constexpr int kHeldOfTwo = kFewInstances<T> ? 0 : kVectorBytes >= 64 ? 8 : 4;
+constexpr int kHeldOfTwo = held_vectors<T>(kVectorBytes >= 64 ? 8 : 4);
 
 // The same for a run of kVectors vectors. `tail` masks the lanes of the last vector that belong to the run.
 template <int kVectors, class S>
@@ -384,7 +384,7 @@ void cell_sums(const S& source, int64_t e, int64_t rows, int64_t cols, int64_t r
   using A = typename L::A;
   using V = typename L::V;
   constexpr int64_t lanes = L::kLanes;
-  constexpr int kMost = kFewInstances<typename S::Type> ? 1 : kValues && S::products ? 5 : 8;
+  constexpr int kMost = held_vectors<typename S::Type>(kValues && S::products ? 5 : 8);
   const S s = source;
   const int64_t vectors = (channels + lanes - 1) / lanes;
   alignas(kLine) A more_values[kWide * lanes], more_products[kWide * lanes];

@@ -54,13 +54,13 @@ struct LiveCells {
   STEAM_INLINE void prefetch(int64_t cell, int64_t c) const { maps.prefetch(cell * channels + c, 0); }
 };
 
-template <class T, bool kRelu>
+template <class T>
 struct PoolBackward {
   using L = Lanes<T>;
   using A = typename L::A;
   using V = typename L::V;
   static constexpr int64_t lanes = L::kLanes;
-  using Source = Maps<T, true, kRelu>;
+  using Source = Maps<T, true>;
   using Memory = BackwardMemory<T>;
 
   const Plan<T>& plan;

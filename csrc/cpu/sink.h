@@ -96,20 +96,5 @@ class Sink {
   alignas(kLine) T buffer_[2 * kChunk + 128];
 };
 
-// The sink of an output that the caller did not ask for.
-template <class T>
-struct NoSink {
-  NoSink(T*, int64_t, Route) {}
-  STEAM_INLINE T* begin(int64_t) { return nullptr; }
-  STEAM_INLINE void commit(int64_t) {}
-  void finish() {}
-};
-
-// at + n; null stays null, which is the address of an output that the caller did not ask for.
-template <class T>
-STEAM_INLINE T* ahead(T* at, int64_t n) {
-  return at ? at + n : nullptr;
-}
-
 }  // namespace
 }  // namespace steam
