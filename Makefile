@@ -1,7 +1,8 @@
-# make venv    makes .venv with everything that the other targets need, and builds the native libraries in place
-# make demo    runs a ResNet-50 with five units on a photo, with the fused kernels and with the reference
-# make test    runs the tests (PYTEST_FLAGS="-k layouts" selects some of them)
-# make test-slow   runs the tests that compile or interpret for minutes, which make test leaves out
+# make demo    runs a ResNet-50 with five units on a photo, with the fused kernels and with the reference. It installs only
+#              what the demo needs, and compiles the CPU kernels for this processor alone
+# make test    runs the tests that show most in the least time (PYTEST_FLAGS="-k layouts" selects some of them)
+# make test-all    runs these and then all other tests; CI does so
+# make venv    makes .venv with everything that all targets need, and builds the native libraries in place
 # make lint    runs ruff, clang-format, mypy, and the check that no CPU variant's code replaces another's
 # make bench   runs all benchmarks, and writes docs/benchmarks.md and its pictures (BENCH_FLAGS, RUN, PAGE, IMAGES);
 #              with BENCH_FLAGS=--quick all output goes to build/bench
@@ -13,7 +14,8 @@
 # PYTHON is the interpreter that makes .venv. STEAM_KERNELS_BUILD is `require` here, so that make stops if a library
 # cannot be built; `make test STEAM_KERNELS_BUILD=auto` continues without it. The CUDA library is built if nvcc is
 # found, only for the GPUs of this machine (80-real if there is none), because all major architectures take minutes.
-# setup.py finds the GPUs; CMAKE_CUDA_ARCHITECTURES=90-real chooses another architecture.
+# setup.py finds the GPUs; CMAKE_CUDA_ARCHITECTURES=90-real chooses another architecture. The demo builds the CUDA library
+# only where there is a GPU.
 
 PYTHON ?= python3
 STEAM_KERNELS_BUILD ?= require
@@ -22,9 +24,12 @@ export STEAM_KERNELS_BUILD CMAKE_CUDA_ARCHITECTURES
 
 VENV := .venv
 PY := $(VENV)/bin/python
+DEMO_INSTALLED := $(VENV)/.demo-installed
 INSTALLED := $(VENV)/.installed
 LIBRARY := steam_kernels/libsteam_cpu.so
+ALL_VARIANTS := build/.all-variants
 NATIVE_SOURCES := $(shell find csrc include cmake -type f 2>/dev/null) CMakeLists.txt setup.py
+GPU := $(wildcard /dev/nvidia[0-9]* /dev/kfd /dev/dxg)
 PYTEST_FLAGS ?=
 BENCH_FLAGS ?=
 REPORT_FLAGS ?=
@@ -34,31 +39,59 @@ RUN ?= $(if $(QUICK),build/bench/results,benchmarks/results/latest)
 PAGE ?= $(if $(QUICK),build/bench/benchmarks.md,docs/benchmarks.md)
 IMAGES ?= $(if $(QUICK),build/bench/images,docs/images)
 
-.PHONY: venv demo test test-slow lint bench train gpu-report clean
+.PHONY: venv demo test test-all lint bench train gpu-report clean
 .DELETE_ON_ERROR:
 
-venv: $(INSTALLED) $(LIBRARY)
+venv: $(INSTALLED) $(ALL_VARIANTS)
 
-# The stamp is written last, so that make repeats an interrupted installation. venv and pip keep the parts that are
-# complete. If pip itself is incomplete, the environment is made again.
-$(INSTALLED): pyproject.toml
+say = @echo "steam_kernels: $(1)"
+
+# $(1): the extras of pyproject.toml to install; $(2): the instruction sets to compile for. The compiler works while pip
+# downloads and unpacks torch, which takes about as long. pip leaves the bytecode of what the environment never imports
+# uncompiled. The stamp is written last, so that make repeats an interrupted installation. venv and pip keep the parts that
+# are complete. If pip itself is incomplete, the environment is made again.
+define install
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "steam_kernels needs Python 3.10 or newer; PYTHON=$(PYTHON) is " + sys.version.split()[0])'
-	$(PYTHON) -m venv $(VENV) && $(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
-	STEAM_KERNELS_BUILD=skip $(PY) -m pip install --disable-pip-version-check --quiet --editable '.[dev]'
+	$(call say,making $(VENV) and installing the build tools)
+	@$(PYTHON) -m venv $(VENV) && $(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	@$(PIP) 'setuptools>=77' 'cmake>=3.18' ninja
+	$(call say,installing torch and the packages of the extra '$(1)' (minutes); compiling the CPU kernels meanwhile)
+	@STEAM_KERNELS_CPU_VARIANTS=$(2) nice $(PY) setup.py --quiet build_kernels & \
+		STEAM_KERNELS_BUILD=skip $(PIP) --no-build-isolation --editable '.[$(1)]'; status=$$?; wait; exit $$status
+endef
+PIP := $(PY) -m pip install --disable-pip-version-check --quiet --no-compile
+
+$(DEMO_INSTALLED): pyproject.toml
+	$(call install,demo,native)
 	@touch $@
 
-$(LIBRARY): $(NATIVE_SOURCES) $(INSTALLED)
-	$(PY) setup.py --quiet build_ext --inplace
+# The development environment contains the demo's.
+$(INSTALLED): pyproject.toml
+	$(call install,dev,all)
+	@touch $(DEMO_INSTALLED) $@
+
+# The library in place has the kernels of this processor, and perhaps of others.
+$(LIBRARY): $(NATIVE_SOURCES) $(DEMO_INSTALLED)
+	$(call say,building the library for this processor)
+	@$(if $(GPU),,STEAM_KERNELS_CUDA=off) STEAM_KERNELS_CPU_VARIANTS=native $(PY) setup.py --quiet build_ext --inplace
 	@if test -e $@; then touch $@; fi
 
-demo: venv
-	$(PY) examples/quickstart.py
+# CMake keeps what $(LIBRARY) has compiled.
+$(ALL_VARIANTS): $(NATIVE_SOURCES) $(INSTALLED)
+	$(call say,building the libraries for all processors)
+	@$(PY) setup.py --quiet build_ext --inplace
+	@mkdir -p $(@D) && touch $@
+	@if test -e $(LIBRARY); then touch $(LIBRARY); fi
+
+demo: $(DEMO_INSTALLED) $(LIBRARY)
+	$(call say,running the demo)
+	@$(PY) examples/quickstart.py
 
 test: venv
-	$(PY) -m pytest tests -m "not slow" -n 2 --dist loadgroup $(PYTEST_FLAGS)
+	$(PY) -m pytest tests -m "not extended and not slow" -n 2 --dist loadgroup $(PYTEST_FLAGS)
 
-test-slow: venv
-	$(PY) -m pytest tests -m slow -n 2 --dist loadgroup $(PYTEST_FLAGS)
+test-all: test
+	$(PY) -m pytest tests -m "extended or slow" -n 2 --dist loadgroup $(PYTEST_FLAGS)
 
 lint: venv
 	$(PY) -m ruff check .

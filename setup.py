@@ -12,6 +12,11 @@ The CUDA library also needs nvcc and a torch with CUDA. STEAM_KERNELS_CUDA choos
     on              fail
     off             do not build the library
 
+STEAM_KERNELS_CPU_VARIANTS chooses the instruction sets that the CPU kernels are compiled for:
+
+    all (default)   every one that the compiler knows; the library chooses when it is loaded
+    native          the best that this processor has, in a third of the time; the library runs on no lesser processor
+
 CMAKE_CUDA_ARCHITECTURES, in CMake's form, lists the architectures of the CUDA library; without it, all major ones from
 7.5. Its value `native`, which `make` takes by default, is the GPUs that torch sees, or 80-real if it sees none.
 CUDACXX is the path of nvcc. steam_kernels/_build.txt keeps one line for each library, built or not, because pip hides
@@ -29,13 +34,14 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
-from setuptools import Extension, setup
+from setuptools import Command, Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+BUILD_DIR = ROOT / "build" / "cmake"
 PACKAGE = "steam_kernels"
 LIBRARIES = ("steam_cpu", "steam_cuda")  # names of CMake targets, each built into lib<name>.so inside the package
 OLDEST_TORCH = (2, 10)
@@ -53,6 +59,7 @@ def environment(name: str, allowed: tuple[str, ...]) -> str:
 
 MODE = environment("STEAM_KERNELS_BUILD", ("auto", "require", "skip"))
 CUDA = environment("STEAM_KERNELS_CUDA", ("auto", "on", "off"))
+CPU_VARIANTS = environment("STEAM_KERNELS_CPU_VARIANTS", ("all", "native"))
 
 
 class BuildError(Exception):
@@ -72,7 +79,6 @@ class Torch(NamedTuple):
 
 class Configured(NamedTuple):
     cmake: str
-    torch: Torch
     printed: str  # by CMake
 
     def says(self, what: str) -> str:
@@ -176,11 +182,10 @@ def native_architectures(nvcc: str) -> str:
     return ";".join(dict.fromkeys(found)) or WITHOUT_GPU
 
 
-def configure(build_dir: Path) -> Configured:
-    """Runs CMake, for all libraries."""
+def configure(build_dir: Path, torch: Torch | None) -> Configured:
+    """Runs CMake, for all libraries; without torch, for the CPU kernels alone."""
     if os.name == "nt":
         raise BuildError("the native kernels are built on Linux and macOS only")
-    torch = find_torch()
     cmake, ninja = find_tool("cmake"), find_tool("ninja")
     if cmake is None:
         raise BuildError("cmake was not found (pip install cmake)")
@@ -194,15 +199,16 @@ def configure(build_dir: Path) -> Configured:
     signature_file = build_dir / "signature.json"
     if build_dir.exists() and not (signature_file.is_file() and signature_file.read_text() == signature):
         shutil.rmtree(build_dir)
-    with_cuda = not why_not_cuda(torch)
+    with_cuda = torch is not None and not why_not_cuda(torch)
     architectures = os.environ.get("CMAKE_CUDA_ARCHITECTURES")
     if architectures == "native":
         architectures = native_architectures(nvcc) if nvcc is not None and with_cuda else WITHOUT_GPU
     command = [
         *(cmake, "-S", str(ROOT), "-B", str(build_dir), "-DCMAKE_BUILD_TYPE=Release"),
-        f"-DSTEAM_TORCH_INCLUDE_DIR={torch.include}",
-        f"-DSTEAM_TORCH_LIBRARY={torch.library}",
-        f"-DSTEAM_TORCH_CUDA_LIBRARY={torch.cuda_library if with_cuda else ''}",
+        f"-DSTEAM_TORCH_INCLUDE_DIR={torch.include if torch else ''}",
+        f"-DSTEAM_TORCH_LIBRARY={torch.library if torch else ''}",
+        f"-DSTEAM_TORCH_CUDA_LIBRARY={torch.cuda_library if torch and with_cuda else ''}",
+        f"-DSTEAM_CPU_FOR={CPU_VARIANTS}",
         f"-DSTEAM_CUDA={CUDA.upper() if with_cuda else 'OFF'}",
         f"-DCMAKE_CUDA_ARCHITECTURES={architectures}" if architectures else "-UCMAKE_CUDA_ARCHITECTURES",
     ]
@@ -216,20 +222,25 @@ def configure(build_dir: Path) -> Configured:
         shutil.rmtree(build_dir, ignore_errors=True)  # the next build would read an incomplete cache
         raise
     signature_file.write_text(signature)
-    return Configured(cmake, torch, printed)
+    return Configured(cmake, printed)
 
 
-def build_library(name: str, build_dir: Path, configured: Configured) -> tuple[Path, str]:
-    """Builds one CMake target; returns the library and a sentence on what it was built from."""
+def build_target(name: str, build_dir: Path, configured: Configured) -> None:
+    """Builds one CMake target."""
+    jobs = os.environ.get("MAX_JOBS") or os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL") or str(os.cpu_count() or 1)
+    run("the compiler", [configured.cmake, "--build", str(build_dir), "--target", name, "--parallel", jobs])
+
+
+def build_library(name: str, build_dir: Path, configured: Configured, torch: Torch) -> tuple[Path, str]:
+    """Builds the module of one backend; returns the library and a sentence on what it was built from."""
     note = configured.says("CPU variants")
     if name == "steam_cuda":
-        reason = why_not_cuda(configured.torch) or configured.says("the CUDA kernels are left out")
+        reason = why_not_cuda(torch) or configured.says("the CUDA kernels are left out")
         if reason:
             raise LeftOut(reason)
         note = configured.says("CUDA architectures")
-    jobs = os.environ.get("MAX_JOBS") or os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL") or str(os.cpu_count() or 1)
-    run("the compiler", [configured.cmake, "--build", str(build_dir), "--target", name, "--parallel", jobs])
-    return build_dir / f"lib{name}.so", f"{note}; against torch {configured.torch.version}"
+    build_target(name, build_dir, configured)
+    return build_dir / f"lib{name}.so", f"{note}; against torch {torch.version}"
 
 
 class BuildNative(build_ext):
@@ -238,21 +249,21 @@ class BuildNative(build_ext):
     def run(self) -> None:
         folder = ROOT / PACKAGE if self.inplace else Path(self.build_lib) / PACKAGE
         folder.mkdir(parents=True, exist_ok=True)
-        build_dir = ROOT / "build" / "cmake"
-        configured: Configured | BuildError
+        ready: tuple[Configured, Torch] | BuildError
         try:
             if MODE == "skip":
                 raise BuildError("STEAM_KERNELS_BUILD=skip")
-            configured = configure(build_dir)
+            torch = find_torch()
+            ready = configure(BUILD_DIR, torch), torch
         except BuildError as error:
-            configured = error
+            ready = error
         lines = []
         for name in LIBRARIES:
             target = folder / f"lib{name}.so"
             try:
-                if isinstance(configured, BuildError):
-                    raise configured
-                built, note = build_library(name, build_dir, configured)
+                if isinstance(ready, BuildError):
+                    raise ready
+                built, note = build_library(name, BUILD_DIR, *ready)
             except BuildError as error:
                 target.unlink(missing_ok=True)  # otherwise Python would load an older library
                 lines.append(f"lib{name}: not built: {error}")
@@ -274,6 +285,29 @@ class BuildNative(build_ext):
         return os.path.join(*fullname.split(".")) + ".so"  # no Python ABI in the name: no Python ABI in the library
 
 
+class BuildKernels(Command):
+    """`python setup.py build_kernels` compiles the CPU kernels, which need no torch, for a later build_ext.
+
+    So make compiles them while pip installs torch. A failure is a warning here, and a failure of build_ext later.
+    """
+
+    user_options: ClassVar[list[tuple[str, str | None, str]]] = []
+
+    def initialize_options(self) -> None:
+        pass
+
+    def finalize_options(self) -> None:
+        pass
+
+    def run(self) -> None:
+        if MODE == "skip":
+            return
+        try:
+            build_target("steam_cpu_kernels", BUILD_DIR, configure(BUILD_DIR, None))
+        except BuildError as error:
+            print(f"steam_kernels: the CPU kernels were not compiled ahead: {error}", flush=True)
+
+
 class Wheel(bdist_wheel):
     """A wheel for any Python: the libraries use torch's stable ABI, and no ABI of Python."""
 
@@ -283,5 +317,5 @@ class Wheel(bdist_wheel):
 
 setup(
     ext_modules=[Extension(f"{PACKAGE}.lib{name}", sources=[], optional=True) for name in LIBRARIES],
-    cmdclass={"build_ext": BuildNative, "bdist_wheel": Wheel},
+    cmdclass={"build_ext": BuildNative, "build_kernels": BuildKernels, "bdist_wheel": Wheel},
 )

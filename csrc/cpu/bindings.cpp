@@ -21,6 +21,7 @@ struct Cpu {
 
   template <class Args, class Given>
   static void run(std::size_t (*kernels)(const Args&), const Given& given) {
+    STD_TORCH_CHECK(cpu::usable(), "steam_kernels: ", cpu::kUnusable);
     const Args args{given, {static_cast<int64_t>(torch::stable::get_num_threads()), run_tasks}};
     const std::size_t lacked = kernels(args);
     if (lacked == 0) return;

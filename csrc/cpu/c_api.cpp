@@ -20,6 +20,7 @@ steam_status call(const Given* args, const steam_parallel* parallel, char* messa
                   std::size_t (*kernels)(const Args&)) {
   const steam::Report report(message);
   steam::cpu::Parallel threads;
+  if (!steam::cpu::usable()) return report.fail(STEAM_BAD_ARGUMENT, "%s", steam::cpu::kUnusable);
   STEAM_TRY(steam::check(args, report));
   STEAM_TRY(parallel_of(parallel, report, threads));
   const Args whole{steam::args_of(*args), threads};

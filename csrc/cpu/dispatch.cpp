@@ -10,6 +10,7 @@
 
 #include "cache.h"
 #include "kernels.h"
+#include "processor.h"
 #include "scratch.h"
 
 namespace steam {
@@ -38,20 +39,7 @@ struct Variant {
   bool (*runs_here)();
 };
 
-#if defined(STEAM_CPU_HAS_AVX512)
-bool has_avx512() {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-}
-#endif
-#if defined(STEAM_CPU_HAS_AVX2)
-// The compiler's x86-64-v3 has more instructions, but every processor with these four has them too.
-bool has_avx2() {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
-         __builtin_cpu_supports("bmi2");
-}
-#endif
-bool always() { return true; }
+[[maybe_unused]] bool always() { return true; }
 
 // Best first.
 constexpr Variant kVariants[] = {
@@ -93,6 +81,8 @@ const Cache& cache_found() {
 }
 
 }  // namespace
+
+bool usable() { return best() != nullptr; }
 
 int64_t cache_bytes() {
   const int64_t set = cache_set.load(std::memory_order_relaxed);
@@ -144,7 +134,7 @@ const char* steam_cpu_supported(void) {
   return names.c_str();
 }
 
-const char* steam_cpu_variant(void) { return steam::cpu::variant().name; }
+const char* steam_cpu_variant(void) { return steam::cpu::usable() ? steam::cpu::variant().name : ""; }
 
 int steam_cpu_select(const char* name) {
   for (const auto& v : steam::cpu::kVariants) {

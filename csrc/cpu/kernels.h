@@ -38,8 +38,13 @@ int64_t cache_bytes();
 using Forward = std::size_t (*)(const ForwardArgs&, char* memory);
 using Backward = std::size_t (*)(const BackwardArgs&, char* memory);
 
+// Whether the processor can run a variant of this library. A library may have been built for another processor alone.
+bool usable();
+constexpr char kUnusable[] = "this library was built for another processor, and has no variant that this one can run";
+
 // A call on the variant in use: the best that the processor can run, until another is selected. Returns 0 after the
-// call, or, if no working memory could be allocated, the bytes of it; then no kernel has run.
+// call, or, if no working memory could be allocated, the bytes of it; then no kernel has run. The library must be
+// usable.
 std::size_t forward(const ForwardArgs& args);
 std::size_t backward(const BackwardArgs& args);
 

@@ -115,7 +115,7 @@ def _open(path: Path) -> ctypes.CDLL | str:
 def _text(function: Any) -> tuple[str, ...]:
     """The text that a function of a library returns, split at commas."""
     function.restype = ctypes.c_char_p
-    return tuple(function().decode().split(","))
+    return tuple(filter(None, function().decode().split(",")))
 
 
 def _cache(library: ctypes.CDLL, asked: str) -> Cache | str:
@@ -146,6 +146,8 @@ def load_cpu(path: Path = CPU_LIBRARY, forced: str = "", cache: str = "") -> Lib
     try:
         library.steam_cpu_select.argtypes = [ctypes.c_char_p]
         supported = _text(library.steam_cpu_supported)
+        if not supported:
+            return Library(path, f"{path.name} was built for another processor: {build_of(path.stem)}")
         reason = ""
         if forced and not (forced in CPU_VARIANTS and library.steam_cpu_select(forced.encode()) == 0):
             known = forced in CPU_VARIANTS

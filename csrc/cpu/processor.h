@@ -1,0 +1,23 @@
+// What the processor that runs this can do. dispatch.cpp asks at run time, and CMake for a library for one processor.
+#pragma once
+
+namespace steam {
+namespace cpu {
+
+#if defined(__x86_64__)
+inline bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+// The compiler's x86-64-v3 has more instructions, but every processor with these four has them too.
+inline bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
+         __builtin_cpu_supports("bmi2");
+}
+#else
+inline bool has_avx512() { return false; }
+inline bool has_avx2() { return false; }
+#endif
+
+}  // namespace cpu
+}  // namespace steam
