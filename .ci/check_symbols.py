@@ -1,6 +1,6 @@
 """Checks that no code of one CPU variant can run in place of another's: `python .ci/check_symbols.py BUILD_DIR`.
 
-The variants are the same sources, compiled with different -march flags. If the objects of two variants have the same
+The variants are the same sources, compiled with different -march flags (float64 is compiled once). If the objects of two variants have the same
 weak symbol (an inline function, a template instance), the linker keeps one of them for both, and a processor without
 AVX-512 may run AVX-512 code. So an object of a variant must have no weak symbol, and exports only the name
 <source>_<variant>, which dispatch.cpp calls.
@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 VARIANTS = ("avx512", "avx2", "generic")
+COMPILED_ONCE = "float64"
 SOURCES = ("forward", "backward")
 
 
@@ -42,10 +43,12 @@ def complaints(path: Path, entry: str) -> list[str]:
 def check(build_dir: Path) -> tuple[list[str], list[Path]]:
     """The complaints about a CMake build folder, and the objects that were read."""
     bad, objects = [], []
-    for variant in VARIANTS:
-        folder = build_dir / "CMakeFiles" / f"steam_cpu_{variant}.dir"
-        if not folder.is_dir() and variant != "generic":
-            continue  # CMake leaves out a variant that this compiler or processor does not have
+    folders = {name: build_dir / "CMakeFiles" / f"steam_cpu_{name}.dir" for name in (*VARIANTS, COMPILED_ONCE)}
+    if not any(folders[variant].is_dir() for variant in VARIANTS):
+        bad.append(f"{build_dir}: it has no variant of the CPU kernels")
+    for variant, folder in folders.items():
+        if not folder.is_dir() and variant != COMPILED_ONCE:
+            continue  # CMake leaves out a variant that this compiler does not have, or that was not asked for
         found = sorted(folder.rglob("*.o"))
         if sorted(path.name for path in found) != sorted(f"{source}.cpp.o" for source in SOURCES):
             bad.append(f"{folder}: expected the objects of {', '.join(SOURCES)}, found {[path.name for path in found]}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import json
 import os
@@ -19,6 +20,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import setuptools
 
+from steam_kernels.backends import native
 from tests.support.build import BUILD_DIR, ROOT, setup_py, tool, write_torch
 
 LIBRARY = ROOT / "steam_kernels" / "libsteam_cpu.so"
@@ -246,9 +248,9 @@ def test_native_build_is_for_the_gpu_that_is_there(tree: Path) -> None:
 # --- CMake ------------------------------------------------------------------------------------------------------------
 
 
-def configure(build_dir: Path, **env: str) -> tuple[str, dict[str, list[str]]]:
+def configure(build_dir: Path, *options: str, **env: str) -> tuple[str, dict[str, list[str]]]:
     """Configures CMake without torch. Returns its output, and the words of the compile command by target and source."""
-    command = [tool("cmake"), "-S", str(ROOT), "-B", str(build_dir), "-G", "Ninja"]
+    command = [tool("cmake"), "-S", str(ROOT), "-B", str(build_dir), "-G", "Ninja", *options]
     command += [f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}", "-DSTEAM_CUDA=OFF"]
     done = subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -265,7 +267,8 @@ def test_without_torch_cmake_builds_the_kernels_alone(tmp_path: Path) -> None:
     tool("c++", "g++", "clang++")
     printed, commands = configure(tmp_path)
     variants = ("avx512", "avx2", "generic") if X86_64 else ("generic",)
-    expected = {f"steam_cpu_{variant}/{source}.cpp" for variant in variants for source in ("forward", "backward")}
+    objects = (*variants, "float64")
+    expected = {f"steam_cpu_{name}/{source}.cpp" for name in objects for source in ("forward", "backward")}
     expected |= {f"steam_cpu_common/{source}.cpp" for source in ("cache", "dispatch", "scratch")}
     assert set(commands) == expected | {"steam_cpu_kernels/c_api.cpp"}
     assert f"CPU variants: {';'.join(variants)}" in printed
@@ -274,10 +277,11 @@ def test_without_torch_cmake_builds_the_kernels_alone(tmp_path: Path) -> None:
         assert not [word for word in words if "fast-math" in word or "torch" in word.lower()], name
         variant = name.split("/")[0].removeprefix("steam_cpu_")
         assert [word for word in words if word.startswith("-m")] == ([MARCH[variant]] if variant in MARCH else []), name
-        if variant in variants:
+        if variant in objects:
             assert f"-DSTEAM_CPU_VARIANT={variant}" in words
+            assert ("-DSTEAM_CPU_FLOAT64" in words) == (variant == "float64")
     offered = {word for word in commands["steam_cpu_common/dispatch.cpp"] if word.startswith("-DSTEAM_CPU_HAS_")}
-    assert offered == {f"-DSTEAM_CPU_HAS_{variant.upper()}" for variant in variants if variant != "generic"}
+    assert offered == {f"-DSTEAM_CPU_HAS_{variant.upper()}" for variant in variants}
 
 
 @pytest.mark.skipif(not X86_64, reason="only x86-64 has variants to leave out")
@@ -294,6 +298,123 @@ def test_a_compiler_without_a_variants_flag_leaves_that_variant_out(tmp_path: Pa
     dispatch = commands["steam_cpu_common/dispatch.cpp"]
     assert "-DSTEAM_CPU_HAS_AVX2" in dispatch and "-DSTEAM_CPU_HAS_AVX512" not in dispatch
     assert not [name for name in commands if "avx512" in name]
+
+
+def best_variant() -> str:
+    """The best variant that this processor can run, by what the operating system says of it."""
+    try:
+        flags = set(re.findall(r"\w+", Path("/proc/cpuinfo").read_text()))
+    except OSError:
+        pytest.skip("this system has no /proc/cpuinfo")
+    if {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"} <= flags:
+        return "avx512"
+    return "avx2" if {"avx2", "fma", "bmi1", "bmi2"} <= flags else "generic"
+
+
+def test_a_library_for_this_processor_has_its_best_variant_alone(tmp_path: Path) -> None:
+    tool("c++", "g++", "clang++")
+    printed, commands = configure(tmp_path, "-DSTEAM_CPU_FOR=native")
+    best = best_variant()
+    assert f"CPU variants: {best}\n" in printed
+    compiled = {name.split("/")[0] for name in commands if name.endswith("/forward.cpp")}
+    assert compiled == {f"steam_cpu_{best}", "steam_cpu_float64"}
+    offered = {word for word in commands["steam_cpu_common/dispatch.cpp"] if word.startswith("-DSTEAM_CPU_HAS_")}
+    assert offered == {f"-DSTEAM_CPU_HAS_{best.upper()}"}
+
+
+@pytest.mark.parametrize(
+    "options, says",
+    [
+        (["-DSTEAM_CPU_FOR=mine"], "STEAM_CPU_FOR is mine; allowed are all, native"),
+        (["-DSTEAM_CPU_FOR=native", "-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64"], "another processor"),
+    ],
+    ids=["unknown", "cross compiler"],
+)
+def test_what_cannot_be_built_for_this_processor_is_one_error(tmp_path: Path, options: list[str], says: str) -> None:
+    tool("c++", "g++", "clang++")
+    command = [tool("cmake"), "-S", str(ROOT), "-B", str(tmp_path), "-DSTEAM_CUDA=OFF", *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0
+    assert says in done.stderr
+
+
+@pytest.mark.parametrize("value", ["avx2", "", "Native"])
+def test_unknown_cpu_variants_are_refused(tree: Path, value: str) -> None:
+    done = setup_py(tree, "build_ext", "--inplace", STEAM_KERNELS_CPU_VARIANTS=value)
+    assert done.returncode != 0
+    assert f"STEAM_KERNELS_CPU_VARIANTS is {value!r}; allowed are all, native" in done.stderr
+
+
+def objects(tree: Path) -> dict[str, int]:
+    """When each object of the CPU kernels was compiled."""
+    folder = tree / "build" / "cmake" / "CMakeFiles"
+    return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in folder.glob("steam_cpu_*.dir/**/*ward*.o")}
+
+
+def test_nothing_is_compiled_twice_on_the_way_to_the_library_for_all_processors(tree: Path) -> None:
+    empty_sources(tree)
+    done = setup_py(tree, "build_kernels", STEAM_KERNELS_CPU_VARIANTS="native", PYTHONPATH="")
+    assert done.returncode == 0, done.stdout + done.stderr
+    ahead = objects(tree)
+    best = best_variant()
+    assert {name.split(".")[0] for name in ahead} == {f"steam_cpu_{best}", "steam_cpu_float64"}
+
+    done = setup_py(tree, "build_ext", "--inplace", STEAM_KERNELS_BUILD="require", STEAM_KERNELS_CPU_VARIANTS="native")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert report(tree)[0] == f"libsteam_cpu: built: {best}; against torch 2.14.1"
+    assert objects(tree) == ahead
+
+    done = setup_py(tree, "build_ext", "--inplace", STEAM_KERNELS_BUILD="require")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert report(tree)[0].startswith(f"libsteam_cpu: built: {'avx512, avx2, ' if X86_64 else ''}generic; ")
+    assert objects(tree).items() >= ahead.items()
+    assert len(objects(tree)) == (8 if X86_64 else 4)
+
+
+def test_kernels_that_do_not_compile_ahead_stop_nothing(tree: Path) -> None:
+    tool("cmake")
+    done = setup_py(tree, "build_kernels", STEAM_KERNELS_BUILD="require", CXX="/bin/false")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "steam_kernels: the CPU kernels were not compiled ahead: cmake failed: " in done.stdout
+
+
+STUBS = """
+#include "csrc/cpu/kernels.h"
+namespace steam::cpu {
+std::size_t forward_float64(const ForwardArgs&, char*) { return 0; }
+std::size_t backward_float64(const BackwardArgs&, char*) { return 0; }
+std::size_t forward_avx512(const ForwardArgs&, char*) { return 0; }
+std::size_t backward_avx512(const BackwardArgs&, char*) { return 0; }
+}
+"""
+
+
+def test_a_library_for_another_processor_refuses_each_call(tree: Path) -> None:
+    compiler = tool("c++", "g++", "clang++")
+    (tree / "csrc" / "cpu" / "processor.h").write_text(
+        "namespace steam::cpu { inline bool has_avx512() { return false; } inline bool has_avx2() { return false; } }\n"
+    )
+    (tree / "stubs.cpp").write_text(STUBS)
+    sources = [f"csrc/cpu/{name}.cpp" for name in ("dispatch", "cache", "scratch", "c_api")]
+    flags = ["-std=c++20", "-shared", "-fPIC", "-Iinclude", "-I.", "-DSTEAM_CPU_HAS_AVX512"]
+    command = [compiler, *flags, "stubs.cpp", *sources, "-o", "lesser.so"]
+    subprocess.run(command, cwd=tree, check=True)
+    library = ctypes.CDLL(str(tree / "lesser.so"))
+    library.steam_cpu_variant.restype = library.steam_cpu_supported.restype = ctypes.c_char_p
+    assert library.steam_cpu_variant() == library.steam_cpu_supported() == b""
+    assert library.steam_cpu_select(b"avx512") == 1
+    for call in (library.steam_cpu_forward, library.steam_cpu_backward):
+        message = ctypes.create_string_buffer(256)
+        assert call(None, None, message) == 1
+        assert message.value == b"this library was built for another processor, and has no variant that this one can run"
+
+    # Python's loader also asks a library for its operators.
+    library = tree / "steam_kernels" / "libsteam_cpu.so"
+    (tree / "operators.cpp").write_text(f'extern "C" int steam_cpu_operators() {{ return {native.OPERATORS}; }}\n')
+    subprocess.run([*command[:-1], str(library), "operators.cpp"], cwd=tree, check=True)
+    loaded = native.load_cpu(library)
+    assert loaded.reason.startswith("libsteam_cpu.so was built for another processor: ")
+    assert loaded.supported == ()
 
 
 # --- Symbols ----------------------------------------------------------------------------------------------------------

@@ -312,7 +312,9 @@ def test_the_users_threads_run_every_task_and_change_no_bit(library: ctypes.CDLL
 def test_variants_by_name(library: ctypes.CDLL) -> None:
     library.steam_cpu_supported.restype = library.steam_cpu_variant.restype = ctypes.c_char_p
     names = library.steam_cpu_supported().split(b",")
-    assert library.steam_cpu_variant() == names[0] and names[-1] == b"generic"
+    assert library.steam_cpu_variant() == names[0]
+    if names[-1] != b"generic":
+        pytest.skip("the library was built for this processor alone")
     assert library.steam_cpu_select(b"generic") == 0 and library.steam_cpu_variant() == b"generic"
     assert library.steam_cpu_select(b"sse9") == 1 and library.steam_cpu_variant() == b"generic"
     assert library.steam_cpu_select(names[0]) == 0

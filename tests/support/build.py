@@ -33,7 +33,13 @@ def write_torch(tree: Path, source: str) -> None:
 
 
 # The variables of the environment that would change the build.
-BUILD_VARIABLES = ("STEAM_KERNELS_BUILD", "STEAM_KERNELS_CUDA", "CMAKE_CUDA_ARCHITECTURES", "CUDAFLAGS")
+BUILD_VARIABLES = (
+    "STEAM_KERNELS_BUILD",
+    "STEAM_KERNELS_CUDA",
+    "STEAM_KERNELS_CPU_VARIANTS",
+    "CMAKE_CUDA_ARCHITECTURES",
+    "CUDAFLAGS",
+)
 
 
 def setup_py(tree: Path, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
