@@ -14,7 +14,10 @@
 #include <string>
 #include <vector>
 
+#include "old_glibc.h"
 #include "problem.h"
+
+STEAM_OLD_GLIBC(dlsym);
 
 namespace steam {
 namespace {

@@ -60,7 +60,8 @@ struct BackwardWalk {
     const int64_t tasks = smaller(kGateTasks, larger<int64_t>(vectors, 1));
     for_tasks(parallel, tasks, [&](int64_t t) {
       const int64_t end = (t + 1) * vectors / tasks * lanes;
-      for (int64_t e = t * vectors / tasks * lanes; e < end; e += lanes) store(out + e, masked(load(dy + e), load(y + e)));
+      for (int64_t e = t * vectors / tasks * lanes; e < end; e += lanes)
+        store(out + e, masked(load(dy + e), load(y + e)));
     });
     const int64_t e = vectors * lanes;
     if (rest) store_first(out + e, masked(load_first(dy + e, rest), load_first(y + e, rest)), rest);
@@ -151,8 +152,13 @@ struct BackwardWalk {
         plan, GateBackward<Source>{maps, plan.sample_size}, dx, maps.dy == dx ? Route::kStaged : output_route(plan),
         parallel,
         [&](int64_t i, int64_t j) {
-          return Along<L>{scaled, weight, channel_shift, plan.channel_pitch, g.spatial.gate[plan.lattice.at(i, j)],
-                          m.d.share(plan, i, j), 0};
+          return Along<L>{scaled,
+                          weight,
+                          channel_shift,
+                          plan.channel_pitch,
+                          g.spatial.gate[plan.lattice.at(i, j)],
+                          m.d.share(plan, i, j),
+                          0};
         },
         [&](int64_t c, int64_t k) {
           const A* run = runs + k * plan.run_pitch;

@@ -30,9 +30,9 @@ STEAM_INLINE void with_dtype(DType dtype, const F& f) {
 #endif
 }
 
-// The vectors of maps of T that a loop holds in registers, of the `wanted` that are fastest. Each number of vectors has an
-// instance of the loop, so fewer are compiled in less time. float64 serves gradient checks, and CPUs rarely run networks
-// in float16.
+// The vectors of maps of T that a loop holds in registers, of the `wanted` that are fastest. Each number of vectors has
+// an instance of the loop, so fewer are compiled in less time. float64 serves gradient checks, and CPUs rarely run
+// networks in float16.
 template <class T>
 constexpr int held_vectors(int wanted) {
   return std::is_same_v<T, double> ? 1 : std::is_same_v<T, Float16> ? smaller(wanted, 4) : wanted;

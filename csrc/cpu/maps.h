@@ -13,8 +13,8 @@ constexpr int64_t kTermsPerPartial = 128;
 // Bytes from a read to its prefetch.
 constexpr int64_t kAhead = 4096;
 
-// The maps of one sample. A value is x, and a product is dy * x. `_until` reads the part of a vector that lies before the
-// end of the sample.
+// The maps of one sample. A value is x, and a product is dy * x. `_until` reads the part of a vector that lies before
+// the end of the sample.
 template <class T, bool kProducts>
 struct Maps {
   using Type = T;

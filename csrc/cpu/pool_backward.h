@@ -121,8 +121,9 @@ struct PoolBackward {
     for_tasks(parallel, plan.blocks, [&](int64_t b) {
       const int64_t begin = plan.block_begin(b), end = plan.block_end(b);
       if (pixels && plan.map_vectors() <= kHeld<T>) {
-        with_unroll<kHeld<T>>(plan.map_vectors(),
-                           [&]<int kVectors>() { short_values<kVectors>(maps, begin, end, spread, through_tokens); });
+        with_unroll<kHeld<T>>(plan.map_vectors(), [&]<int kVectors>() {
+          short_values<kVectors>(maps, begin, end, spread, through_tokens);
+        });
         return add_sums<L>(through_tokens + begin, (end - begin + lanes - 1) / lanes, gate_grad + begin);
       }
       sum_channels<L>(begin, end, through_tokens, [&](int64_t c) {

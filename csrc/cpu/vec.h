@@ -11,7 +11,10 @@
 #  include <immintrin.h>
 #endif
 
+#include "../common/old_glibc.h"
 #include "../common/sizes.h"
+
+STEAM_OLD_GLIBC(exp);
 
 namespace steam {
 namespace {
