@@ -26,6 +26,7 @@ CMake reads CXX and CXXFLAGS.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -36,9 +37,16 @@ import sysconfig
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
+import setuptools
 from setuptools import Command, Extension, setup
-from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+
+try:
+    from setuptools.command.bdist_wheel import bdist_wheel
+except ImportError:  # pip's --no-build-isolation takes the environment's setuptools, whatever pyproject.toml asks for
+    sys.exit(
+        f"steam_kernels: setuptools is {setuptools.__version__}; 77 or newer is needed (pip install 'setuptools>=77')"
+    )
 
 ROOT = Path(__file__).resolve().parent
 BUILD_DIR = ROOT / "build" / "cmake"
@@ -100,7 +108,8 @@ def find_torch() -> Torch:
         missing = isinstance(error, ModuleNotFoundError) and error.name == "torch"
         raise BuildError(
             f"torch cannot be imported while building ({'it is not there' if missing else repr(error)}); "
-            "install torch first and use pip's --no-build-isolation"
+            "install torch first, and then this package by `pip install --no-build-isolation --no-cache-dir "
+            "--force-reinstall --no-deps` (pip would take the package without the library from its cache)"
         ) from None
     found = re.match(r"(\d+)\.(\d+)", torch.__version__)
     if found is None or tuple(map(int, found.groups())) < OLDEST_TORCH:
@@ -134,6 +143,15 @@ def first_error(output: str) -> str:
         if re.search(r"\berror: |undefined reference|undefined symbol", line):
             return line.strip()[:300]
     return next((line.strip()[:300] for line in reversed(lines) if line.strip()), "it printed nothing")
+
+
+def say(text: str) -> None:
+    """Prints a line. Under pip, which hides what a build prints, the line also goes to the terminal, if there is one."""
+    line = f"steam_kernels: {text}"
+    print(line, flush=True)
+    if "_PYPROJECT_HOOKS_BUILD_BACKEND" in os.environ:
+        with contextlib.suppress(OSError), open("/dev/tty", "w") as terminal:
+            terminal.write(f"\r{line}\n")  # pip's progress mark stands at the beginning of the line
 
 
 def run(step: str, command: list[str]) -> str:
@@ -228,6 +246,7 @@ def configure(build_dir: Path, torch: Torch | None) -> Configured:
 def build_target(name: str, build_dir: Path, configured: Configured) -> None:
     """Builds one CMake target."""
     jobs = os.environ.get("MAX_JOBS") or os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL") or str(os.cpu_count() or 1)
+    say(f"compiling {name} with {jobs} compiler{'s' * (jobs != '1')} at a time (MAX_JOBS)")
     run("the compiler", [configured.cmake, "--build", str(build_dir), "--target", name, "--parallel", jobs])
 
 
@@ -278,7 +297,7 @@ class BuildNative(build_ext):
                 shutil.copyfile(built, beside)
                 os.replace(beside, target)
                 lines.append(f"lib{name}: built: {note}")
-            print(f"steam_kernels: {lines[-1]}", flush=True)
+            say(lines[-1])
         (folder / "_build.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
     def get_ext_filename(self, fullname: str) -> str:
@@ -305,7 +324,7 @@ class BuildKernels(Command):
         try:
             build_target("steam_cpu_kernels", BUILD_DIR, configure(BUILD_DIR, None))
         except BuildError as error:
-            print(f"steam_kernels: the CPU kernels were not compiled ahead: {error}", flush=True)
+            say(f"the CPU kernels were not compiled ahead: {error}")
 
 
 class Wheel(bdist_wheel):

@@ -48,7 +48,7 @@ def how_to_mend() -> str:
         return f"run from another folder than {PACKAGE.parent}, which hides the package installed in {other.parent}"
     if (PACKAGE.parent / "setup.py").is_file():
         return f"cd {PACKAGE.parent} && python setup.py build_ext --inplace"
-    return "python -m pip install --no-build-isolation --no-deps --force-reinstall PATH_OF_THE_SOURCES"
+    return "python -m pip install --no-build-isolation --no-cache-dir --force-reinstall --no-deps PATH_OF_THE_SOURCES"
 
 
 @dataclass(frozen=True)

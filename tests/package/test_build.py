@@ -66,7 +66,7 @@ def test_auto_goes_on_without_a_compiler_and_says_why_in_one_line(tree: Path) ->
     stale.touch()
     done = setup_py(tree, "build_ext", "--inplace", STEAM_KERNELS_BUILD="auto", CXX="/bin/false")
     assert done.returncode == 0, done.stdout + done.stderr
-    said = [line for line in done.stdout.splitlines() if line.startswith("steam_kernels: ")]
+    said = [line for line in done.stdout.splitlines() if line.startswith("steam_kernels: lib")]
     assert len(said) == 2
     for name, line in zip(("cpu", "cuda"), said, strict=True):
         assert re.match(rf'steam_kernels: libsteam_{name}: not built: cmake failed: .*"/bin/false".*compile.*\.$', line)
@@ -102,7 +102,11 @@ def test_skip_builds_nothing(tree: Path) -> None:
 @pytest.mark.parametrize(
     "torch, why",
     [
-        ("raise ModuleNotFoundError(\"No module named 'torch'\", name='torch')", "--no-build-isolation"),
+        (
+            "raise ModuleNotFoundError(\"No module named 'torch'\", name='torch')",
+            # pip's cache holds the package that was built without torch, so the advice must go past the cache.
+            "`pip install --no-build-isolation --no-cache-dir --force-reinstall --no-deps`",
+        ),
         ("raise OSError('libcudart.so: no such file')", "libcudart.so: no such file"),
         ("__version__ = '2.9.1+cpu'", "torch is 2.9.1+cpu; 2.10 or newer is needed"),
     ],
@@ -128,6 +132,50 @@ def test_wheel_is_for_any_python_and_carries_the_reason(tree: Path, mode: str, p
     assert "steam_kernels/py.typed" in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert {name.split("/")[0].split("-")[0] for name in names} == {"steam_kernels"}
+
+
+# --- What pip shows ----------------------------------------------------------------------------------------------------
+
+
+def test_an_older_setuptools_is_one_sentence(tree: Path) -> None:
+    (tree.parent / "modules" / "sitecustomize.py").write_text(
+        "import sys\nsys.modules['setuptools.command.bdist_wheel'] = None\n"  # an import of it raises ImportError
+    )
+    done = setup_py(tree, "build_ext", "--inplace")
+    assert done.returncode != 0
+    assert re.fullmatch(
+        r"steam_kernels: setuptools is [\d.]+; 77 or newer is needed \(pip install 'setuptools>=77'\)\n", done.stderr
+    )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads what a process writes to its terminal as on Linux")
+def test_a_build_under_pip_says_on_the_terminal_what_it_does(tree: Path) -> None:
+    empty_sources(tree)
+    program = (
+        "import os, pty, subprocess, sys\n"
+        "pid, terminal = pty.fork()\n"  # the child has a terminal of its own, and a standard output that is none
+        "if pid == 0:\n"
+        "    done = subprocess.run([sys.executable, 'setup.py', '--quiet', 'build_ext', '--inplace'], capture_output=True)\n"
+        "    sys.stdout.buffer.write(done.stdout + done.stderr) if done.returncode else None\n"
+        "    os._exit(done.returncode)\n"
+        "seen = b''\n"
+        "try:\n"
+        "    while piece := os.read(terminal, 4096):\n"
+        "        seen += piece\n"
+        "except OSError:\n"  # Linux reports the end of a terminal as an error
+        "    pass\n"
+        "sys.stdout.buffer.write(seen)\n"
+        "sys.exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))\n"
+    )
+    for pip in (True, False):
+        env = {**os.environ, "PYTHONPATH": str(tree.parent / "modules"), "STEAM_KERNELS_BUILD": "auto", "MAX_JOBS": "2"}
+        env.update({"_PYPROJECT_HOOKS_BUILD_BACKEND": "setuptools.build_meta"} if pip else {})
+        done = subprocess.run([sys.executable, "-c", program], cwd=tree, env=env, capture_output=True, timeout=120)
+        seen = done.stdout.decode().replace("\r", "").splitlines()
+        assert done.returncode == 0, done.stdout.decode() + done.stderr.decode()
+        expected = ["steam_kernels: compiling steam_cpu with 2 compilers at a time (MAX_JOBS)"]
+        expected += ["steam_kernels: " + line for line in report(tree)]
+        assert seen == (expected if pip else []), seen
 
 
 # --- STEAM_KERNELS_CUDA -----------------------------------------------------------------------------------------------

@@ -364,7 +364,12 @@ def test_nothing_stays_patched() -> None:
     assert torch.equal(y, torch.full((100,), 2.0))
 
 
-def test_another_triton_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_triton_skips_a_test_with_a_sentence_and_fails_it_in_ci(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton, "__version__", "3.9.0")
-    with pytest.raises(RuntimeError, match=r"this is Triton 3\.9\.0: install triton==3\.8\.0"), Guard():
+    sentence = r"the guard replaces private names of Triton 3\.8\.0, and this is Triton 3\.9\.0"
+    monkeypatch.delenv("CI", raising=False)
+    with pytest.raises(pytest.skip.Exception, match=sentence), Guard():
+        pass
+    monkeypatch.setenv("CI", "true")
+    with pytest.raises(pytest.fail.Exception, match=sentence), Guard():
         pass
