@@ -9,6 +9,7 @@
 # make train   trains a small ResNet with and without attention on handwritten digits
 # make gpu-report   builds the CUDA library for this machine's GPU, runs the GPU suite and the benchmarks on it, and writes
 #              one file in benchmarks/results/ (REPORT_FLAGS)
+# make wheel   writes to dist/ an sdist, and a wheel of the CPU kernels for any Python and any torch from 2.10
 # make clean   removes all built files and .venv
 #
 # PYTHON is the interpreter that makes .venv. STEAM_KERNELS_BUILD is `require` here, so that make stops if a library
@@ -29,6 +30,7 @@ INSTALLED := $(VENV)/.installed
 LIBRARY := steam_kernels/libsteam_cpu.so
 ALL_VARIANTS := build/.all-variants
 NATIVE_SOURCES := $(shell find csrc include cmake -type f 2>/dev/null) CMakeLists.txt setup.py
+WHEEL_PLATFORM ?= manylinux_2_28_$(shell uname -m)
 GPU := $(wildcard /dev/nvidia[0-9]* /dev/kfd /dev/dxg)
 PYTEST_FLAGS ?=
 BENCH_FLAGS ?=
@@ -39,7 +41,7 @@ RUN ?= $(if $(QUICK),build/bench/results,benchmarks/results/latest)
 PAGE ?= $(if $(QUICK),build/bench/benchmarks.md,docs/benchmarks.md)
 IMAGES ?= $(if $(QUICK),build/bench/images,docs/images)
 
-.PHONY: venv demo test test-all lint bench train gpu-report clean
+.PHONY: venv demo test test-all lint bench train gpu-report wheel clean
 .DELETE_ON_ERROR:
 
 venv: $(INSTALLED) $(ALL_VARIANTS)
@@ -120,6 +122,17 @@ train: venv
 gpu-report: $(INSTALLED)
 	STEAM_KERNELS_BUILD=auto $(PY) setup.py --quiet build_ext --inplace
 	$(PY) -m benchmarks.gpu_report $(REPORT_FLAGS)
+
+# The wheel is built from the sdist, as pip would build it. auditwheel checks that it needs no newer glibc and libstdc++
+# than torch's own wheels. CUDA kernels would make it ten times as large; users with a GPU have the Triton kernels, or build
+# the sdist.
+wheel: venv
+	rm -rf build/wheel dist/steam_kernels-*
+	@mkdir -p build/wheel dist
+	STEAM_KERNELS_CUDA=off $(PY) -m build --no-isolation --outdir build/wheel .
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PY) -m auditwheel repair --plat $(WHEEL_PLATFORM) --only-plat --strip \
+		--exclude libtorch_cpu.so --wheel-dir dist build/wheel/*.whl
+	mv build/wheel/*.tar.gz dist
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info steam_kernels/libsteam_*.so steam_kernels/_build.txt .mypy_cache .pytest_cache .ruff_cache .hypothesis

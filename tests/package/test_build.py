@@ -348,6 +348,19 @@ def test_a_compiler_without_a_variants_flag_leaves_that_variant_out(tmp_path: Pa
     assert not [name for name in commands if "avx512" in name]
 
 
+@pytest.mark.skipif(not X86_64, reason="only x86-64 has AVX-512")
+@pytest.mark.parametrize("compiler", ["GNU", "Clang"])
+def test_flags_of_gcc_alone_are_not_given_to_clang(tmp_path: Path, compiler: str) -> None:
+    tool("c++", "g++", "clang++")
+    told = {"ID": compiler, "ID_RUN": "1", "VERSION": "14", "FRONTEND_VARIANT": "GNU"}  # CMake asks no compiler then
+    options = [f"-DCMAKE_CXX_COMPILER_{name}={value}" for name, value in told.items()]
+    options += ["-DCMAKE_CXX_STANDARD_COMPUTED_DEFAULT=17", "-DSTEAM_CXX_AVX512=1", "-DSTEAM_CXX_AVX2=1"]
+    _, commands = configure(tmp_path, *options)
+    assert "steam_cpu_avx512/forward.cpp" in commands
+    given = {name.split("/")[0] for name, words in commands.items() if "-Wno-maybe-uninitialized" in words}
+    assert given == ({"steam_cpu_avx512"} if compiler == "GNU" else set())
+
+
 def best_variant() -> str:
     """The best variant that this processor can run, by what the operating system says of it."""
     try:
