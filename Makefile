@@ -123,13 +123,13 @@ gpu-report: $(INSTALLED)
 	STEAM_KERNELS_BUILD=auto $(PY) setup.py --quiet build_ext --inplace
 	$(PY) -m benchmarks.gpu_report $(REPORT_FLAGS)
 
-# The wheel is built from the sdist, as pip would build it. auditwheel checks that it needs no newer glibc and libstdc++
+# auditwheel checks that it needs no newer glibc and libstdc++
 # than torch's own wheels. CUDA kernels would make it ten times as large; users with a GPU have the Triton kernels, or build
 # the sdist.
 wheel: venv
 	rm -rf build/wheel dist/steam_kernels-*
 	@mkdir -p build/wheel dist
-	STEAM_KERNELS_CUDA=off $(PY) -m build --no-isolation --outdir build/wheel .
+	STEAM_KERNELS_CUDA=off $(PY) -m build --no-isolation --sdist --wheel --outdir build/wheel .
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PY) -m auditwheel repair --plat $(WHEEL_PLATFORM) --only-plat --strip \
 		--exclude libtorch_cpu.so --wheel-dir dist build/wheel/*.whl
 	mv build/wheel/*.tar.gz dist
