@@ -110,12 +110,12 @@ def measure(shape: Shape, check: bool, effort: Effort) -> dict[str, Any]:
 
 
 def line(row: dict[str, Any]) -> tuple[object, ...]:
-    times = [micro(row[k]) for k in ("forward", "forward_floor", "backward", "backward_floor")]
+    times = [micro(row[k]) for k in ("forward", "backward")]
     over = (row["forward_over_floor"], row["backward_over_floor"])
     return row["problem"], row["walk"], f"{row['bytes'] / 1e6:.2f} MB", *over, *times
 
 
-HEAD = ("shape", "walk", "x", "fwd/floor", "bwd/floor", "t fwd", "floor", "t bwd", "floor")
+HEAD = ("shape", "walk", "x", "fwd/floor", "bwd/floor", "t fwd", "t bwd")
 
 
 def falls(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import conftest, end_to_end, gates, report, runs
+from benchmarks import end_to_end, gates, grid, report, runs
 from benchmarks.shapes import DIRECTIONS
 
 Python = Callable[..., str]
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.xdist_group("benchmarks")
 def test_every_contender_has_every_figure(run: Path) -> None:
     content = json.loads((run / "unit.json").read_text())
     assert content["quick"] is True
-    assert {r["problem"] for r in content["rows"]} == {p.label for p in conftest.quick_grid()}
+    assert {r["problem"] for r in content["rows"]} == {p.label for p in grid.quick_grid()}
     found = {(r["contender"], r["direction"]) for r in content["rows"]}
     assert found == {(c, d) for c in ("fused", "eager", *gates.GATES) for d in DIRECTIONS}
     for r in content["rows"]:
