@@ -148,12 +148,12 @@ def _measure(row: Row, names: list[str], effort: Effort, backend: str | None, pr
     blocks = passes.floor_blocks(shape, tensors)
     contenders.forget_compiled()
     for name in names:
-        contender = contenders.Fused(backend) if name == "fused" else contenders.CONTENDERS[name](shape)
-        gate = name.removesuffix("-compiled")
         if name in COMPILED:
             progress.step(f"compiles {name} and checks it", long=True)
         else:
             progress.step(f"checks {name}")
+        contender = contenders.Fused(backend) if name == "fused" else contenders.CONTENDERS[name](shape)
+        gate = name.removesuffix("-compiled")
         try:
             if gate in GATES:
                 if gate not in gates:

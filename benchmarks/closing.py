@@ -22,7 +22,7 @@ Rows = Sequence[Mapping[str, Any]]
 
 LEGEND = f"""\
 Latency: the median of interleaved rounds. Spread: the distance of the quartiles over the median.
-!: the spread is above {100 * NOISY:.0f} %; other work disturbed the run, and the figures of this row are not exact.
+!: the spread is above {100 * NOISY:.0f} %; other work disturbed the run, and the figures of the row are uncertain.
 GFLOP/s and GB/s: least operations (STEAM's) and bytes over the time.
 Floor: the time over torch.mul(x, 0.5, out=y) forward, torch.add(x, dy, out=dx) backward; with a
 tail the floor has more reads and writes."""

@@ -102,9 +102,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def _shapes_of(items: list[pytest.Item]) -> list[Shape]:
     """The shapes of the benchmarks among the tests, each once."""
-    parameters = [
-        item.callspec.params for item in items if isinstance(item, pytest.Function) and hasattr(item, "callspec")
-    ]
+    parameters = [item.callspec.params for item in items if hasattr(item, "callspec")]
     return list(dict.fromkeys(given["shape"] for given in parameters if "shape" in given))
 
 

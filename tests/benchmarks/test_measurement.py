@@ -36,12 +36,12 @@ class Config:
 
 def test_default_grid() -> None:
     """It has every promised shape, and the compiled contenders at few shapes."""
-    grid = grid.shapes(Config())  # type: ignore[arg-type]
-    assert len(set(grid)) == len(grid)
-    assert {p.name for p in grid} == set(SHAPES) and {p.n for p in grid} == {1, 2, 8, 32}
-    assert {(p.dtype, p.layout) for p in grid} == {(d, o) for d in ("float32", "bfloat16") for o in LAYOUTS}
-    assert set(grid.COMPILED_AT) < set(grid)
-    for p in grid:
+    every = grid.shapes(Config())  # type: ignore[arg-type]
+    assert len(set(every)) == len(every)
+    assert {p.name for p in every} == set(SHAPES) and {p.n for p in every} == {1, 2, 8, 32}
+    assert {(p.dtype, p.layout) for p in every} == {(d, o) for d in ("float32", "bfloat16") for o in LAYOUTS}
+    assert set(grid.COMPILED_AT) < set(every)
+    for p in every:
         names = set(grid.contenders_at(Config(), p))  # type: ignore[arg-type]
         assert {"fused", "eager", *gates.GATES} <= names
         assert (set(grid.COMPILED) <= names) == (p in grid.COMPILED_AT)
@@ -97,7 +97,7 @@ def test_a_spoilt_measurement_is_made_once(
         PYTHONPATH=os.pathsep.join((str(tmp_path), str(ROOT))),
     )
     assert done.returncode == 1, done.stdout[-3000:] + done.stderr[-3000:]
-    assert done.stdout.count("measuring 1x320x7x7-float32-nchw") == 1
+    assert done.stdout.count("[1/1] 1x320x7x7-float32-nchw, 2 contenders") == 1
     assert "6 failed" in done.stdout and done.stdout.count("AssertionError: RuntimeError: planted") >= 6
     assert not rows.exists(), "there is no time to be kept"
 
