@@ -117,7 +117,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     if reporter is None:
         return
     if shapes:
-        reporter.write_line(f"benchmarks: {len(shapes)} shapes, {len(session.items)} times")
+        reporter.write_line(f"benchmarks: {len(shapes)} shapes, {len(session.items)} measurements")
     elif left_out:
         reporter.write_line(nothing_selected(session.config.option.keyword, list(dict.fromkeys(left_out))))
     reporter.flush()

@@ -78,17 +78,22 @@ class Plan:
 
     @staticmethod
     def quick() -> Plan:
-        return Plan(epochs=2, seeds=1, train=192, test=64, scenes_per_test_digit=1, compared_steps=6, timed_rounds=2)
+        return Plan(epochs=2, seeds=1, train=128, test=64, scenes_per_test_digit=1, compared_steps=3, timed_rounds=2)
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------
 
 
 @functools.lru_cache(maxsize=1)
+def every_digit() -> Digits:
+    """The digits of the package, which takes seconds to parse them."""
+    pixels, labels = mnist_data()
+    return (pixels / 255).astype(np.float32).reshape(-1, 28, 28), labels
+
+
 def split(plan: Plan) -> tuple[Digits, Digits]:
     """Training and test digits, every class equally often."""
-    pixels, labels = mnist_data()
-    images = (pixels / 255).astype(np.float32).reshape(-1, 28, 28)
+    images, labels = every_digit()
     train, test = train_test_split(
         np.arange(len(labels)), train_size=plan.train, test_size=plan.test, stratify=labels, random_state=0
     )
