@@ -9,6 +9,8 @@ from __future__ import annotations
 import subprocess
 import sys
 import textwrap
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
 NEED_ITS_TABLE = ("benchmark_compare", "benchmark_histogram", "benchmark_cprofile")
 ROWS: pytest.StashKey[dict[Shape, Row]] = pytest.StashKey()
 #: The shapes of the tests that -k, -m or --deselect have left out.
-LEFT_OUT: pytest.StashKey[list[Shape]] = pytest.StashKey()
+LEFT_OUT: pytest.StashKey[Counter[Shape]] = pytest.StashKey()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -100,26 +102,29 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize(("shape", "contender", "direction"), cases)
 
 
-def _shapes_of(items: list[pytest.Item]) -> list[Shape]:
-    """The shapes of the benchmarks among the tests, each once."""
-    parameters = [item.callspec.params for item in items if hasattr(item, "callspec")]
-    return list(dict.fromkeys(given["shape"] for given in parameters if "shape" in given))
+def _shapes_of(items: list[pytest.Item]) -> Counter[Shape]:
+    """The shapes of the benchmarks among the tests, with the number of the tests of each."""
+    from benchmarks.shapes import Shape
+
+    given = (item.callspec.params.get("shape") for item in items if hasattr(item, "callspec"))
+    return Counter(shape for shape in given if isinstance(shape, Shape))
 
 
 def pytest_deselected(items: list[pytest.Item]) -> None:
     if items:
-        items[0].config.stash.setdefault(LEFT_OUT, []).extend(_shapes_of(items))
+        items[0].config.stash.setdefault(LEFT_OUT, Counter()).update(_shapes_of(items))
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
+    """Says how much is measured, or names the shapes if the selection has no benchmark."""
     reporter = session.config.pluginmanager.getplugin("terminalreporter")
-    shapes, left_out = _shapes_of(session.items), session.config.stash.get(LEFT_OUT, [])
-    if reporter is None:
+    shapes, left_out = _shapes_of(session.items), session.config.stash.get(LEFT_OUT, Counter())
+    if reporter is None:  # a worker of pytest-xdist prints nothing
         return
     if shapes:
-        reporter.write_line(f"benchmarks: {len(shapes)} shapes, {len(session.items)} measurements")
+        reporter.write_line(f"benchmarks: {len(shapes)} shapes, {sum(shapes.values())} measurements")
     elif left_out:
-        reporter.write_line(nothing_selected(session.config.option.keyword, list(dict.fromkeys(left_out))))
+        reporter.write_line(nothing_selected(session.config.option.keyword, left_out))
     reporter.flush()
 
 
@@ -139,7 +144,7 @@ def progress(request: pytest.FixtureRequest, pytestconfig: pytest.Config) -> Pro
     reporter = pytestconfig.pluginmanager.getplugin("terminalreporter")
 
     def write(line: str) -> None:
-        if reporter is None:  # a worker of pytest-xdist prints nothing
+        if reporter is None:
             return
         with capture.global_and_fixture_disabled():
             reporter.write_line(line)
@@ -151,12 +156,13 @@ def progress(request: pytest.FixtureRequest, pytestconfig: pytest.Config) -> Pro
 
 def pytest_report_teststatus(report: pytest.TestReport, config: pytest.Config) -> tuple[str, str, str] | None:
     """Leaves out the dots of measured contenders, which would stand between the progress lines."""
-    if report.passed and report.when == "call" and config.get_verbosity() <= 0:
+    ours = "bench_unit.py::" in report.nodeid
+    if ours and report.passed and report.when == "call" and config.get_verbosity() <= 0:
         return "passed", "", ""
     return None
 
 
-def nothing_selected(keyword: str, shapes: list[Shape]) -> str:
+def nothing_selected(keyword: str, shapes: Iterable[Shape]) -> str:
     """The sentence for a selection without a benchmark."""
     selection = f"-k {keyword!r}" if keyword else "the selection"
     sentence = f"{selection} selects no benchmark: the shapes of this run are {', '.join(s.label for s in shapes)}"

@@ -22,13 +22,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks import malloc
+from benchmarks.tables import say
+
+# The child process of inplace keeps the malloc that it is started with.
+if __name__ == "__main__" and "--inplace-worker" not in sys.argv:
+    malloc.restart()
+    say("options: loads PyTorch")
+
 import torch
 
-from benchmarks import judging, machine, malloc, passes, runs
+from benchmarks import judging, machine, passes, runs
 from benchmarks.commandline import add_run_options, choices, parser_of
 from benchmarks.contenders import CONTENDERS, Contender, Fused, two_steps
 from benchmarks.shapes import DIRECTIONS, DTYPES, LAYOUTS, OPTIONS, STAGES, Shape
-from benchmarks.tables import micro, say, table
+from benchmarks.tables import micro, table
 from benchmarks.timing import Block, Effort, interleaved, timed
 
 VARIANTS = ("avx512", "avx2", "generic")
@@ -231,7 +239,6 @@ def main() -> None:
         return variant_worker(settings, args.worker)
     if args.inplace_worker:
         return inplace_worker(settings, args.inplace_worker)
-    malloc.restart()
     wanted = choices(parser, "--only", args.only, SECTIONS) or list(SECTIONS)
     facts = runs.begin()
     if not settings.check:

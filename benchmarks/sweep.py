@@ -16,11 +16,18 @@ import statistics
 from dataclasses import replace
 from typing import Any
 
-from benchmarks import judging, machine, malloc, passes, runs
+from benchmarks import malloc
+from benchmarks.tables import say
+
+if __name__ == "__main__":
+    malloc.restart()
+    say("sweep: loads PyTorch")
+
+from benchmarks import judging, machine, passes, runs
 from benchmarks.commandline import add_run_options, parser_of
 from benchmarks.contenders import Fused
 from benchmarks.shapes import DTYPES, LAYOUTS, Options, Shape
-from benchmarks.tables import micro, say, table
+from benchmarks.tables import micro, table
 from benchmarks.timing import Effort, interleaved
 
 #: Bytes of x from which the limit holds.
@@ -161,7 +168,6 @@ def main() -> None:
     parser.add_argument("--no-check", action="store_true", help="do not judge the results (the table says so)")
     add_run_options(parser, "few rounds")
     args = parser.parse_args()
-    malloc.restart()
     facts = runs.begin()
     effort = Effort.quick() if args.quick else Effort(seconds=0.1, least=5, most=30)
     rows, wrong = sweep(args.cases, args.seed, args.worst, not args.no_check, effort)

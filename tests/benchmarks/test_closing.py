@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 import re
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from benchmarks import closing, contenders, cuda, grid, sweep, tables
+from benchmarks import closing, conftest, contenders, cuda, grid, sweep, tables
 from benchmarks.bench_unit import Row
 from benchmarks.shapes import DIRECTIONS, LAYOUTS, NAMED_OPTIONS, SHAPES, Shape
 from benchmarks.tables import WIDTH
@@ -113,6 +115,38 @@ def test_a_spread_above_a_quarter_is_marked() -> None:
             assert len(marked) == 1 and marked[0].startswith("1x256x56x56") and "26% !" in marked[0]
             assert "25%   " in table
         assert sum(line.startswith("!: the spread is above 25 %") for line in closing.legend(rows, wide, False)) == 1
+
+
+class Config:
+    """The options and the rows of a run, as pytest would hold them."""
+
+    def __init__(self, **given: Any) -> None:
+        self.given, self.stash, self.option = given, pytest.Stash(), SimpleNamespace(benchmark_quiet=False)
+
+    def getoption(self, option: str, default: Any = "") -> Any:
+        return self.given.get(option.removeprefix("--"), default)
+
+
+def test_the_option_wide() -> None:
+    shape = Shape(8, *SHAPES["56"])
+    row = measured(shape, {"fused": [2e-3], "eager": [3e-3], "cbam": [4e-3]})
+    printed: dict[bool, str] = {}
+    for wide in (False, True):
+        lines: list[str] = []
+        config: Any = Config(wide=wide, device="cpu")
+        config.stash[conftest.ROWS] = {shape: row}
+        conftest.pytest_terminal_summary(SimpleNamespace(write_line=lines.append), config)  # type: ignore[arg-type]
+        printed[wide] = "\n".join(lines)
+    assert "cbam" in printed[True] and "cbam" not in printed[False] and "--wide shows all" in printed[False]
+
+
+def test_when_pytest_benchmark_prints_its_table(pytestconfig: pytest.Config) -> None:
+    """It does for those options whose results are part of its table. All names are options of the real plugin."""
+    assert {"benchmark_quiet", "benchmark_json", *conftest.NEED_ITS_TABLE} <= set(vars(pytestconfig.option))
+    for given in ({}, {"benchmark_json": "file"}, *({name: ["x"]} for name in conftest.NEED_ITS_TABLE)):
+        config: Any = Config(**given)
+        conftest.pytest_configure(config)
+        assert config.option.benchmark_quiet == (not given.keys() & set(conftest.NEED_ITS_TABLE))
 
 
 def test_a_long_name_has_a_line_of_its_own() -> None:

@@ -115,6 +115,8 @@ FIRST_LINES = {
     "end_to_end": (["-m", "benchmarks.end_to_end"], "end_to_end: loads PyTorch and torchvision"),
     "host": (["-m", "benchmarks.host"], "host: loads PyTorch"),
     "scaling": (["-m", "benchmarks.scaling"], "scaling: loads PyTorch"),
+    "sweep": (["-m", "benchmarks.sweep"], "sweep: loads PyTorch"),
+    "options": (["-m", "benchmarks.options"], "options: loads PyTorch"),
     "cache": (["-m", "benchmarks.cache"], "cache: loads PyTorch and torchvision"),
     "train_digits": (["examples/train_digits.py"], "train_digits: loads PyTorch, scikit-learn and mlxtend"),
 }
