@@ -53,6 +53,12 @@ def speedup(row: Mapping[str, Any]) -> str:
     return f"{number(least)} {name}"
 
 
+def name_of(rows: Rows) -> str:
+    """The contender of rows that have only one, with the backend that ran if the contender has backends."""
+    backends = dict.fromkeys(r["backend"] for r in rows if r["backend"])
+    return rows[0]["contender"] + (f" on {', '.join(backends)}" if backends else "")
+
+
 def tables(rows: Rows, wide: bool, on_gpu: bool) -> list[str]:
     """A table for each direction that has rows. A table that is not ``wide`` fits :data:`WIDTH` columns.
 
@@ -83,7 +89,7 @@ def tables(rows: Rows, wide: bool, on_gpu: bool) -> list[str]:
     for direction, title in TITLES.items():
         body = [tuple(cells(r)) for r in rows if r["direction"] == direction]
         if body:
-            name = "shape, contender" if several else f"shape ({rows[0]['contender']})"
+            name = "shape, contender" if several else f"shape ({name_of(rows)})"
             out.append(table(f"== {title} ==", (name, *head), body, None if wide else WIDTH))
     return out
 

@@ -82,6 +82,8 @@ def test_figures_of_the_narrow_table() -> None:
     gflops = tables.number(shape.flops("forward") / 2e-6 * 1e-9)
     gbytes = tables.number(shape.ideal_bytes("forward") / 2e-6 * 1e-9)
     assert line.split() == [shape.label, "2.0", "us", "0%", gflops, gbytes, "2.00", "1.50", "plain-compiled"]
+    row.backends["fused"] = "reference"
+    assert "shape (fused on reference)  " in closing.tables(row.lines(), wide=False, on_gpu=False)[0]
     alone, *_ = closing.tables(measured(shape, {"fused": [2e-6]}).lines(), wide=False, on_gpu=False)
     assert alone.splitlines()[-1].split()[-1] == "-"
     (only, *_) = closing.tables(measured(shape, {"eager": [9e-6], "plain": [3e-6]}).lines(), wide=False, on_gpu=False)
