@@ -15,8 +15,9 @@ import pytest
 
 from benchmarks import contenders, cuda, judging, passes
 from benchmarks.gates import GATES
+from benchmarks.grid import COMPILED, contenders_at
+from benchmarks.progress import Progress
 from benchmarks.shapes import DEFAULT, DIRECTIONS, Shape
-from benchmarks.tables import say
 from benchmarks.timing import Effort, Measured, interleaved
 
 
@@ -41,8 +42,6 @@ class Clock:
 
 
 CLOCK = Clock()
-#: The contenders over which a row has a speed-up, all of the same run.
-BASELINES = ("eager", "compiled", "plain", "plain-compiled")
 
 
 @dataclass
@@ -78,7 +77,7 @@ class Row:
                 if seconds is None:
                     continue
                 floor = sum(self.measured.median(f"floor-{d}", d) for d in parts)
-                others = {name: self.median(name, direction) for name in BASELINES}
+                others = {name: self.median(name, direction) for name in contenders.BASELINES}
                 timed_by, why_not_graph = self.timed_by.get(_block(contender, direction), (None, ""))
                 memory = self.memory.get(contender, {})
                 steam = contender.removesuffix("-compiled") not in GATES
@@ -117,7 +116,14 @@ def _block(contender: str, direction: str) -> str:
     return f"{contender} {'forward' if direction == 'forward' else 'training'}"
 
 
-def measure(shape: Shape, names: list[str], effort: Effort, backend: str | None = None) -> Row:
+def kind_of(names: list[str]) -> str:
+    """The kind of a row for the estimate of the time left. A compilation takes longer than all other work."""
+    return "compiled" if any(name in COMPILED for name in names) else "eager"
+
+
+def measure(
+    shape: Shape, names: list[str], effort: Effort, backend: str | None = None, progress: Progress | None = None
+) -> Row:
     """Judges and measures the contenders of one shape. ``backend`` is the backend of the contender "fused".
 
     An error that spoils the whole measurement, for example a compilation during it, becomes the reason of each
@@ -125,22 +131,27 @@ def measure(shape: Shape, names: list[str], effort: Effort, backend: str | None 
     """
     row = Row(shape)
     try:
-        _measure(row, names, effort, backend)
+        _measure(row, names, effort, backend, progress or Progress(()))
     except Exception as error:
         row.measured = Measured()
         row.wrong = dict.fromkeys(names, f"{type(error).__name__}: {error}") | row.wrong
     return row
 
 
-def _measure(row: Row, names: list[str], effort: Effort, backend: str | None) -> None:
+def _measure(row: Row, names: list[str], effort: Effort, backend: str | None, progress: Progress) -> None:
     shape = row.shape
     tensors = shape.tensors()
+    progress.step("computes the float64 results")
     judge = judging.judge(shape, tensors)
     peers = judging.peers(judge)
     gates: dict[str, Any] = {}
     blocks = passes.floor_blocks(shape, tensors)
     contenders.forget_compiled()
     for name in names:
+        if name in COMPILED:
+            progress.step(f"compiles {name} and checks it", long=True)
+        else:
+            progress.step(f"checks {name}")
         contender = contenders.Fused(backend) if name == "fused" else contenders.CONTENDERS[name](shape)
         gate = name.removesuffix("-compiled")
         try:
@@ -168,6 +179,7 @@ def _measure(row: Row, names: list[str], effort: Effort, backend: str | None) ->
         blocks |= pair
     del judge, peers, gates
     steady = contenders.Steady()
+    progress.step("measures all contenders in turn")
     row.measured = interleaved(blocks, effort)
     row.timed_by = {k: (b.timed_by, b.why_not_graph) for k, b in blocks.items() if isinstance(b, cuda.GpuBlock)}
     steady.check()
@@ -180,16 +192,14 @@ def test_unit(
     contender: str,
     direction: str,
     rows: dict[Shape, Row],
-    request: pytest.FixtureRequest,
+    progress: Progress,
+    pytestconfig: pytest.Config,
 ) -> None:
     if shape not in rows:
-        from benchmarks.conftest import contenders_at
-
-        config = request.config
-        effort = Effort.quick() if config.getoption("--quick") else Effort(seconds=0.25)
-        with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
-            say(f"\n  measuring {shape.label}")
-        rows[shape] = measure(shape, contenders_at(config, shape), effort, config.getoption("--backend") or None)
+        names = contenders_at(pytestconfig, shape)
+        effort = Effort.quick() if pytestconfig.getoption("--quick") else Effort(seconds=0.25)
+        with progress.row(f"{shape.label}, {len(names)} contenders", kind_of(names)):
+            rows[shape] = measure(shape, names, effort, pytestconfig.getoption("--backend") or None, progress)
     row = rows[shape]
     assert contender not in row.wrong, row.wrong[contender]
     samples = row.measured.rounds(_block(contender, direction), direction)

@@ -1,59 +1,62 @@
-"""The benchmarks' part of pytest: options, the malloc setting, and the closing table."""
+"""The benchmarks' part of pytest: options, the malloc setting, progress lines, and the closing table.
+
+pytest runs twice. The first process only starts the second one, with the malloc setting, and must not wait for torch.
+So the modules that import torch are imported where they are used.
+"""
 
 from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
+import textwrap
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import cuda, machine, malloc, runs
-from benchmarks.contenders import CONTENDERS, OURS
-from benchmarks.shapes import DETECTION, DIRECTIONS, LAYOUTS, MOBILE, NAMED_OPTIONS, SHAPES, STAGES, Shape
-from benchmarks.tables import micro, table
+from benchmarks import malloc
+from benchmarks.progress import Progress
+from benchmarks.tables import WIDTH, say
 
-COMPILED = tuple(name for name in CONTENDERS if name.endswith("compiled"))
-#: The shapes of the compiled contenders by default. A compilation takes longer than all other work at a shape.
-COMPILED_AT = (Shape(8, *SHAPES["56"]), Shape(8, *SHAPES["14"], layout="channels_last"), Shape(8, *SHAPES["m14"]))
+if TYPE_CHECKING:
+    from benchmarks.bench_unit import Row
+    from benchmarks.shapes import Shape
 
-
-def default_grid() -> list[Shape]:
-    """The shapes of ``make bench``: every stage at batch 8 and 1 in both dtypes and layouts; three stages at batch 32,
-    the detector's shape and MobileNetV2's in float32 and both layouts; a finer grid, and a tail."""
-    stages, dtypes = STAGES.values(), ("float32", "bfloat16")
-    grid = [Shape(n, *s, dtype=d, layout=o) for n in (8, 1) for s in stages for d in dtypes for o in LAYOUTS]
-    grid += [Shape(32, *STAGES[s], layout=o) for s in ("56", "14", "7") for o in LAYOUTS]
-    grid += [Shape(2, *DETECTION["det"], layout=o) for o in LAYOUTS]
-    grid += [Shape(8, *s, layout=o) for s in MOBILE.values() for o in LAYOUTS]
-    grid += [Shape(2, *DETECTION["det"], layout=o, options=NAMED_OPTIONS["grid"]) for o in LAYOUTS]
-    grid += [Shape(8, *STAGES[s], options=NAMED_OPTIONS["tail"]) for s in ("56", "14")]
-    return grid
-
-
-def quick_grid() -> list[Shape]:
-    return [Shape(1, *SHAPES["14"]), Shape(1, *SHAPES["m7"], "bfloat16", "channels_last")]
+#: The options of pytest-benchmark whose results are part of its own table.
+NEED_ITS_TABLE = ("benchmark_compare", "benchmark_histogram", "benchmark_cprofile")
+ROWS: pytest.StashKey[dict[Shape, Row]] = pytest.StashKey()
+#: The shapes of the tests that -k, -m or --deselect have left out.
+LEFT_OUT: pytest.StashKey[Counter[Shape]] = pytest.StashKey()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    allowed: dict[str, list[str]] = {}
+    if malloc.is_set():  # only the second process shows the help
+        from benchmarks import grid
+
+        allowed = grid.ALLOWED
     group = parser.getgroup("steam_kernels benchmarks")
     group.addoption(
         "--quick", action="store_true", help="two shapes at batch 1, few rounds; the times of a quick run mean nothing"
     )
     group.addoption("--full", action="store_true", help="every shape, batch, dtype, layout and contender: hours")
     group.addoption("--device", default="cpu", help="cpu or cuda (cpu)")
-    group.addoption("--size", default="", help=f"comma list of shapes: {', '.join(SHAPES)}")
     group.addoption("--batch", default="", help="comma list of batch sizes")
-    group.addoption("--dtype", default="", help="comma list: float32, bfloat16, float16")
-    group.addoption("--layout", default="", help="comma list: nchw, channels_last")
-    group.addoption("--options", default="", help=f"comma list of options of the unit: {', '.join(NAMED_OPTIONS)}")
-    group.addoption("--contender", default="", help=f"comma list: {', '.join(CONTENDERS)}")
+    for option, what in (
+        ("--size", "shapes"),
+        ("--dtype", "dtypes"),
+        ("--layout", "memory formats"),
+        ("--options", "options of the unit"),
+        ("--contender", "contenders"),
+    ):
+        group.addoption(option, default="", help=f"comma list of {what}: {', '.join(allowed.get(option, ()))}")
     group.addoption("--backend", default="", help="the backend of the contender fused (the package's choice)")
-    group.addoption("--json", default="", metavar="PATH", help="write the rows of the closing table as JSON")
+    group.addoption("--wide", action="store_true", help="the closing table has all contenders and all figures")
+    group.addoption("--json", default="", metavar="PATH", help="write the rows of all contenders as JSON")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -64,151 +67,121 @@ def pytest_cmdline_main(config: pytest.Config) -> int | None:
     capture = config.pluginmanager.getplugin("capturemanager")
     if capture is not None:
         capture.suspend_global_capture(in_=True)  # otherwise the child writes into this process's capture file
+    say("benchmarks: loads PyTorch and finds the shapes")
     command = [sys.executable, "-m", "pytest", *config.invocation_params.args]
     return subprocess.call(command, cwd=config.invocation_params.dir, env=malloc.environment())
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """Turns off the table of pytest-benchmark, of 350 columns: the closing table replaces it."""
+    if not any(config.getoption(option, None) for option in NEED_ITS_TABLE):
+        config.option.benchmark_quiet = True
+
+
 def pytest_report_header(config: pytest.Config) -> list[str]:
+    from benchmarks import cuda, grid, machine
+
     lines = ["steam_kernels benchmarks: " + machine.describe(machine.facts())]
-    if _device(config) == "cuda":
+    if grid.device(config) == "cuda":
         lines.append("on the GPU: " + ", ".join(f"{k} {v}" for k, v in cuda.facts().items()))
     return lines
 
 
-def _choice(config: pytest.Config, option: str, allowed: list[str], default: list[str]) -> list[str]:
-    given = [v.strip() for v in config.getoption(option).split(",") if v.strip()]
-    wrong = [v for v in given if v not in allowed]
-    if wrong:
-        raise pytest.UsageError(f"{option} {wrong[0]!r}: allowed are {', '.join(allowed)}")
-    return given or default
-
-
-def _device(config: pytest.Config) -> str:
-    device = _choice(config, "--device", ["cpu", "cuda"], ["cpu"])[0]
-    if device == "cuda" and not torch.cuda.is_available():
-        raise pytest.UsageError("--device cuda: PyTorch sees no GPU")
-    return device
-
-
-def shapes(config: pytest.Config) -> list[Shape]:
-    """The default grid, or every combination of the given options. The default batch of a detector's maps is 2."""
-    device = _device(config)
-    chosen = [config.getoption(o) for o in ("--size", "--batch", "--dtype", "--layout", "--options", "--full")]
-    if device == "cpu" and not any(chosen):
-        return quick_grid() if config.getoption("--quick") else default_grid()
-    every = list(SHAPES if config.getoption("--full") else STAGES)
-    sizes = _choice(config, "--size", list(SHAPES), ["14", "7"] if config.getoption("--quick") else every)
-    layouts = _choice(config, "--layout", list(LAYOUTS), list(LAYOUTS))
-    dtypes = _choice(config, "--dtype", ["float32", "bfloat16", "float16"], ["float32", "bfloat16"])
-    options = _choice(config, "--options", list(NAMED_OPTIONS), ["default"])
-    try:
-        given = [int(b) for b in config.getoption("--batch").split(",") if b]
-    except ValueError as error:
-        raise pytest.UsageError(f"--batch {config.getoption('--batch')!r}: a comma list of numbers") from error
-    default = [1] if config.getoption("--quick") else [1, 8, 32]
-    return [
-        Shape(n, *SHAPES[size], dtype=dtype, layout=layout, options=NAMED_OPTIONS[name], device=device)
-        for size in sizes
-        for n in given or ([2] if size in DETECTION else default)
-        for dtype in dtypes
-        for layout in layouts
-        for name in options
-    ]
-
-
-def contenders(config: pytest.Config) -> list[str]:
-    # On a GPU each of this package's backends is a contender of its own; on the CPU there is one.
-    usable = {"fused"}
-    if _device(config) == "cuda":
-        usable = {name for name, why in machine.facts()["backends"].items() if not why}
-    default = [name for name in CONTENDERS if name not in OURS or name in usable]
-    return _choice(config, "--contender", list(CONTENDERS), default)
-
-
-def contenders_at(config: pytest.Config, shape: Shape) -> list[str]:
-    """The contenders at one shape. In the default grid and in quick runs, compiled contenders run at few shapes."""
-    names = contenders(config)
-    if config.getoption("--contender"):
-        return names
-    if config.getoption("--quick"):
-        return [n for n in names if n not in COMPILED or (n == "eca-compiled" and shape.name == "14")]
-    if shape in default_grid() and shape not in COMPILED_AT and not config.getoption("--full"):
-        return [n for n in names if n not in COMPILED]
-    return names
-
-
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "shape" in metafunc.fixturenames:
+        from benchmarks import grid
+        from benchmarks.shapes import DIRECTIONS
+
         cases = [
             pytest.param(shape, contender, direction, id=f"{shape.label}-{direction}-{contender}")
-            for shape in shapes(metafunc.config)
+            for shape in grid.shapes(metafunc.config)
             for direction in DIRECTIONS
-            for contender in contenders_at(metafunc.config, shape)
+            for contender in grid.contenders_at(metafunc.config, shape)
         ]
         metafunc.parametrize(("shape", "contender", "direction"), cases)
 
 
+def _shapes_of(items: list[pytest.Item]) -> Counter[Shape]:
+    """The shapes of the benchmarks among the tests, with the number of the tests of each."""
+    from benchmarks.shapes import Shape
+
+    given = (item.callspec.params.get("shape") for item in items if hasattr(item, "callspec"))
+    return Counter(shape for shape in given if isinstance(shape, Shape))
+
+
+def pytest_deselected(items: list[pytest.Item]) -> None:
+    if items:
+        items[0].config.stash.setdefault(LEFT_OUT, Counter()).update(_shapes_of(items))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Says how much is measured, or names the shapes if the selection has no benchmark."""
+    reporter = session.config.pluginmanager.getplugin("terminalreporter")
+    shapes, left_out = _shapes_of(session.items), session.config.stash.get(LEFT_OUT, Counter())
+    if reporter is None:  # a worker of pytest-xdist prints nothing
+        return
+    if shapes:
+        reporter.write_line(f"benchmarks: {len(shapes)} shapes, {sum(shapes.values())} measurements")
+    elif left_out:
+        reporter.write_line(nothing_selected(session.config.option.keyword, left_out))
+    reporter.flush()
+
+
 @pytest.fixture(scope="session")
-def rows(request: pytest.FixtureRequest) -> Iterator[dict]:
+def rows(pytestconfig: pytest.Config) -> dict[Shape, Row]:
     """The measured rows of this run, by shape. The closing table shows them."""
-    yield request.config.stash.setdefault(ROWS, {})
+    return pytestconfig.stash.setdefault(ROWS, {})
 
 
-ROWS: pytest.StashKey[dict] = pytest.StashKey()
-TITLES = {
-    "forward": "forward (no grad)",
-    "backward": "backward (autograd)",
-    "both": "forward + backward (autograd)",
-}
+@pytest.fixture(scope="session")
+def progress(request: pytest.FixtureRequest, pytestconfig: pytest.Config) -> Progress:
+    """The progress of the run: a row for each shape of the selected tests."""
+    from benchmarks import grid
+    from benchmarks.bench_unit import kind_of
+
+    capture = pytestconfig.pluginmanager.getplugin("capturemanager")
+    reporter = pytestconfig.pluginmanager.getplugin("terminalreporter")
+
+    def write(line: str) -> None:
+        if reporter is None:
+            return
+        with capture.global_and_fixture_disabled():
+            reporter.write_line(line)
+            reporter.flush()
+
+    shapes = _shapes_of(request.session.items)
+    return Progress([kind_of(grid.contenders_at(pytestconfig, shape)) for shape in shapes], write)
+
+
+def pytest_report_teststatus(report: pytest.TestReport, config: pytest.Config) -> tuple[str, str, str] | None:
+    """Leaves out the dots of measured contenders, which would stand between the progress lines."""
+    ours = "bench_unit.py::" in report.nodeid
+    if ours and report.passed and report.when == "call" and config.get_verbosity() <= 0:
+        return "passed", "", ""
+    return None
+
+
+def nothing_selected(keyword: str, shapes: Iterable[Shape]) -> str:
+    """The sentence for a selection without a benchmark."""
+    selection = f"-k {keyword!r}" if keyword else "the selection"
+    sentence = f"{selection} selects no benchmark: the shapes of this run are {', '.join(s.label for s in shapes)}"
+    return textwrap.fill(sentence, WIDTH, break_long_words=False, break_on_hyphens=False)
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    measured = config.stash.get(ROWS, {})
-    found = [line for row in measured.values() for line in row.lines()]
+    from benchmarks import closing, cuda, grid, machine, runs
+
+    found = [line for row in config.stash.get(ROWS, {}).values() for line in row.lines()]
     if not found:
         return
-    head = ["latency", "spread", "GFLOP/s", "GB/s", "over floor", "x eager", "x compiled", "x plain"]
-    head += ["x plain-compiled", "extra MB", "parameters"]
-    keys = ["gflops", "gbytes", "over_floor", "speedup_eager", "speedup_compiled", "speedup_plain"]
-    keys.append("speedup_plain_compiled")
-    on_gpu = ["of_copy", "timed_by"] if _device(config) == "cuda" else []
-    head += [key.replace("_", " ") for key in on_gpu]
-    for direction, title in TITLES.items():
-        body = [
-            (
-                f"{r['problem']}  {r['contender']}",
-                micro(r["seconds"]),
-                f"{100 * r['spread']:.0f}%",
-                *(r[k] for k in keys),
-                None if r["extra_bytes"] is None else r["extra_bytes"] / 1e6,
-                r["parameters"],
-                *(r[k] for k in on_gpu),
-            )
-            for r in found
-            if r["direction"] == direction
-        ]
-        if body:
-            terminalreporter.write_line("")
-            title = f"== {title}: medians of interleaved rounds =="
-            terminalreporter.write_line(table(title, ("shape, contender", *head), body))
-    terminalreporter.write_line(
-        "\nSpread: distance of the quartiles over the median.\n"
-        "GFLOP/s and GB/s: least operations (STEAM's) and bytes over the time.\n"
-        "Floor: torch.mul(x, 0.5, out=y) forward, torch.add(x, dy, out=dx) backward; with a tail it has more reads and "
-        "writes.\n"
-        "x eager, x compiled: speed-up over the reference, eager and by torch.compile; x plain, x plain-compiled: over "
-        "benchmarks/plain.py.\n"
-        "Extra MB: the peak of allocated memory besides x, y and the gradients."
-    )
-    facts = machine.facts()
-    if _device(config) == "cuda":
-        facts |= cuda.facts()
-        terminalreporter.write_line(
-            "of copy: GB/s over this GPU's own copy of a large buffer, measured in this run.\n"
-            "timed by: the replay of a CUDA graph, or events around a call that cannot be captured."
-        )
-        for line in cuda.not_captured(found):
-            terminalreporter.write_line(line)
+    wide, on_gpu = config.getoption("--wide"), grid.device(config) == "cuda"
+    for table in closing.tables(found, wide, on_gpu):
+        terminalreporter.write_line("\n" + table)
+    terminalreporter.write_line("")
+    for line in closing.legend(found, wide, on_gpu):
+        terminalreporter.write_line(line)
     if config.getoption("--json"):
+        facts = machine.facts() | (cuda.facts() if on_gpu else {})
         runs.write(Path(config.getoption("--json")), "unit", found, facts, config.getoption("--quick"))

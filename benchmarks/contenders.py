@@ -239,6 +239,8 @@ CONTENDERS |= {name: functools.partial(Gate, name) for name in GATES}
 CONTENDERS |= {f"{name}-compiled": lambda shape, name=name: Compiled(Gate(name, shape)) for name in GATES}  # type: ignore[misc]
 #: The contenders of this package, which keep the tests' rule of tolerance.
 OURS = ("fused", "triton", "cuda")
+#: The other forms of the unit, over which a row has a speed-up.
+BASELINES = ("eager", "compiled", "plain", "plain-compiled")
 
 
 class Call(NamedTuple):

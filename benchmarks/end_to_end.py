@@ -28,9 +28,11 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from benchmarks import malloc
+from benchmarks.tables import say
 
 if __name__ == "__main__":
     malloc.restart()
+    say("end_to_end: loads PyTorch and torchvision")
 
 import torch
 import torch._dynamo
@@ -40,7 +42,8 @@ from benchmarks import memory, runs
 from benchmarks.commandline import add_run_options, choices, parser_of
 from benchmarks.contenders import Steady, backends_that_ran, check_kernels, forget_compiled
 from benchmarks.gates import insert_gate
-from benchmarks.tables import micro, say, table
+from benchmarks.progress import Progress
+from benchmarks.tables import micro, table
 from benchmarks.timing import timed
 from steam_kernels import FusedSTEAM, insert_steam
 
@@ -192,9 +195,16 @@ CALLS = {"training": training_step, "inference": inference}
 
 
 def measure(
-    judge: Judge, task: str, mode: str, contenders: list[str], images: Tensor, seconds: float
+    judge: Judge,
+    task: str,
+    mode: str,
+    contenders: list[str],
+    images: Tensor,
+    seconds: float,
+    progress: Progress | None = None,
 ) -> list[dict[str, Any]]:
     """Rows of one network, task and mode."""
+    progress = progress or Progress(())
     network = judge.network
     forget_compiled()
     calls: dict[str, Callable[[], object]] = {}
@@ -203,12 +213,14 @@ def measure(
         models[contender] = make(network, contender)
         runner = models[contender]
         if mode == "compiled":
+            progress.step(f"compiles {contender} and checks it", long=True)
             runner = torch.compile(runner, dynamic=False)  # type: ignore[assignment]
             judge.check_compiled(contender, task, runner, images)
         calls[contender] = CALLS[task](runner, images)
         for _ in range(2):
             calls[contender]()
     steady = Steady()
+    progress.step(f"measures {', '.join(contenders)} in turn", long=mode == "compiled")
     peaks = {name: memory.traced(call)[1].peak for name, call in calls.items()}
     blocks = {name: timed(task, call, warm=False) for name, call in calls.items()}
     times: dict[str, list[float]] = {name: [] for name in blocks}
@@ -247,7 +259,7 @@ def measure(
 def line(row: dict[str, Any]) -> tuple[object, ...]:
     low, high = row["time_over_plain_quartiles"]
     return (
-        f"{row['network']} {row['task']} {row['mode']}  {row['contender']}",
+        row["contender"],
         micro(row["seconds"]),
         f"{100 * (row['time_over_plain'] - 1):+.1f}%",
         f"{100 * (low - 1):+.1f} to {100 * (high - 1):+.1f}",
@@ -258,7 +270,7 @@ def line(row: dict[str, Any]) -> tuple[object, ...]:
     )
 
 
-HEAD = ("network", "time", "price", "quartiles", "peak", "price", "layers", "parameters")
+HEAD = ("contender", "time", "price", "quartiles", "peak", "price", "layers", "parameters")
 
 
 def main() -> None:
@@ -286,34 +298,37 @@ def main() -> None:
     images = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0))
     rows: list[dict[str, Any]] = []
     wrong: list[str] = []
+    tables = [(m, t) for m in modes for t in TASKS if args.full or (m, t) != ("compiled", "training")]
+    progress = Progress([*("check" for _ in contenders), *(mode for mode, _ in tables)] * len(networks))
     for network in networks:
         judge = Judge(network, images[:4, :, :112, :112])  # float64 convolutions are slow
         right = []
         for contender in contenders:
             try:
-                judge.check(contender)
+                with progress.row(f"{network}: checks {contender}", "check"):
+                    judge.check(contender)
                 right.append(contender)
             except (AssertionError, RuntimeError) as error:  # the network is out of bounds, or no kernel ran
                 wrong.append(str(error))
                 say(f"  WRONG {error}")
-        if "plain" not in right:
-            continue
-        for mode in modes:
-            for task in TASKS:
-                if mode == "compiled" and task == "training" and not args.full:
-                    continue
-                say(f"  measuring {network}, {task}, {mode}")
-                chosen = right
-                if mode == "compiled" and not (args.full or args.contender):
-                    chosen = [c for c in right if c != "steam-reference"]
-                try:
-                    rows += measure(judge, task, mode, chosen, images, seconds)
-                except Exception as error:  # the other tables are measured and kept
-                    wrong.append(f"{type(error).__name__}: {error}")
-                    say(f"  FAILED {wrong[-1]}")
+        for mode, task in tables:
+            if "plain" not in right:
+                progress.skip(mode, 1)
+                continue
+            chosen = right
+            if mode == "compiled" and not (args.full or args.contender):
+                chosen = [c for c in right if c != "steam-reference"]
+            try:
+                with progress.row(f"{network}: measures {task}, {mode}", mode):
+                    rows += measure(judge, task, mode, chosen, images, seconds, progress)
+            except Exception as error:  # the other tables are measured and kept
+                wrong.append(f"{type(error).__name__}: {error}")
+                say(f"  FAILED {wrong[-1]}")
         if rows:
             runs.write(args.json, "end_to_end", rows, facts, args.quick)
-    say("\n" + table("== the price of attention: increase over the plain network ==", HEAD, map(line, rows)))
+    for (network, task, mode), of in runs.networks_of(rows).items():
+        title = f"== {network}, {task}, {mode}: the price of attention, the increase over the plain network =="
+        say("\n" + table(title, HEAD, map(line, of.values())))
     if wrong:
         sys.exit(f"{len(wrong)} networks failed or are out of bounds")
 

@@ -16,17 +16,20 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks import malloc
+from benchmarks.tables import say
 
 if __name__ == "__main__":
     malloc.restart()
+    say("host: loads PyTorch")
 
 import torch
 
 from benchmarks import judging, runs
 from benchmarks.commandline import run_options
 from benchmarks.contenders import Fused
+from benchmarks.progress import Progress
 from benchmarks.shapes import Shape
-from benchmarks.tables import say, table
+from benchmarks.tables import table
 from benchmarks.timing import Block, Effort, Sample, interleaved
 from steam_kernels import FusedSTEAM, ops, reference, steam
 from steam_kernels.config import Inputs, Options
@@ -114,58 +117,66 @@ def layers(effort: Effort) -> Rows:
     kernels = {c: us["operator"][c] - us["operator, batch 0"][c] for c in COLUMNS}
     us["kernels alone: operator less batch 0"] = kernels
     us["FusedSTEAM over the kernels"] = {c: us["FusedSTEAM"][c] - kernels[c] for c in COLUMNS}
-    rows: Rows = [{"section": "layers", "layer": name} | columns for name, columns in us.items()]
-    say(
-        "\n"
-        + table(
-            "== host overhead at (1, 64, 7, 7), float32, microseconds per call ==",
-            ("layer", *COLUMNS),
-            [[r["layer"], *(r[c] for c in COLUMNS)] for r in rows],
-        )
-    )
-    say()
-    return rows
+    return [{"section": "layers", "layer": name} | columns for name, columns in us.items()]
 
 
-def small(effort: Effort, sizes: tuple[tuple[int, int, int, int], ...] = SMALL) -> Rows:
-    """Microseconds per call of both modules at small maps."""
-    rows: Rows = []
-    for size in sizes:
-        shape = Shape(*size)
-        tensors = shape.tensors()
-        judging.judge(shape, tensors).check(judging.outputs(Fused(), shape, tensors), shape.label)
-        modules = {"fused": FusedSTEAM(shape.c), "eager": reference.STEAM(shape.c)}
-        modules["eager"].load_state_dict(modules["fused"].state_dict())
-        x, leaf, dy = tensors["x"], tensors["x"].detach().requires_grad_(), tensors["dy"]
-        blocks = {}
-        for name, module in modules.items():
-            inputs = [leaf, *module.parameters()]
+def say_layers(rows: Rows) -> None:
+    """Prints the table of the layers."""
+    title = "== host overhead at (1, 64, 7, 7), float32, microseconds per call =="
+    say("\n" + table(title, ("layer", *COLUMNS), [[r["layer"], *(r[c] for c in COLUMNS)] for r in rows]))
 
-            def pair(module: Any = module, inputs: Any = inputs, leaf: Any = leaf, dy: Any = dy) -> object:
-                return torch.autograd.grad(module(leaf), inputs, dy)
 
-            blocks[f"{name}|no grad"] = block("no grad", lambda module=module, x=x: module(x))  # type: ignore[misc]
-            blocks[f"{name}|forward + backward"] = block("forward + backward", pair)
-        m = interleaved(blocks, effort)
-        row: dict[str, Any] = {"section": "small", "problem": shape.label, "elements": shape.numel}
-        for column in ("no grad", "forward + backward"):
-            for name in modules:
-                row[f"{name} {column}"] = m.median(f"{name}|{column}", "forward") * 1e6
-            row[f"speedup {column}"] = row[f"eager {column}"] / row[f"fused {column}"]
-        rows.append(row)
-    keys = [f"{k} {c}" for c in ("no grad", "forward + backward") for k in ("fused", "eager", "speedup")]
-    title = "== small maps, float32, microseconds per call of the modules =="
-    say("\n" + table(title, ("shape", *keys), [[r["problem"], *(r[k] for k in keys)] for r in rows]))
-    slower = [r["problem"] for r in rows if min(r["speedup no grad"], r["speedup forward + backward"]) < 1]
+def small(effort: Effort, shape: Shape) -> dict[str, Any]:
+    """Microseconds per call of both modules at a small map."""
+    tensors = shape.tensors()
+    judging.judge(shape, tensors).check(judging.outputs(Fused(), shape, tensors), shape.label)
+    modules = {"fused": FusedSTEAM(shape.c), "eager": reference.STEAM(shape.c)}
+    modules["eager"].load_state_dict(modules["fused"].state_dict())
+    x, leaf, dy = tensors["x"], tensors["x"].detach().requires_grad_(), tensors["dy"]
+    blocks = {}
+    for name, module in modules.items():
+        inputs = [leaf, *module.parameters()]
+
+        def pair(module: Any = module, inputs: Any = inputs, leaf: Any = leaf, dy: Any = dy) -> object:
+            return torch.autograd.grad(module(leaf), inputs, dy)
+
+        blocks[f"{name}|no grad"] = block("no grad", lambda module=module, x=x: module(x))  # type: ignore[misc]
+        blocks[f"{name}|forward + backward"] = block("forward + backward", pair)
+    m = interleaved(blocks, effort)
+    row: dict[str, Any] = {"section": "small", "problem": shape.label, "elements": shape.numel}
+    for column in ("no grad", "forward + backward"):
+        for name in modules:
+            row[f"{name} {column}"] = m.median(f"{name}|{column}", "forward") * 1e6
+        row[f"speedup {column}"] = row[f"eager {column}"] / row[f"fused {column}"]
+    return row
+
+
+def say_small(rows: Rows) -> None:
+    """Prints the table of the small maps."""
+    columns = ("no grad", "forward + backward")
+    keys = [f"{k} {c}" for c in columns for k in ("fused", "eager", "speedup")]
+    head = [f"{k}{c}" for c in ("", " f+b") for k in ("fused", "eager", "speed-up")]
+    title = "== small maps, float32: microseconds per call without gradients, and forward + backward (f+b) =="
+    say("\n" + table(title, ("shape", *head), [[r["problem"], *(r[k] for k in keys)] for r in rows]))
+    slower = [r["problem"] for r in rows if min(r[f"speedup {c}"] for c in columns) < 1]
     say(f"plain PyTorch is faster at: {', '.join(slower) or 'none of these'}\n")
-    return rows
 
 
 def main() -> None:
     args = run_options("host", __doc__, "few rounds and shapes")
     facts = runs.begin()
     effort = Effort.quick() if args.quick else Effort(seconds=0.3)
-    rows = layers(effort) + small(effort, SMALL[:3] if args.quick else SMALL)
+    shapes = [Shape(*size) for size in (SMALL[:3] if args.quick else SMALL)]
+    progress = Progress(["layers", *("small" for _ in shapes)])
+    with progress.row("each layer of a call", "layers"):
+        rows = layers(effort)
+    found = []
+    for shape in shapes:
+        with progress.row(f"the modules at {shape.label}", "small"):
+            found.append(small(effort, shape))
+    say_layers(rows)
+    say_small(found)
+    rows += found
     runs.write(args.json, "host", rows, facts, args.quick)
 
 

@@ -6,6 +6,7 @@ import datetime
 import os
 import platform
 import subprocess
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 
 from benchmarks import malloc
+from benchmarks.tables import WIDTH
 
 ROOT = Path(__file__).resolve().parent.parent
 #: The tests' rule of tolerance, which the benchmarks share.
@@ -79,9 +81,10 @@ def commit_of(root: Path) -> str:
 
 
 def describe(found: Mapping[str, Any]) -> str:
-    """The facts in one line."""
-    return (
+    """The facts in words, in lines of at most :data:`benchmarks.tables.WIDTH` columns."""
+    text = (
         f"{found['processor']}, torch sees {found['cpu_capability']}; {found['threads']} threads; "
         f"torch {found['torch']}; "
         f"steam_kernels {found['steam_kernels']}, cpu variant {found['cpu_variant']}; malloc: {found['malloc']}"
     )
+    return textwrap.fill(text, WIDTH, subsequent_indent="  ")

@@ -22,13 +22,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks import malloc
+from benchmarks.tables import say
+
+# The child process of inplace keeps the malloc that it is started with.
+if __name__ == "__main__" and "--inplace-worker" not in sys.argv:
+    malloc.restart()
+    say("options: loads PyTorch")
+
 import torch
 
-from benchmarks import judging, machine, malloc, passes, runs
+from benchmarks import judging, machine, passes, runs
 from benchmarks.commandline import add_run_options, choices, parser_of
 from benchmarks.contenders import CONTENDERS, Contender, Fused, two_steps
 from benchmarks.shapes import DIRECTIONS, DTYPES, LAYOUTS, OPTIONS, STAGES, Shape
-from benchmarks.tables import micro, say, table
+from benchmarks.tables import micro, table
 from benchmarks.timing import Block, Effort, interleaved, timed
 
 VARIANTS = ("avx512", "avx2", "generic")
@@ -77,9 +85,9 @@ def options(settings: Settings) -> Rows:
             row |= {f"{d} {name}": m.median(f"{name} {d}", d) / m.median(f"default {d}", d) for name in OPTIONS}
         rows.append(row)
         say(f"  options: {shape.label}")
-    head = ("shape", *(f"{d[0]}wd {name}" for name in OPTIONS for d in PASSES))
-    body = [(r["problem"], *(r[f"{d} {name}"] for name in OPTIONS for d in PASSES)) for r in rows]
-    say("\n" + table("== options: time over the time of the default unit ==", head, body) + "\n")
+    body = [(r["problem"], name, *(r[f"{d} {name}"] for d in PASSES)) for r in rows for name in OPTIONS]
+    title = "== options: time over the time of the default unit =="
+    say("\n" + table(title, ("shape", "options", *PASSES), body) + "\n")
     return rows
 
 
@@ -102,7 +110,7 @@ def variants(settings: Settings, worker: list[str]) -> Rows:
     first = {r["problem"]: r for r in rows if r["variant"] == best}
     for r in rows:
         r |= {f"{d}_over_best": r[f"{d}_over_floor"] / first[r["problem"]][f"{d}_over_floor"] for d in PASSES}
-    head = ("shape", "variant", "fwd/floor", "bwd/floor", f"fwd over {best}", f"bwd over {best}")
+    head = ("shape", "variant", "fwd/floor", "bwd/floor", f"fwd/{best}", f"bwd/{best}")
     keys = ("problem", "variant", *(f"{d}_over_{other}" for other in ("floor", "best") for d in PASSES))
     title = f"== CPU variants, batch {settings.batch}: time over the floor, and over the time of {best} =="
     say("\n" + table(title, head, [[r[k] for k in keys] for r in rows]) + "\n")
@@ -157,7 +165,7 @@ def tail(settings: Settings) -> Rows:
                 row[f"{d}_over_one_pass"] = row[d] / m.median(f"one pass {d}", d)
             rows.append(row)
         say(f"  tail: {shape.label}")
-    head = ("shape", "tail", "fwd/floor", "fwd over one pass", "f+b/floor", "f+b over one pass")
+    head = ("shape", "tail", "fwd/floor", "fwd/one pass", "f+b/floor", "f+b/one pass")
     keys = ("problem", "contender", *(f"{d}_over_{o}" for d in ("forward", "both") for o in ("floor", "one_pass")))
     title = "== the tail: time over its floor, and over the time of the fused unit in one pass =="
     say("\n" + table(title, head, [[r[k] for k in keys] for r in rows]) + "\n")
@@ -231,7 +239,6 @@ def main() -> None:
         return variant_worker(settings, args.worker)
     if args.inplace_worker:
         return inplace_worker(settings, args.inplace_worker)
-    malloc.restart()
     wanted = choices(parser, "--only", args.only, SECTIONS) or list(SECTIONS)
     facts = runs.begin()
     if not settings.check:

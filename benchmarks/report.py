@@ -236,6 +236,7 @@ def main() -> None:
         run = read(args.run)
     except FileNotFoundError as error:
         sys.exit(f"--run {error}")
+    say(f"report: draws the pictures of {args.run}")
     pictures = draw(run, args.images)
     args.page.parent.mkdir(parents=True, exist_ok=True)
     args.page.write_text(page(run, os.path.relpath(args.images, args.page.parent).replace(os.sep, "/")))

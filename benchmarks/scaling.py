@@ -13,17 +13,20 @@ import sys
 from typing import Any
 
 from benchmarks import malloc
+from benchmarks.tables import say
 
 if __name__ == "__main__":
     malloc.restart()
+    say("scaling: loads PyTorch")
 
 import torch
 
 from benchmarks import runs
 from benchmarks.commandline import add_run_options, choices, parser_of
+from benchmarks.progress import Progress
 from benchmarks.shapes import Options, Shape
 from benchmarks.sweep import measure
-from benchmarks.tables import micro, say, table
+from benchmarks.tables import micro, table
 from benchmarks.timing import Effort
 
 N, C, SIDE = 8, 256, 28
@@ -39,19 +42,19 @@ AXES: dict[str, dict[int, Shape]] = {
 def run(axes: list[str], threads: list[int], effort: Effort, quick: bool) -> tuple[list[dict[str, Any]], list[str]]:
     """A row for each axis, value and number of threads, and the errors of those points that were wrong."""
     rows, wrong = [], []
-    for axis in axes:
-        for value, shape in list(AXES[axis].items())[: 2 if quick else None]:
-            for count in threads:
-                torch.set_num_threads(count)
-                # The bits do not depend on the number of threads, so one check is enough.
-                try:
+    points = [(axis, *point) for axis in axes for point in list(AXES[axis].items())[: 2 if quick else None]]
+    progress = Progress(axis for axis, _, _ in points)
+    for axis, value, shape in points:
+        try:
+            with progress.row(f"{axis} = {value}", axis):
+                for count in threads:
+                    torch.set_num_threads(count)
+                    # The bits do not depend on the number of threads, so one check is enough.
                     row = measure(shape, count == threads[0], effort)
-                except AssertionError as error:
-                    wrong.append(str(error))
-                    say(f"  WRONG {error}")
-                    break
-                rows.append({"axis": axis, "value": value, "threads": count} | row)
-        say(f"  scaling over {axis}")
+                    rows.append({"axis": axis, "value": value, "threads": count} | row)
+        except AssertionError as error:
+            wrong.append(str(error))
+            say(f"  WRONG {error}")
     return rows, wrong
 
 

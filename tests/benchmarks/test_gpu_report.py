@@ -19,7 +19,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import conftest, contenders, cuda, gpu_host, gpu_report, host, machine, passes  # noqa: E402
+from benchmarks import contenders, cuda, gpu_host, gpu_report, grid, host, machine, passes  # noqa: E402
 from benchmarks.bench_unit import Row, measure  # noqa: E402
 from benchmarks.gates import GATES  # noqa: E402
 from benchmarks.shapes import DIRECTIONS, STAGES, Shape  # noqa: E402
@@ -287,6 +287,6 @@ def test_contenders_on_a_gpu_are_its_backends(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(machine, "facts", lambda: {"backends": {"triton": "", "cuda": "not built", "cpu": ""}})
     peers = ["eager", "compiled", "plain", "plain-compiled"]
     peers += [*GATES, *(f"{name}-compiled" for name in GATES)]
-    assert conftest.contenders(Config("cpu")) == ["fused", *peers]  # type: ignore[arg-type]
-    assert conftest.contenders(Config("cuda")) == ["triton", *peers]  # type: ignore[arg-type]
-    assert {p.device for p in conftest.shapes(Config("cuda"))} == {"cuda"}  # type: ignore[arg-type]
+    assert grid.contenders(Config("cpu")) == ["fused", *peers]  # type: ignore[arg-type]
+    assert grid.contenders(Config("cuda")) == ["triton", *peers]  # type: ignore[arg-type]
+    assert {p.device for p in grid.shapes(Config("cuda"))} == {"cuda"}  # type: ignore[arg-type]

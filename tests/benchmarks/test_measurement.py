@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import bench_unit, conftest, contenders, end_to_end, gates, memory
+from benchmarks import bench_unit, contenders, end_to_end, gates, grid, memory
 from benchmarks.machine import ROOT
 from benchmarks.shapes import LAYOUTS, SHAPES, Shape
 from benchmarks.timing import Effort, Measured
@@ -36,24 +36,24 @@ class Config:
 
 def test_default_grid() -> None:
     """It has every promised shape, and the compiled contenders at few shapes."""
-    grid = conftest.shapes(Config())  # type: ignore[arg-type]
-    assert len(set(grid)) == len(grid)
-    assert {p.name for p in grid} == set(SHAPES) and {p.n for p in grid} == {1, 2, 8, 32}
-    assert {(p.dtype, p.layout) for p in grid} == {(d, o) for d in ("float32", "bfloat16") for o in LAYOUTS}
-    assert set(conftest.COMPILED_AT) < set(grid)
-    for p in grid:
-        names = set(conftest.contenders_at(Config(), p))  # type: ignore[arg-type]
+    every = grid.shapes(Config())  # type: ignore[arg-type]
+    assert len(set(every)) == len(every)
+    assert {p.name for p in every} == set(SHAPES) and {p.n for p in every} == {1, 2, 8, 32}
+    assert {(p.dtype, p.layout) for p in every} == {(d, o) for d in ("float32", "bfloat16") for o in LAYOUTS}
+    assert set(grid.COMPILED_AT) < set(every)
+    for p in every:
+        names = set(grid.contenders_at(Config(), p))  # type: ignore[arg-type]
         assert {"fused", "eager", *gates.GATES} <= names
-        assert (set(conftest.COMPILED) <= names) == (p in conftest.COMPILED_AT)
-        assert p in conftest.COMPILED_AT or not names & set(conftest.COMPILED)
-    full = conftest.shapes(Config(full=True))  # type: ignore[arg-type]
+        assert (set(grid.COMPILED) <= names) == (p in grid.COMPILED_AT)
+        assert p in grid.COMPILED_AT or not names & set(grid.COMPILED)
+    full = grid.shapes(Config(full=True))  # type: ignore[arg-type]
     assert len(full) == 4 * (3 * 8 + 1)
-    assert set(conftest.COMPILED) <= set(conftest.contenders_at(Config(full=True), full[0]))  # type: ignore[arg-type]
-    chosen = conftest.shapes(Config(size="m14", batch="4", dtype="float32", layout="nchw"))  # type: ignore[arg-type]
+    assert set(grid.COMPILED) <= set(grid.contenders_at(Config(full=True), full[0]))  # type: ignore[arg-type]
+    chosen = grid.shapes(Config(size="m14", batch="4", dtype="float32", layout="nchw"))  # type: ignore[arg-type]
     assert chosen == [Shape(4, 96, 14, 14)]
-    assert len(conftest.shapes(Config(quick=True))) == 2  # type: ignore[arg-type]
+    assert len(grid.shapes(Config(quick=True))) == 2  # type: ignore[arg-type]
     with pytest.raises(pytest.UsageError, match=r"--size 'm5': allowed are 56, 28"):
-        conftest.shapes(Config(size="m5"))  # type: ignore[arg-type]
+        grid.shapes(Config(size="m5"))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("dtype", "factor"), [("float32", 1.001), ("bfloat16", 1.5)])
@@ -97,7 +97,7 @@ def test_a_spoilt_measurement_is_made_once(
         PYTHONPATH=os.pathsep.join((str(tmp_path), str(ROOT))),
     )
     assert done.returncode == 1, done.stdout[-3000:] + done.stderr[-3000:]
-    assert done.stdout.count("measuring 1x320x7x7-float32-nchw") == 1
+    assert done.stdout.count("[1/1] 1x320x7x7-float32-nchw, 2 contenders") == 1
     assert "6 failed" in done.stdout and done.stdout.count("AssertionError: RuntimeError: planted") >= 6
     assert not rows.exists(), "there is no time to be kept"
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import malloc, scaling, sweep
+from benchmarks import scaling, sweep
 from benchmarks.machine import ROOT
 from benchmarks.shapes import Shape
 from benchmarks.timing import Effort
@@ -48,7 +48,6 @@ def test_the_sweep_fails_where_a_large_map_falls(
     """The file has every row, worst first."""
     rows = iter([swept("first", 5, 1.5), swept("last", mbytes, worst)])
     monkeypatch.setattr(sweep, "measure", lambda *_: next(rows))
-    monkeypatch.setattr(malloc, "restart", lambda: None)
     path = tmp_path / "rows.json"
     monkeypatch.setattr(sys, "argv", ["sweep", "--cases", "2", "--json", str(path), *flags])
     if status:

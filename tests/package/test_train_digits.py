@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -73,7 +74,7 @@ def test_kinds_differ_in_attention_only(digits: ModuleType) -> None:
 
 
 def test_a_stopped_run_goes_on_to_the_same_bits(
-    digits: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    digits: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plan = replace(digits.Plan.quick(), train=70, test=20, epochs=3, batch=32)
     monkeypatch.setattr(digits, "KINDS", ("STEAM",))
@@ -81,6 +82,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
     for folder in (whole, parts):
         folder.mkdir()
     digits.train(plan, whole, float("inf"))
+    capsys.readouterr()
     for done in range(plan.epochs):
         # By this clock one epoch starts before the deadline, and the next one after it.
         clock = iter([0.0] + [2.0] * 9)
@@ -92,6 +94,8 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
             else:
                 digits.train(plan, parts, 1.0)
         assert len(digits.load(parts, "STEAM", 0)[1]) == done + 1
+        line, *_ = re.findall(r"^\[.*", capsys.readouterr().out, re.MULTILINE)
+        assert line.startswith(f"[{done + 1}/3] ") and not line.endswith("left"), "earlier epochs have no duration"
     (net, history), (other, resumed) = digits.load(whole, "STEAM", 0), digits.load(parts, "STEAM", 0)
     assert history == resumed and len(history[0]["losses"]) == 3
     assert all(torch.equal(v, other.state_dict()[k]) for k, v in net.state_dict().items())
@@ -116,20 +120,30 @@ def test_fused_and_reference_train_alike(digits: ModuleType, monkeypatch: pytest
         digits.compare(plan)
 
 
-def test_quick_run(tmp_path: Path) -> None:
-    """The whole program writes results and pictures, and refuses a folder with other settings."""
-    command = [sys.executable, "examples/train_digits.py", "--out", str(tmp_path)]
-    done = subprocess.run([*command, "--quick"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+def test_quick_run(
+    digits: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The whole program writes results and pictures, counts its epochs, and refuses a folder with other settings."""
+    torch.set_num_threads(1)
+    monkeypatch.setattr(sys, "argv", ["train_digits.py", "--out", str(tmp_path), "--quick"])
+    digits.main()
+    printed = capsys.readouterr().out
     result = json.loads((tmp_path / "results.json").read_text())
     assert [r["kind"] for r in result["rows"]] == ["none", "SE", "ECA", "STEAM"]
     for r in result["rows"]:
         assert 0 <= r["accuracy_mean"] <= 1 and len(r["loss"]) == 1 and len(r["loss"][0]) == 2
         assert r["seconds"] > 0 and r["peak_bytes"] > 0
-        assert f"| {r['kind']} | {100 * r['accuracy_mean']:.2f} ± 0.00 %" in done.stdout
+        assert f"| {r['kind']} | {100 * r['accuracy_mean']:.2f} ± 0.00 %" in printed
+        (last,) = re.findall(rf"^\[[2468]/8\] {r['kind']}, seed 0, epoch 2 (.*); about .* left$", printed, re.MULTILINE)
+        loss, right = re.fullmatch(r"\(so far: loss (.*), accuracy (.*)\)", last).groups()  # type: ignore[union-attr]
+        assert float(loss) == pytest.approx(r["loss"][0][0], abs=1e-3) and float(right) == round(r["accuracy"][0][0], 3)
+    assert re.findall(r"^\[(\d)/8\]", printed, re.MULTILINE) == [*"12345678"]
+    assert re.findall(r"^\[(\d)/5\] compare: ", printed, re.MULTILINE) == [*"12345"]
+    assert "\r" not in printed
     assert (tmp_path / "train_digits.svg").read_bytes().lstrip().startswith(b"<?xml")
     assert (tmp_path / "train_digits_gates.png").read_bytes().startswith(b"\x89PNG")
-    refused = subprocess.run([*command, "--only", "report"], cwd=ROOT, capture_output=True, text=True)
+    command = [sys.executable, "examples/train_digits.py", "--out", str(tmp_path), "--only", "report"]
+    refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert refused.returncode == 2 and "holds a run with other settings" in refused.stderr
 
 
