@@ -90,10 +90,10 @@ demo: $(DEMO_INSTALLED) $(LIBRARY)
 	@$(PY) examples/quickstart.py
 
 test: venv
-	$(PY) -m pytest tests -m "not extended and not slow" -n 2 --dist loadgroup $(PYTEST_FLAGS)
+	$(PY) -m pytest tests -m "not slow" -n 2 --dist loadgroup $(PYTEST_FLAGS)
 
 test-all: test
-	$(PY) -m pytest tests -m "extended or slow" -n 2 --dist loadgroup $(PYTEST_FLAGS)
+	$(PY) -m pytest tests -m slow -n 2 --dist loadgroup $(PYTEST_FLAGS)
 
 lint: venv
 	$(PY) -m ruff check .

@@ -23,7 +23,7 @@ if not gpu_files():
 
 import torch  # noqa: E402
 
-from tests.support import tolerances  # noqa: E402
+from tests.support import slow, tolerances  # noqa: E402
 from tests.support.backends import unusable_backends, usable_backends  # noqa: E402
 from tests.support.poison import POISONED  # noqa: E402
 from tests.support.processes import PACKAGE  # noqa: E402
@@ -67,6 +67,11 @@ def pytest_collection() -> Generator[None, object, object]:
     result = yield
     restore(variables)
     return result
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    slow.mark(items)  # before pytest selects by markers
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -387,7 +387,10 @@ def test_a_library_for_this_processor_has_its_best_variant_alone(tmp_path: Path)
     "options, says",
     [
         (["-DSTEAM_CPU_FOR=mine"], "STEAM_CPU_FOR is mine; allowed are all, native"),
-        (["-DSTEAM_CPU_FOR=native", "-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64"], "another processor"),
+        (
+            ["-DSTEAM_CPU_FOR=native", "-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64"],
+            "another processor",
+        ),
     ],
     ids=["unknown", "cross compiler"],
 )
@@ -409,7 +412,9 @@ def test_unknown_cpu_variants_are_refused(tree: Path, value: str) -> None:
 def objects(tree: Path) -> dict[str, int]:
     """When each object of the CPU kernels was compiled."""
     folder = tree / "build" / "cmake" / "CMakeFiles"
-    return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in folder.glob("steam_cpu_*.dir/**/*ward*.o")}
+    return {
+        str(path.relative_to(folder)): path.stat().st_mtime_ns for path in folder.glob("steam_cpu_*.dir/**/*ward*.o")
+    }
 
 
 def test_nothing_is_compiled_twice_on_the_way_to_the_library_for_all_processors(tree: Path) -> None:
@@ -467,7 +472,9 @@ def test_a_library_for_another_processor_refuses_each_call(tree: Path) -> None:
     for call in (library.steam_cpu_forward, library.steam_cpu_backward):
         message = ctypes.create_string_buffer(256)
         assert call(None, None, message) == 1
-        assert message.value == b"this library was built for another processor, and has no variant that this one can run"
+        assert (
+            message.value == b"this library was built for another processor, and has no variant that this one can run"
+        )
 
     # Python's loader also asks a library for its operators.
     library = tree / "steam_kernels" / "libsteam_cpu.so"

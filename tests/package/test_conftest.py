@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import tolerances
+from tests.support import slow, tolerances
 from tests.support.build import ROOT
 from tests.support.gpu_files import gpu_files
 
@@ -122,6 +122,36 @@ def test_a_result_near_its_bound_fails_the_run(
     assert said == [f"FAILED: {ratio} % of a bound, 60 % is allowed: a planted result" for ratio in near]
     # A run that another one began adds to the record, and the other one judges it.
     assert run(**{tolerances.RECORD: str(record), f"{tolerances.RECORD}_BEGUN": str(record)}).returncode == 0
+
+
+def test_the_table_of_slow_tests_names_tests_that_exist() -> None:
+    for key in slow.SLOW:
+        file, _, name = key.partition("::")
+        source = (ROOT / file).read_text()
+        assert not name or f"def {name.split('[')[0]}" in source, key
+
+
+def test_a_few_of_each_grid_stay_in_the_short_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Item:
+        def __init__(self, nodeid: str) -> None:
+            self.nodeid, self.marked = nodeid, False
+
+        def add_marker(self, marker: pytest.MarkDecorator) -> None:
+            assert marker.name == "slow"
+            self.marked = True
+
+    monkeypatch.setattr(slow, "SLOW", {"a.py": 0, "a.py::test_grid": 3, "b.py::test_grid[long": 2})
+    names = [f"a.py::test_grid[{i}]" for i in range(7)] + ["a.py::test_one", "b.py::test_grid[short]"]
+    items = [Item(name) for name in [*names, "b.py::test_grid[long0]", "b.py::test_grid[long1]"]]
+    slow.mark(items)  # type: ignore[arg-type]
+    stay = [item.nodeid for item in items if not item.marked]
+    assert stay == [
+        "a.py::test_grid[0]",
+        "a.py::test_grid[3]",
+        "a.py::test_grid[6]",
+        *names[8:],
+        "b.py::test_grid[long0]",
+    ]
 
 
 def test_a_result_out_of_bounds_is_its_tests_failure() -> None:

@@ -126,7 +126,7 @@ def check(unit: FusedSTEAM, given: list[Tensor], y: Tensor, label: object, scale
     judge(truth, values, options).check({"y": y}, str(label))
 
 
-#: An export by dynamo takes seconds, so most run only in `make test-slow`.
+#: An export by dynamo takes seconds, so most run only in `make test-all`.
 SLOWLY = ["legacy", pytest.param("dynamo", marks=pytest.mark.slow)]
 
 
