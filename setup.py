@@ -146,7 +146,7 @@ def first_error(output: str) -> str:
 
 
 def say(text: str) -> None:
-    """Prints a line. Under pip, which hides what a build prints, the line also goes to the terminal, if there is one."""
+    """Prints a line. Under pip, which hides what a build prints, the line also goes to the terminal if there is one."""
     line = f"steam_kernels: {text}"
     print(line, flush=True)
     if "_PYPROJECT_HOOKS_BUILD_BACKEND" in os.environ:
