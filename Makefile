@@ -8,6 +8,7 @@
 # make train   trains a small ResNet with and without attention on handwritten digits
 # make gpu-report   builds the CUDA library for this machine's GPU, runs the GPU suite and the benchmarks on it, and writes
 #              one file in benchmarks/results/ (REPORT_FLAGS)
+# make docs    builds the site of the documentation into build/site, and fails on a broken link or reference
 # make clean   removes all built files and .venv
 #
 # PYTHON is the interpreter that makes .venv. STEAM_KERNELS_BUILD is `require` here, so that make stops if a library
@@ -91,3 +92,16 @@ gpu-report: $(INSTALLED)
 clean:
 	rm -rf $(VENV) build dist *.egg-info steam_kernels/libsteam_*.so steam_kernels/_build.txt .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The site needs neither torch nor the package, so it has an environment of its own: the extra `docs` of pyproject.toml.
+DOCS := build/docs-venv
+.PHONY: docs
+docs: $(DOCS)/.installed
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/python -m mkdocs build --strict --clean --quiet
+	@echo "build/site/index.html"
+
+$(DOCS)/.installed: pyproject.toml
+	$(PYTHON) -m venv --clear $(DOCS)
+	sed -n 's/^docs = \[\(.*\)\]$$/\1/p' pyproject.toml | tr ',' ' ' | \
+		xargs $(DOCS)/bin/python -m pip install --disable-pip-version-check --quiet
+	@touch $@
