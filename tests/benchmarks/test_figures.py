@@ -91,9 +91,9 @@ def test_the_contenders_of_the_readme_are_of_the_committed_run() -> None:
             agree(cell, [runs.times(v) for v in values], f"{contender}, {direction}")
 
 
-def test_the_prices_of_the_readme_are_of_the_committed_run() -> None:
+def test_the_prices_of_the_page_on_use_are_of_the_committed_run() -> None:
     tables = runs.networks_of(runs.read(LATEST)["end_to_end"]["rows"])
-    (table,) = [t for t in tables_of((ROOT / "README.md").read_text()) if t[0][0] == "network"]
+    (table,) = [t for t in tables_of((ROOT / "docs" / "when_to_use_it.md").read_text()) if t[0][0] == "network"]
     names = {runs.NAMES[c]: c for c in end_to_end.CONTENDERS if c != "plain"}
     columns = [names[name] for name in table[0][1:]]
     assert {"steam", "steam-reference", "se", "eca"} == set(columns) and len(table) > 3
