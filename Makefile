@@ -94,14 +94,15 @@ clean:
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The site needs neither torch nor the package, so it has an environment of its own: the extra `docs` of pyproject.toml.
+# mkdocs counts no warning with --quiet, and --strict would then pass.
 DOCS := build/docs-venv
 .PHONY: docs
 docs: $(DOCS)/.installed
-	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/python -m mkdocs build --strict --clean --quiet
-	@echo "build/site/index.html"
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/python -m mkdocs build --strict --clean
+	@echo "the site is build/site/index.html"
 
 $(DOCS)/.installed: pyproject.toml
 	$(PYTHON) -m venv --clear $(DOCS)
-	sed -n 's/^docs = \[\(.*\)\]$$/\1/p' pyproject.toml | tr ',' ' ' | \
+	sed -n '/^docs = /{s/^docs = \[\(.*\)\]$$/\1/;s/", "/" "/g;p;}' pyproject.toml | \
 		xargs $(DOCS)/bin/python -m pip install --disable-pip-version-check --quiet
 	@touch $@

@@ -102,7 +102,7 @@ def test_every_entry_says_what_to_do() -> None:
 
 
 def test_the_collector_sees_messages() -> None:
-    source = '''
+    source = """
 PREFIX = "a part of"
 def f(x):
     if x:
@@ -117,7 +117,7 @@ def why_not(call):
     return Library(path, reason or "the fourth of these")
 def other():
     return "not a message at all"
-'''
+"""
     assert messages(source) == {
         "a part of the text, got …",
         "a warning of two … literals",
