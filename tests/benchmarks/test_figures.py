@@ -115,6 +115,19 @@ def test_the_prices_of_the_page_on_use_are_of_the_committed_run() -> None:
             agree(cell, [runs.percent(r).removesuffix(" %") for r in ratios], f"{name}, {contender}")
 
 
+def test_the_sentences_of_the_readme_are_of_the_committed_run() -> None:
+    run, text = runs.read(LATEST), re.sub(r"\s+", " ", (ROOT / "README.md").read_text())
+    row = runs.networks_of(run["end_to_end"]["rows"])["resnet50", "training", "eager"]["steam"]
+    (found,) = re.findall(r"a training step of a ResNet-50 takes about (.*? more time and .*?) more memory", text)
+    printed = [runs.percent(row[ratio]).removesuffix(" %") for ratio in ("time_over_plain", "memory_over_plain")]
+    agree(found, printed, "training step")
+    unit, direction = runs.UnitRows(run["unit"]["rows"]), next(iter(runs.DIRECTIONS))
+    (found,) = re.findall(r"In the forward pass (SE is faster at .*?)\. The machine", text)
+    speedups = [unit.speedups(contender, direction) for contender in ("se", "eca", "gct")]
+    slower = [sum(ratio < 1 for ratio in ratios) for ratios in speedups]
+    agree(found, [slower[0], len(speedups[0]), *slower[1:]], "faster gates")
+
+
 def test_a_wrong_figure_of_the_readme_is_seen() -> None:
     agree("26.7 (3.9 to 75)", ["26.7", "3.91", "75.0"], "right")
     agree("3 (−2 to 6)", ["+3.0", "-1.9", "+6.0"], "right")
