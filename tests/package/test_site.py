@@ -25,7 +25,7 @@ def build(tree: Path, target: Path) -> subprocess.CompletedProcess[str]:
     for name in ("mkdocs", "material", "mkdocstrings_handlers.python"):
         pytest.importorskip(name)
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(target)]
-    return subprocess.run(command, cwd=tree, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=tree, capture_output=True, text=True, timeout=900)
 
 
 @pytest.fixture(scope="module")
