@@ -10,6 +10,7 @@
 # make gpu-report   builds the CUDA library for this machine's GPU, runs the GPU suite and the benchmarks on it, and writes
 #              one file in benchmarks/results/ (REPORT_FLAGS)
 # make wheel   writes to dist/ an sdist, and a wheel of the CPU kernels for any Python and any torch from 2.10
+# make docs    builds the site of the documentation into build/site, and fails on a broken link or reference
 # make clean   removes all built files and .venv
 #
 # PYTHON is the interpreter that makes .venv. STEAM_KERNELS_BUILD is `require` here, so that make stops if a library
@@ -137,3 +138,17 @@ wheel: venv
 clean:
 	rm -rf $(VENV) build dist *.egg-info steam_kernels/libsteam_*.so steam_kernels/_build.txt .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The site needs neither torch nor the package, so it has an environment of its own: the extra `docs` of pyproject.toml.
+# mkdocs counts no warning with --quiet, and --strict would then pass.
+DOCS := build/docs-venv
+.PHONY: docs
+docs: $(DOCS)/.installed
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/python -m mkdocs build --strict --clean
+	@echo "the site is build/site/index.html"
+
+$(DOCS)/.installed: pyproject.toml
+	$(PYTHON) -m venv --clear $(DOCS)
+	sed -n '/^docs = /{s/^docs = \[\(.*\)\]$$/\1/;s/", "/" "/g;p;}' pyproject.toml | \
+		xargs $(DOCS)/bin/python -m pip install --disable-pip-version-check --quiet
+	@touch $@

@@ -35,8 +35,9 @@ class FusedSTEAM(Layer):
         device, dtype: device and dtype of the parameters. The dtype is float32 or the dtype of the maps.
 
     Attributes:
-        channel_weight, spatial_weight: ``(4, embed_dim)`` parameters: query, key, value and output rows. Together they
-            have 8 d numbers [second-hand].
+        channel_weight: the ``(4, embed_dim)`` parameter of the channel branch: query, key, value and output rows.
+        spatial_weight: the parameter of the spatial branch, of the same shape. Both have 8 d numbers together
+            [second-hand].
         scale: a persistent float32 buffer of 0 dimensions. It starts at 1, or at 4 with ``identity_init``, and can be
             set to a number. :mod:`steam_kernels.scale` explains when a unit sees a value that a tool wrote into the
             buffer.

@@ -234,7 +234,10 @@ def gate(x: Tensor, g_c: Tensor, g_s: Tensor, scale: float | Tensor = 1.0) -> Te
     """``scale * x * g_c * g_s``, with g_s of each pixel's cell [second-hand: sigmoid gating; ours: nearest cell].
 
     Args:
-        x: ``(N, C, H, W)``; g_c: ``(N, C)``; g_s: ``(N, gh, gw)``; all in the accumulation dtype.
+        x: ``(N, C, H, W)``, in the accumulation dtype like both gates.
+        g_c: ``(N, C)``, the channel gate.
+        g_s: ``(N, gh, gw)``, the spatial gate.
+        scale: a factor of the gates.
     """
     return x * ((factor(scale, g_c) * g_c)[:, :, None, None] * spread(g_s, (x.shape[2], x.shape[3]))[:, None])
 

@@ -154,16 +154,18 @@ def insert_steam(
             and V3, ShuffleNetV2, EfficientNet, ConvNeXt and RegNet of torchvision and of timm. The blocks may be inside
             a detector, a segmentation model or an encoder. In any other CNN that takes one image, the stages are found
             by a dry run of a copy on the meta device. docs/models.md explains stages and blocks of each family.
-        sites: "adaptive": a unit after blocks 3, 6, 9, ... of each stage, and after the last block of a shorter stage.
-            This gives the paper's five units in a ResNet-50 [second-hand: five; ours: where].
-            "stages": a unit after each stage. If the blocks are not known, "adaptive" and "stages" both put a unit
-            after each module of a timm model's ``feature_info``, or where the resolution falls in another network.
-            "blocks": a unit in each block, at the end of its branch, before the addition (in ShuffleNetV2 before the
-            concatenation).
-            A list of module names (``model.named_modules()``), or a predicate ``(name, module) -> bool`` that is called
-            for each module below ``model``: a unit after each of these modules. A module must return one tensor
-            ``(N, C, H, W)``. In a Sequential the unit goes after the last module. If a module is called several times,
-            its unit is applied each time.
+        sites: where the units go.
+
+            - "adaptive": after blocks 3, 6, 9, ... of each stage, and after the last block of a shorter stage. This
+              gives the paper's five units in a ResNet-50 [second-hand: five; ours: where].
+            - "stages": after each stage. If the blocks are not known, "adaptive" and "stages" both put a unit after
+              each module of a timm model's ``feature_info``, or where the resolution falls in another network.
+            - "blocks": in each block, at the end of its branch, before the addition (in ShuffleNetV2 before the
+              concatenation).
+            - A list of module names (``model.named_modules()``), or a predicate ``(name, module) -> bool`` that is
+              called for each module below ``model``: after each of these modules. A module must return one tensor
+              ``(N, C, H, W)``. In a Sequential the unit goes after the last module. If a module is called several
+              times, its unit is applied each time.
         unit: options of :class:`steam_kernels.FusedSTEAM`, except ``channels``. The channels are those of the site, if
             they are known (blocks, convolutions, norms), else None. The device and dtype of the parameters are those of
             the site's parameters, or else those of the modules around it, unless ``device`` and ``dtype`` are given.

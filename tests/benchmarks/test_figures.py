@@ -91,9 +91,9 @@ def test_the_contenders_of_the_readme_are_of_the_committed_run() -> None:
             agree(cell, [runs.times(v) for v in values], f"{contender}, {direction}")
 
 
-def test_the_prices_of_the_readme_are_of_the_committed_run() -> None:
+def test_the_prices_of_the_page_on_use_are_of_the_committed_run() -> None:
     tables = runs.networks_of(runs.read(LATEST)["end_to_end"]["rows"])
-    (table,) = [t for t in tables_of((ROOT / "README.md").read_text()) if t[0][0] == "network"]
+    (table,) = [t for t in tables_of((ROOT / "docs" / "when_to_use_it.md").read_text()) if t[0][0] == "network"]
     names = {runs.NAMES[c]: c for c in end_to_end.CONTENDERS if c != "plain"}
     columns = [names[name] for name in table[0][1:]]
     assert {"steam", "steam-reference", "se", "eca"} == set(columns) and len(table) > 3
@@ -113,6 +113,19 @@ def test_the_prices_of_the_readme_are_of_the_committed_run() -> None:
                 [row["memory_over_plain"]] if memory_of else [row["time_over_plain"], *row["time_over_plain_quartiles"]]
             )
             agree(cell, [runs.percent(r).removesuffix(" %") for r in ratios], f"{name}, {contender}")
+
+
+def test_the_sentences_of_the_readme_are_of_the_committed_run() -> None:
+    run, text = runs.read(LATEST), re.sub(r"\s+", " ", (ROOT / "README.md").read_text())
+    row = runs.networks_of(run["end_to_end"]["rows"])["resnet50", "training", "eager"]["steam"]
+    (found,) = re.findall(r"a training step of a ResNet-50 takes about (.*? more time and .*?) more memory", text)
+    printed = [runs.percent(row[ratio]).removesuffix(" %") for ratio in ("time_over_plain", "memory_over_plain")]
+    agree(found, printed, "training step")
+    unit, direction = runs.UnitRows(run["unit"]["rows"]), next(iter(runs.DIRECTIONS))
+    (found,) = re.findall(r"In the forward pass (SE is faster at .*?)\. The machine", text)
+    speedups = [unit.speedups(contender, direction) for contender in ("se", "eca", "gct")]
+    slower = [sum(ratio < 1 for ratio in ratios) for ratios in speedups]
+    agree(found, [slower[0], len(speedups[0]), *slower[1:]], "faster gates")
 
 
 def test_a_wrong_figure_of_the_readme_is_seen() -> None:

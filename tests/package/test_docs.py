@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def prose(page: Path) -> str:
@@ -58,3 +58,14 @@ def test_the_map_has_every_folder_and_page() -> None:
     assert mapped and all((ROOT / folder).is_dir() for folder in mapped)
     linked = re.findall(r"\]\(docs/([^)#]+)\)", text)
     assert sorted(linked) == sorted(page.name for page in (ROOT / "docs").glob("*.md"))
+
+
+def test_the_first_screen_of_the_readme_says_once_that_no_gpu_has_run_the_kernels() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert len(re.findall("(?i)no gpu has", text)) == 1
+    assert "No GPU has run" in "\n".join(text.splitlines()[:20])
+
+
+def test_the_readme_has_two_commands() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert re.findall(r"(?m)^    make ([\w-]+)", text) == ["demo", "test"]
