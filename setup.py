@@ -108,8 +108,8 @@ def find_torch() -> Torch:
         missing = isinstance(error, ModuleNotFoundError) and error.name == "torch"
         raise BuildError(
             f"torch cannot be imported while building ({'it is not there' if missing else repr(error)}); "
-            "install torch first, and then this package by `pip install --no-build-isolation --no-cache-dir "
-            "--force-reinstall --no-deps` (pip would take the package without the library from its cache)"
+            "install torch first, and then this package with pip's options --no-build-isolation --no-cache-dir "
+            "--force-reinstall --no-deps (its cache has the package without the library)"
         ) from None
     found = re.match(r"(\d+)\.(\d+)", torch.__version__)
     if found is None or tuple(map(int, found.groups())) < OLDEST_TORCH:

@@ -105,7 +105,7 @@ def test_skip_builds_nothing(tree: Path) -> None:
         (
             "raise ModuleNotFoundError(\"No module named 'torch'\", name='torch')",
             # pip's cache holds the package that was built without torch, so the advice must go past the cache.
-            "`pip install --no-build-isolation --no-cache-dir --force-reinstall --no-deps`",
+            "pip's options --no-build-isolation --no-cache-dir --force-reinstall --no-deps",
         ),
         ("raise OSError('libcudart.so: no such file')", "libcudart.so: no such file"),
         ("__version__ = '2.9.1+cpu'", "torch is 2.9.1+cpu; 2.10 or newer is needed"),
