@@ -134,7 +134,7 @@ def test_wheel_is_for_any_python_and_carries_the_reason(tree: Path, mode: str, p
     assert {name.split("/")[0].split("-")[0] for name in names} == {"steam_kernels"}
 
 
-# --- What pip shows ----------------------------------------------------------------------------------------------------
+# --- What pip shows ---------------------------------------------------------------------------------------------------
 
 
 def test_an_older_setuptools_is_one_sentence(tree: Path) -> None:
@@ -155,7 +155,8 @@ def test_a_build_under_pip_says_on_the_terminal_what_it_does(tree: Path) -> None
         "import os, pty, subprocess, sys\n"
         "pid, terminal = pty.fork()\n"  # the child has a terminal of its own, and a standard output that is none
         "if pid == 0:\n"
-        "    done = subprocess.run([sys.executable, 'setup.py', '--quiet', 'build_ext', '--inplace'], capture_output=True)\n"
+        "    command = [sys.executable, 'setup.py', '--quiet', 'build_ext', '--inplace']\n"
+        "    done = subprocess.run(command, capture_output=True)\n"
         "    sys.stdout.buffer.write(done.stdout + done.stderr) if done.returncode else None\n"
         "    os._exit(done.returncode)\n"
         "seen = b''\n"

@@ -1,8 +1,7 @@
-"""The tests that `make test` leaves to `make test-all`, beside those with a marker of their own: they take long, or show again
-what others show.
+"""The tests that `make test` leaves to `make test-all`: they take long, or show again what others show.
 
-Of the tests whose id begins with a key, one in so many stays in `make test`: the first, and then every n-th in the order of
-collection. 0 leaves none. The longest key that fits a test counts.
+Other slow tests have the marker themselves. Of the tests whose id begins with a key of the table, one in so many stays in
+`make test`: the first, and then every n-th in the order of collection. 0 leaves none. The longest key that fits counts.
 """
 
 from __future__ import annotations

@@ -19,8 +19,8 @@ Under the guard ``torch.empty`` and related functions return NaN, so that an ele
 results. :meth:`Guard.unwritten` counts such elements. The guard counts traffic by launch and parameter: the bytes of
 the active lanes, and the 32-byte sectors of each load or store.
 
-The guard replaces private names of one version of Triton, and skips its tests under another one. Tests have planted bugs
-that it must catch.
+The guard replaces private names of one version of Triton, and skips its tests under another one. Tests have planted
+bugs that it must catch.
 """
 
 from __future__ import annotations
