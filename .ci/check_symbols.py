@@ -1,9 +1,9 @@
 """Checks that no code of one CPU variant can run in place of another's: `python .ci/check_symbols.py BUILD_DIR`.
 
 The variants are the same sources, compiled with different -march flags; float64 is compiled once. If the objects of
-two variants have the same weak symbol (an inline function, a template instance), the linker keeps one of them for both, and a
-processor without AVX-512 may run AVX-512 code. So an object of a variant must have no weak symbol, and exports only the
-name <source>_<variant>, which dispatch.cpp calls.
+two variants have the same weak symbol (an inline function, a template instance), the linker keeps one of them for
+both, and a processor without AVX-512 may run AVX-512 code. So an object of a variant must have no weak symbol, and
+exports only the name <source>_<variant>, which dispatch.cpp calls.
 """
 
 from __future__ import annotations

@@ -125,8 +125,8 @@ STEAM_API steam_status steam_cpu_backward(const steam_backward_args* args, const
 
 /* The names of the variants that this processor can run, the best first, separated by commas. */
 STEAM_API const char* steam_cpu_supported(void);
-/* The variant in use. It is the best variant until another is selected. It is "" in a library that was built for another
- * processor alone; all calls of the kernels then return STEAM_BAD_ARGUMENT. */
+/* The variant in use. It is the best variant until another is selected. It is "" in a library that was built for
+ * another processor alone; all calls of the kernels then return STEAM_BAD_ARGUMENT. */
 STEAM_API const char* steam_cpu_variant(void);
 /* Selects the named variant and returns 0. Returns 1 if no variant has this name or the processor cannot run it. */
 STEAM_API int steam_cpu_select(const char* name);

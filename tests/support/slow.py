@@ -1,7 +1,8 @@
 """The tests that `make test` leaves to `make test-all`: they take long, or show again what others show.
 
-Other slow tests have the marker themselves. Of the tests whose id begins with a key of the table, one in so many stays in
-`make test`: the first, and then every n-th in the order of collection. 0 leaves none. The longest key that fits counts.
+Other slow tests have the marker themselves. Of the tests whose id begins with a key of the table, one in so many stays
+in `make test`: the first, and then every n-th in the order of collection. 0 leaves none. The longest key that fits
+counts.
 """
 
 from __future__ import annotations
