@@ -154,6 +154,26 @@ def test_a_few_of_each_grid_stay_in_the_short_run(monkeypatch: pytest.MonkeyPatc
     ]
 
 
+def test_the_turns_together_run_every_slow_case() -> None:
+    class Item:
+        def __init__(self, nodeid: str) -> None:
+            self.nodeid = nodeid
+
+        def get_closest_marker(self, name: str) -> bool:
+            return "quick" not in self.nodeid
+
+    names = [f"a.py::test_grid[{i}]" for i in range(9)] + ["a.py::test_pair[a]", "a.py::test_pair[b]", "a.py::test_one"]
+    names += [f"a.py::test_quick[{i}]" for i in range(3)]
+    runs = [[i.nodeid for i in slow.of_turn([Item(n) for n in names], f"{turn}/4")[0]] for turn in range(7, 11)]
+    assert set().union(*runs) == set(names)
+    for run in runs:
+        assert len([n for n in run if "grid" in n]) in (2, 3)
+        assert len([n for n in run if "pair" in n]) == 1
+        assert {n for n in names if "one" in n or "quick" in n} <= set(run)
+    with pytest.raises(pytest.UsageError, match="STEAM_KERNELS_TEST_TURN is '3'; allowed are a number and"):
+        slow.of_turn([], "3")
+
+
 def test_a_result_out_of_bounds_is_its_tests_failure() -> None:
     lines = [json.dumps({"ratio": ratio, "what": "", "test": ""}) for ratio in (0.3, 1.01, float("inf"))]
     assert tolerances.too_near(lines) == []

@@ -7,7 +7,14 @@ counts.
 
 from __future__ import annotations
 
+import re
+from collections import defaultdict
+
 import pytest
+
+#: An environment variable. "5/4" runs one in four of the slow cases of each test with parameters, those of turn 5, so that
+#: four turns run all. CI takes the number of commits as the turn.
+TURN = "STEAM_KERNELS_TEST_TURN"
 
 SLOW = {
     # Networks, whole training runs, exporters: each takes many seconds.
@@ -96,3 +103,23 @@ def mark(items: list[pytest.Item]) -> None:
         if SLOW[key] == 0 or seen[key] % SLOW[key]:
             item.add_marker(pytest.mark.slow)
         seen[key] += 1
+
+
+def of_turn(items: list[pytest.Item], turn: str) -> tuple[list[pytest.Item], list[pytest.Item]]:
+    """The tests that run in a turn, and the others. Each test with parameters has a case in every turn."""
+    found = re.fullmatch(r"(\d+)/([1-9]\d*)", turn)
+    if found is None:
+        raise pytest.UsageError(f"{TURN} is {turn!r}; allowed are a number and a number from 1, as in 5/4")
+    now, turns = map(int, found.groups())
+    grids = defaultdict(list)
+    for item in items:
+        name, parameters, _ = item.nodeid.partition("[")
+        if parameters and item.get_closest_marker("slow"):
+            grids[name].append(item)
+    others = {
+        item.nodeid
+        for grid in grids.values()
+        for i, item in enumerate(grid)
+        if (i - now) % min(turns, len(grid))
+    }
+    return [i for i in items if i.nodeid not in others], [i for i in items if i.nodeid in others]
