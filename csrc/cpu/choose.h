@@ -38,13 +38,13 @@ constexpr int held_vectors(int wanted) {
   return std::is_same_v<T, double> ? 1 : std::is_same_v<T, Float16> ? smaller(wanted, 4) : wanted;
 }
 
-// The argument is n, which is from 1 to kMost. Without instances (kMost = 0) there is no call.
+// The argument is n, which is from 1 to kMost.
 template <int kMost, class F>
 STEAM_INLINE void with_unroll(int64_t n, const F& f) {
   if constexpr (kMost > 1) {
     if (n < kMost) return with_unroll<kMost - 1>(n, f);
   }
-  if constexpr (kMost > 0) f.template operator()<kMost>();
+  f.template operator()<kMost>();
 }
 
 // Splits `vectors` into tiles of at most kMost vectors, whose sizes differ by at most one. The argument is the size of

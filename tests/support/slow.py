@@ -30,6 +30,7 @@ SLOW = {
     "tests/models/test_unknown_networks.py::test_every_classifier_of_torchvision": 0,
     "tests/kernels/test_tasks.py::test_detection_and_instance_segmentation": 0,
     "tests/package/test_snippets.py::test_snippet": 3,
+    "tests/package/test_train_digits.py::test_fused_and_reference_train_alike": 0,
     "tests/package/test_train_digits.py::test_quick_run": 0,
     # Compilers and exporters.
     "tests/unit/test_compile.py::test_module_in_a_network": 0,
