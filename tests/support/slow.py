@@ -12,8 +12,8 @@ from collections import defaultdict
 
 import pytest
 
-#: An environment variable. "5/4" runs one in four of the slow cases of each test with parameters, those of turn 5, so that
-#: four turns run all. CI takes the number of commits as the turn.
+#: An environment variable. "5/4" runs one in four of the slow cases of each test with parameters, those of turn 5, so
+#: that four turns run all. CI takes the number of commits as the turn.
 TURN = "STEAM_KERNELS_TEST_TURN"
 
 SLOW = {
@@ -118,9 +118,6 @@ def of_turn(items: list[pytest.Item], turn: str) -> tuple[list[pytest.Item], lis
         if parameters and item.get_closest_marker("slow"):
             grids[name].append(item)
     others = {
-        item.nodeid
-        for grid in grids.values()
-        for i, item in enumerate(grid)
-        if (i - now) % min(turns, len(grid))
+        item.nodeid for grid in grids.values() for i, item in enumerate(grid) if (i - now) % min(turns, len(grid))
     }
     return [i for i in items if i.nodeid not in others], [i for i in items if i.nodeid in others]

@@ -61,7 +61,9 @@ def test_the_reference_does_not_run_in_silence(without_library: Path, call: str)
     """A process warns once. The warning names the missing backend, the reason and the command that helps."""
     (found,) = warnings_of(call, without_library)
     assert "cpu: libsteam_cpu.so is not in" in found and "never built" in found
-    assert found.endswith("python -m pip install --no-build-isolation --no-cache-dir --force-reinstall --no-deps PATH_OF_THE_SOURCES")
+    assert found.endswith(
+        "python -m pip install --no-build-isolation --no-cache-dir --force-reinstall --no-deps PATH_OF_THE_SOURCES"
+    )
 
 
 @pytest.mark.parametrize("name,value", [("STEAM_KERNELS_CPU", "sse9"), ("STEAM_KERNELS_CACHE", "16M")])
