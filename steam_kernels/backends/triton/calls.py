@@ -102,8 +102,10 @@ class BackwardMemory(NamedTuple):
     """Working memory of the backward pass.
 
     ``sums`` and ``products`` are (N, C gh gw), and None if they are not needed. ``gates``, ``flows`` and ``shifts`` are
-    (N, C + gh gw). ``windows``, ``partials`` and ``partials_c`` have a row for each block of channels of each sample:
-    of 2 (CHANNELS + 4 x reach), of gh gw and of 2 heads numbers. ``partials_s`` is (N, 2 heads).
+    (N, C + gh gw). ``jacobian_c`` has (K + 1 + 2 heads) C numbers for each sample, of K neighbours on the ring, and
+    ``jacobian_s`` (K + 1) gh gw, of K places on the lattice. ``windows``, ``partials`` and ``partials_c`` have a row
+    for each block of channels of each sample: of CHANNELS + 2 x reach, of gh gw and of 2 heads numbers. ``partials_s``
+    is (N, 2 heads).
     """
 
     sums: Tensor | None
@@ -111,6 +113,8 @@ class BackwardMemory(NamedTuple):
     gates: Tensor
     flows: Tensor
     shifts: Tensor
+    jacobian_c: Tensor | None
+    jacobian_s: Tensor
     windows: Tensor
     partials: Tensor
     partials_c: Tensor
@@ -208,7 +212,9 @@ def run_backward(
             sums if ring and call.options.SEQUENTIAL else 0,
             sums,
             *(row, row, row),
-            blocks * 2 * (channels + 4 * call.reach),
+            p.samples * p.channels * (call.ring[1] + 1 + 2 * call.heads) if ring else 0,
+            p.samples * p.cells * ((9 if call.options.DIAGONAL else 5) + 1),
+            blocks * (channels + 2 * call.reach),
             blocks * p.cells,
             blocks * 2 * call.heads,
             p.samples * 2 * call.heads,
@@ -257,19 +263,19 @@ def _stages_backward(
         given, sums = (memory.products, None, None), memory.sums
     options, keywords = call.graph_constants, how.keywords
     graph_backward_cells[(how.programs,)](
-        *given, saved, memory.gates, memory.flows, memory.partials, *call.sizes(how),
-        SCALE=scale, RING=ring, ACC=call.acc, **keywords,
+        *given, saved, memory.gates, memory.flows, memory.jacobian_c, memory.partials,
+        *call.branch(how, weights.channel, True), SCALE=scale, RING=ring, **options, **keywords,
     )  # fmt: skip
     single = launch.lattice(*call.graph_key)
     lattice_backward[(single.programs,)](
-        saved, memory.gates, memory.flows, memory.shifts, memory.partials, memory.partials_s,
+        saved, memory.gates, memory.flows, memory.shifts, memory.jacobian_s, memory.partials, memory.partials_s,
         *call.branch(single, weights.spatial, False), SCALE=scale, **options, **single.keywords,
     )  # fmt: skip
     if ring:
         graph_backward_ring[(how.programs,)](
             sums if call.options.SEQUENTIAL else None,
-            saved, memory.flows, memory.shifts, memory.windows, memory.partials_c,
-            *call.branch(how, weights.channel, True), **options, **keywords,
+            saved, memory.flows, memory.shifts, memory.jacobian_c, memory.windows, memory.partials_c,
+            *call.sizes(how), call.heads, *call.ring, **options, **keywords,
         )  # fmt: skip
 
 

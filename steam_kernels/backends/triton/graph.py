@@ -55,14 +55,14 @@ def rows_of(n, saved, gates, sizes):
 
 
 @triton.jit
-def block_of(b, sizes, ring_first, ring_count, WIDER: tl.constexpr, OPTIONS: tl.constexpr, TILE: tl.constexpr):
-    """Block b of the channels, with a halo of WIDER times the reach of the ring."""
+def block_of(b, sizes, ring_first, ring_count, OPTIONS: tl.constexpr, TILE: tl.constexpr):
+    """Block b of the channels, with a halo of the reach of the ring."""
     first = b * TILE.CHANNELS
     last = ring_first + ring_count
     if OPTIONS.RING_LOOPS:
         last -= 1
     reach = tl.maximum(-ring_first, last)
-    halo = tl.where(sizes.channels > TILE.CHANNELS, WIDER * reach, 0)
+    halo = tl.where(sizes.channels > TILE.CHANNELS, reach, 0)
     return Block(first, tl.minimum(TILE.CHANNELS, sizes.channels - first), halo, reach)
 
 
@@ -193,17 +193,17 @@ def halo_sums(
 
 
 @triton.jit
-def sums_of_blocks(partial, cell, blocks, sizes, TILE: tl.constexpr, ACC: tl.constexpr):
-    """The partials of all blocks of channels of a sample, added up in a fixed order, for CELLS cells from ``cell``."""
+def sums_of_blocks(partials, cell, sizes, TILE: tl.constexpr, ACC: tl.constexpr):
+    """The partials of all blocks of channels of a sample, added up in a fixed order, for each ``cell``; (NODES,)."""
     cells = sizes.grid_h * sizes.grid_w
-    # [1, CELLS]
-    ij = cell + tl.arange(0, TILE.CELLS)[None, :]
-    # [BLOCKS, CELLS]
-    total = tl.zeros([TILE.BLOCKS, TILE.CELLS], ACC)
+    blocks = tl.cdiv(sizes.channels, TILE.CHANNELS)
+    # [BLOCKS, NODES]
+    total = tl.zeros([TILE.BLOCKS, TILE.NODES], ACC)
     for first in range(0, blocks, TILE.BLOCKS):
         b = first + tl.arange(0, TILE.BLOCKS)[:, None]
-        total += tl.load(partial + b.to(tl.int64) * cells + ij, mask=(b < blocks) & (ij < cells), other=0.0)
-    # [CELLS]
+        inside = (b < blocks) & (cell < cells)[None, :]
+        total += tl.load(partials + b.to(tl.int64) * cells + cell[None, :], mask=inside, other=0.0)
+    # [NODES]
     return tl.sum(total, 0)
 
 
@@ -243,7 +243,7 @@ def graph_of(
     cells = sizes.grid_h * sizes.grid_w
     sums += n * sizes.channels * cells
     rows = rows_of(n, saved, gates, sizes)
-    block = block_of(b, sizes, ring_first, ring_count, 1, OPTIONS, TILE)
+    block = block_of(b, sizes, ring_first, ring_count, OPTIONS, TILE)
     place = n * tl.cdiv(sizes.channels, TILE.CHANNELS) + b
     window = windows + place * (TILE.CHANNELS + 2 * block.reach)
     partial = partials + place * cells
@@ -300,18 +300,18 @@ def lattice_gates(
     """u, o_s and g_s of sample n, from the sums of its blocks of channels."""
     cells = sizes.grid_h * sizes.grid_w
     rows = rows_of(n, saved, gates, sizes)
-    blocks = tl.cdiv(sizes.channels, TILE.CHANNELS)
-    for cell in range(0, cells, TILE.CELLS):
-        # [CELLS]
-        ij = cell + tl.arange(0, TILE.CELLS)
-        total = sums_of_blocks(partials + n * blocks * cells, cell, blocks, sizes, TILE, ACC)
-        tl.store(rows.u + ij, total / (pixels_of(ij, sizes).to(ACC) * sizes.channels), mask=ij < cells)
+    partials += n * tl.cdiv(sizes.channels, TILE.CHANNELS) * cells
+    for first in range(0, cells, TILE.NODES):
+        # [NODES]
+        i = first + tl.arange(0, TILE.NODES)
+        total = sums_of_blocks(partials, i, sizes, TILE, ACC)
+        tl.store(rows.u + i, total / (pixels_of(i, sizes).to(ACC) * sizes.channels), mask=i < cells)
     tl.debug_barrier()
 
     a, b = collapse(weight, TILE, ACC)
     lattice = lattice_of(sizes, OPTIONS)
     for first in range(0, cells, TILE.NODES):
-        # [NODES], which may be another length than CELLS
+        # [NODES]
         i = first + tl.arange(0, TILE.NODES)
         o = transform(rows.u, tl.where(i < cells, i, 0), a, b, weight.heads, lattice)
         tl.store(rows.o_s + i, o, mask=i < cells)

@@ -82,7 +82,9 @@ def whole_backward(
     dresidual,  # None: not needed
     sums,  # None: each cell is a pixel, or not needed
     products,  # None: each cell is a pixel
-    saved, gates, flows, shifts, windows,
+    saved, gates, flows, shifts,
+    jacobian_c,  # None: not RING
+    jacobian_s, windows,
     partials,  # of the blocks of channels
     partials_c, partials_s,
     channel_weight, spatial_weight, channel_row, channel_column, spatial_row, spatial_column,
@@ -110,19 +112,19 @@ def whole_backward(
     blocks = tl.cdiv(sizes.channels, GRAPH.CHANNELS)
     for b in range(blocks):
         cells_of(
-            n, b, factor, dy_of_cells, y_of_cells, saved, gates, flows, partials, sizes,
-            SCALE, RING, LAYOUT, GRAPH, ACC,
+            n, b, factor, dy_of_cells, y_of_cells, saved, gates, flows, jacobian_c, partials, channel, sizes,
+            ring_first, ring_count, SCALE, RING, OPTIONS, LAYOUT, GRAPH, ACC,
         )  # fmt: skip
     tl.debug_barrier()
     lattice_backward_of(
-        n, saved, gates, flows, shifts, partials, partials_s, spatial, sizes, SCALE, OPTIONS, GRAPH, ACC
+        n, saved, gates, flows, shifts, jacobian_s, partials, partials_s, spatial, sizes, SCALE, OPTIONS, GRAPH, ACC
     )  # fmt: skip
     if RING:
         tl.debug_barrier()
         for b in range(blocks):
             ring_backward_of(
-                n, b, pooled, saved, flows, shifts, windows, partials_c, channel, sizes, ring_first, ring_count,
-                OPTIONS, LAYOUT, GRAPH, ACC,
+                n, b, pooled, saved, flows, shifts, jacobian_c, windows, partials_c, sizes, heads, ring_first,
+                ring_count, OPTIONS, LAYOUT, GRAPH, ACC,
             )  # fmt: skip
     if dx is not None or dresidual is not None:
         tl.debug_barrier()
