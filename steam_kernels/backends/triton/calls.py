@@ -90,12 +90,14 @@ class ForwardMemory(NamedTuple):
 
     ``sums`` are (N, C gh gw), and None where each cell is a pixel. ``gates`` are (N, C + gh gw). ``windows`` and
     ``partials`` have a row for each block of channels of each sample, of CHANNELS + 2 x reach and of gh gw numbers.
+    ``vectors`` have a row of 2 gh gw numbers for each program of the gate stage that computes the lattice of its sample.
     """
 
     sums: Tensor | None
     gates: Tensor
     windows: Tensor
     partials: Tensor
+    vectors: Tensor | None
 
 
 class BackwardMemory(NamedTuple):
@@ -151,7 +153,8 @@ def run_forward(
     saved = x.new_empty((p.samples, 2 * (p.channels + p.cells)), dtype=accumulation_dtype(x.dtype))
     if p.samples == 0:
         return saved
-    small = launch.is_small(p)
+    small, gating = launch.is_small(p), launch.gate(p)
+    merged = not small and launch.lattice_in_gate(*call.graph_key)
     how = (launch.whole if small else launch.graph)(*call.graph_key)
     channels = how.constants["GRAPH_CHANNELS" if small else "CHANNELS"]
     blocks = p.samples * launch.ceil_div(p.channels, channels)
@@ -162,6 +165,7 @@ def run_forward(
             p.samples * (p.channels + p.cells),
             blocks * (channels + 2 * call.reach),
             blocks * p.cells,
+            gating.programs * 2 * p.cells if merged else 0,
         )
     )
     if small:
@@ -171,7 +175,7 @@ def run_forward(
             y,
             memory.sums,
             saved,
-            *memory[1:],
+            *(memory.gates, memory.windows, memory.partials),
             *call.branches(how, weights),
             SCALE=scale,
             RELU=relu,
@@ -183,15 +187,19 @@ def run_forward(
         _pool(call, x, None, None, memory.sums, None)
     sums = x if memory.sums is None else memory.sums
     arguments = call.branch(how, weights.channel, True)
-    graph[(how.programs,)](sums, saved, *memory[1:], *arguments, **call.graph_constants, **how.keywords)
-    how = launch.lattice(*call.graph_key)
-    arguments = call.branch(how, weights.spatial, False)
-    lattice[(how.programs,)](
-        saved, memory.gates, memory.partials, *arguments, **call.graph_constants, **how.keywords
+    graph[(how.programs,)](
+        sums, saved, memory.gates, memory.windows, memory.partials, *arguments, **call.graph_constants, **how.keywords
     )  # fmt: skip
-    how = launch.gate(p)
-    gate[(how.programs,)](
-        x, residual, y, memory.gates, how.steps, *call.sizes(how), SCALE=scale, RELU=relu, ACC=call.acc, **how.keywords
+    single = launch.lattice(*call.graph_key)
+    if not merged:
+        arguments = call.branch(single, weights.spatial, False)
+        lattice[(single.programs,)](
+            saved, memory.gates, memory.partials, *arguments, **call.graph_constants, **single.keywords
+        )  # fmt: skip
+    gate[(gating.programs,)](
+        x, residual, y, memory.gates, gating.steps, saved, memory.partials if merged else None, memory.vectors,
+        *call.branch(gating, weights.spatial, False),
+        SCALE=scale, RELU=relu, GRAPH=single.keywords["TILE"], **call.graph_constants, **gating.keywords,
     )  # fmt: skip
     return saved
 

@@ -120,11 +120,11 @@ def load_cells(
         values = tl.load(x + start + flat, mask=read, other=0.0)
         if dy is not None:
             values = values.to(ACC) * upstream(dy, y, start + flat, read, ACC)
-        # [GROUPS * CELLS * LANES]
-        index = tl.reshape(tl.where(inside, member * cells + ij, 0), [TILE.CHANNELS * TILE.CELLS])
+        # [GROUPS * CELLS * LANES]: a place beyond the last cell of a channel is in the run too, in the next channel
+        index = tl.reshape(member * cells + ij, [TILE.CHANNELS * TILE.CELLS])
         tile = tl.reshape(tl.gather(values, index, 0), [GROUPS, TILE.CELLS, TILE.LANES])
-        # [GROUPS, CELLS, LANES]
-        tile = tl.where(inside, tile.to(ACC), 0.0)
+        # [GROUPS, CELLS, LANES]: the run is 0 beyond the last channel
+        tile = tl.where(ij < cells, tile.to(ACC), 0.0)
     else:
         if LAYOUT.CHANNELS_LAST:
             offset = ij.to(tl.int64) * channels + c
@@ -205,6 +205,12 @@ def sums_of_blocks(partials, cell, sizes, TILE: tl.constexpr, ACC: tl.constexpr)
         total += tl.load(partials + b.to(tl.int64) * cells + cell[None, :], mask=inside, other=0.0)
     # [NODES]
     return tl.sum(total, 0)
+
+
+@triton.jit
+def partials_of(n, partials, sizes, TILE: tl.constexpr):
+    """The partials of sample n, one row of gh gw numbers for each block of channels."""
+    return partials + n * tl.cdiv(sizes.channels, TILE.CHANNELS) * (sizes.grid_h * sizes.grid_w)
 
 
 @triton.jit
@@ -294,28 +300,32 @@ def graph_of(
 
 @triton.jit
 def lattice_gates(
-    n, saved, gates, partials, weight, sizes,
+    partials,  # of the blocks of channels of the sample
+    u, o_s, g_s,
+    kept,  # None: u is kept
+    keep, weight, sizes,
     OPTIONS: tl.constexpr, TILE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """u, o_s and g_s of sample n, from the sums of its blocks of channels."""
+    """u and g_s of a sample, from the sums of its blocks of channels. If ``keep``, also o_s, and u in ``kept``."""
     cells = sizes.grid_h * sizes.grid_w
-    rows = rows_of(n, saved, gates, sizes)
-    partials += n * tl.cdiv(sizes.channels, TILE.CHANNELS) * cells
     for first in range(0, cells, TILE.NODES):
         # [NODES]
         i = first + tl.arange(0, TILE.NODES)
         total = sums_of_blocks(partials, i, sizes, TILE, ACC)
-        tl.store(rows.u + i, total / (pixels_of(i, sizes).to(ACC) * sizes.channels), mask=i < cells)
+        token = total / (pixels_of(i, sizes).to(ACC) * sizes.channels)
+        tl.store(u + i, token, mask=i < cells)
+        if kept is not None:
+            tl.store(kept + i, token, mask=(i < cells) & keep)
     tl.debug_barrier()
 
-    a, b = collapse(weight, TILE, ACC)
+    score, value = collapse(weight, TILE, ACC)
     lattice = lattice_of(sizes, OPTIONS)
     for first in range(0, cells, TILE.NODES):
         # [NODES]
         i = first + tl.arange(0, TILE.NODES)
-        o = transform(rows.u, tl.where(i < cells, i, 0), a, b, weight.heads, lattice)
-        tl.store(rows.o_s + i, o, mask=i < cells)
-        tl.store(rows.g_s + i, sigmoid(o)[0], mask=i < cells)
+        o = transform(u, tl.where(i < cells, i, 0), score, value, weight.heads, lattice)
+        tl.store(o_s + i, o, mask=(i < cells) & keep)
+        tl.store(g_s + i, sigmoid(o)[0], mask=i < cells)
 
 
 # ---- kernels ---------------------------------------------------------------------------------------------------------
@@ -348,4 +358,7 @@ def lattice(
     """A program is the cells of a sample."""
     sizes = sizes_of(channels, area, width, grid_h, grid_w, LAYOUT)
     weight = Weight(spatial_weight, spatial_row, spatial_column, heads, head_width)
-    lattice_gates(tl.program_id(0).to(tl.int64), saved, gates, partials, weight, sizes, OPTIONS, TILE, ACC)
+    n = tl.program_id(0).to(tl.int64)
+    rows = rows_of(n, saved, gates, sizes)
+    partials = partials_of(n, partials, sizes, TILE)
+    lattice_gates(partials, rows.u, rows.o_s, rows.g_s, None, True, weight, sizes, OPTIONS, TILE, ACC)

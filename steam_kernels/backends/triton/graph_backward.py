@@ -18,6 +18,7 @@ from .graph import (
     halo_sums,
     lattice_of,
     load_cells,
+    partials_of,
     pixels_of,
     ring_of,
     rows_of,
@@ -166,7 +167,7 @@ def lattice_backward_of(
     cells = sizes.grid_h * sizes.grid_w
     rows = rows_of(n, saved, gates, sizes)
     gradients = gradients_of(n, flows, shifts, sizes)
-    partials += n * tl.cdiv(sizes.channels, TILE.CHANNELS) * cells
+    partials = partials_of(n, partials, sizes, TILE)
     score, value = collapse(weight, TILE, ACC)
     lattice = lattice_of(sizes, OPTIONS)
     jacobian = jacobians + n * cells * (lattice.neighbors + 1)

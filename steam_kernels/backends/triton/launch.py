@@ -96,7 +96,7 @@ GROUPS: dict[str, dict[str, Any]] = {
 #: The kernels in which the compiler may contract a product and a sum. The others add up products across the lanes of a
 #: warp: contracted into the first step of a butterfly, a product would be rounded in one lane and not in the other, and
 #: lanes that hold copies of one sum would hold different bits.
-FUSING = ("gate", "gate_backward")
+FUSING = ("gate_backward",)
 
 
 @dataclass(frozen=True)
@@ -315,6 +315,16 @@ def lattice(p: Pass, heads: int, head_width: int) -> Launch:
     """One program per sample."""
     kernel = "lattice_backward" if p.backward else "lattice"
     return graph_stage(p, kernel, p.samples, LATTICE_THREADS, heads, head_width)
+
+
+def lattice_in_gate(p: Pass, heads: int, head_width: int) -> bool:
+    """Whether each program of the gate stage computes the lattice of its sample, in place of a launch of its own.
+
+    A launch takes longer than the work, if a program has at most four pairs of a cell and a head for each thread, and
+    adds up the partials of all blocks of channels at once.
+    """
+    told = graph_blocks(p, heads, head_width, graph_tile(p))
+    return power(p.cells) * told["HEADS"] <= 512 and ceil_div(p.channels, told["CHANNELS"]) <= told["BLOCKS"]
 
 
 #: The most threads that a program of the gate stage has, alone or in a whole sample.

@@ -5,7 +5,7 @@ import triton.language as tl
 
 from .arguments import DO_NOT_SPECIALIZE, Sizes, sizes_of, weights_of
 from .gate import gate_backward_of, gate_of, gate_tiles
-from .graph import graph_of, lattice_gates
+from .graph import graph_of, lattice_gates, partials_of, rows_of
 from .graph_backward import cells_of, lattice_backward_of, ring_backward_of
 from .pool import pool_runs_of, pool_tiles_of
 
@@ -67,11 +67,13 @@ def whole(
             OPTIONS, LAYOUT, GRAPH, ACC,
         )  # fmt: skip
     tl.debug_barrier()
-    lattice_gates(n, saved, gates, partials, spatial, sizes, OPTIONS, GRAPH, ACC)
+    rows = rows_of(n, saved, gates, sizes)
+    partials = partials_of(n, partials, sizes, GRAPH)
+    lattice_gates(partials, rows.u, rows.o_s, rows.g_s, None, True, spatial, sizes, OPTIONS, GRAPH, ACC)
     tl.debug_barrier()
     steps, run_blocks = steps_of_sample(sizes, GATE)
     for t in range(run_blocks):
-        gate_of(n, t, x, residual, y, gates, sizes, steps, SCALE, RELU, LAYOUT, GATE, ACC)
+        gate_of(n, t, x, residual, y, rows.g_c, rows.g_s, sizes, steps, SCALE, RELU, LAYOUT, GATE, ACC)
 
 
 @triton.jit(do_not_specialize=DO_NOT_SPECIALIZE)
