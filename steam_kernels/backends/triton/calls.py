@@ -58,7 +58,7 @@ class Call(NamedTuple):
         return (weight, *weight.stride(), *self.sizes(how), self.heads, self.head_width, *last)
 
     def branches(self, how: launch.Launch, weights: Weights) -> tuple[Any, ...]:
-        """The last runtime arguments of a kernel of a whole sample."""
+        """The last runtime arguments of a kernel of both branches."""
         strides = *weights.channel.stride(), *weights.spatial.stride()
         return (*weights, *strides, *self.sizes(how), self.heads, self.head_width, *self.ring)
 
@@ -105,9 +105,9 @@ class BackwardMemory(NamedTuple):
 
     ``sums`` and ``products`` are (N, C gh gw), and None if they are not needed. ``gates``, ``flows`` and ``shifts`` are
     (N, C + gh gw). ``jacobian_c`` has (K + 1 + 2 heads) C numbers for each sample, of K neighbours on the ring, and
-    ``jacobian_s`` (K + 1) gh gw, of K places on the lattice. ``windows``, ``partials`` and ``partials_c`` have a row
-    for each block of channels of each sample: of CHANNELS + 2 x reach, of gh gw and of 2 heads numbers. ``partials_s``
-    is (N, 2 heads).
+    ``jacobian_s`` (K + 1 + 2 heads) gh gw, of K places on the lattice. ``vectors``, ``windows``, ``partials`` and
+    ``partials_c`` have a row for each block of channels of each sample: of 2 gh gw, of CHANNELS + 2 x reach, of gh gw
+    and of 2 heads numbers. ``partials_s`` is (N, 2 heads). ``vectors`` are None if the lattice has a launch of its own.
     """
 
     sums: Tensor | None
@@ -117,6 +117,7 @@ class BackwardMemory(NamedTuple):
     shifts: Tensor
     jacobian_c: Tensor | None
     jacobian_s: Tensor
+    vectors: Tensor | None
     windows: Tensor
     partials: Tensor
     partials_c: Tensor
@@ -154,7 +155,7 @@ def run_forward(
     if p.samples == 0:
         return saved
     small, gating = launch.is_small(p), launch.gate(p)
-    merged = not small and launch.lattice_in_gate(*call.graph_key)
+    merged = not small and launch.merges_lattice(*call.graph_key)
     how = (launch.whole if small else launch.graph)(*call.graph_key)
     channels = how.constants["GRAPH_CHANNELS" if small else "CHANNELS"]
     blocks = p.samples * launch.ceil_div(p.channels, channels)
@@ -221,7 +222,8 @@ def run_backward(
             sums,
             *(row, row, row),
             p.samples * p.channels * (call.ring[1] + 1 + 2 * call.heads) if ring else 0,
-            p.samples * p.cells * ((9 if call.options.DIAGONAL else 5) + 1),
+            p.samples * p.cells * ((9 if call.options.DIAGONAL else 5) + 1 + 2 * call.heads),
+            blocks * 2 * p.cells if ring and not small and launch.merges_lattice(*call.graph_key) else 0,
             blocks * (channels + 2 * call.reach),
             blocks * p.cells,
             blocks * 2 * call.heads,
@@ -233,7 +235,8 @@ def run_backward(
             *maps,
             *memory[:2],
             saved,
-            *memory[2:],
+            *memory[2:7],
+            *memory[8:],
             *call.branches(how, weights),
             SCALE=scale,
             RING=ring,
@@ -269,21 +272,24 @@ def _stages_backward(
     else:
         _pool(call, x, dy, y, memory.sums, memory.products)
         given, sums = (memory.products, None, None), memory.sums
-    options, keywords = call.graph_constants, how.keywords
-    graph_backward_cells[(how.programs,)](
-        *given, saved, memory.gates, memory.flows, memory.jacobian_c, memory.partials,
-        *call.branch(how, weights.channel, True), SCALE=scale, RING=ring, **options, **keywords,
+    options, keywords, merged = call.graph_constants, how.keywords, memory.vectors is not None
+    jacobian_s = memory.jacobian_s if merged else None
+    graph_backward_cells[(how.programs + merged * call.of.samples,)](
+        *given, saved, memory.gates, memory.flows, memory.jacobian_c, jacobian_s, memory.partials,
+        *call.branches(how, weights), SCALE=scale, RING=ring, **options, **keywords,
     )  # fmt: skip
-    single = launch.lattice(*call.graph_key)
-    lattice_backward[(single.programs,)](
-        saved, memory.gates, memory.flows, memory.shifts, memory.jacobian_s, memory.partials, memory.partials_s,
-        *call.branch(single, weights.spatial, False), SCALE=scale, **options, **single.keywords,
-    )  # fmt: skip
+    if not merged:
+        single = launch.lattice(*call.graph_key)
+        lattice_backward[(single.programs,)](
+            saved, memory.gates, memory.flows, memory.shifts, memory.jacobian_s, memory.partials, memory.partials_s,
+            *call.branch(single, weights.spatial, False), SCALE=scale, **options, **single.keywords,
+        )  # fmt: skip
     if ring:
         graph_backward_ring[(how.programs,)](
             sums if call.options.SEQUENTIAL else None,
-            saved, memory.flows, memory.shifts, memory.jacobian_c, memory.windows, memory.partials_c,
-            *call.sizes(how), call.heads, *call.ring, **options, **keywords,
+            saved, memory.flows, memory.shifts, memory.jacobian_c, jacobian_s, memory.vectors, memory.windows,
+            memory.partials, memory.partials_c, memory.partials_s,
+            *call.sizes(how), call.heads, *call.ring, SCALE=scale, **options, **keywords,
         )  # fmt: skip
 
 

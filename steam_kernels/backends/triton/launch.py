@@ -317,8 +317,9 @@ def lattice(p: Pass, heads: int, head_width: int) -> Launch:
     return graph_stage(p, kernel, p.samples, LATTICE_THREADS, heads, head_width)
 
 
-def lattice_in_gate(p: Pass, heads: int, head_width: int) -> bool:
-    """Whether each program of the gate stage computes the lattice of its sample, in place of a launch of its own.
+def merges_lattice(p: Pass, heads: int, head_width: int) -> bool:
+    """Whether programs of another launch compute the lattice of their sample, each of them alone: those of the gate
+    stage forward, and those of ``graph_backward_ring`` backward. Otherwise the lattice has a launch of its own.
 
     A launch takes longer than the work, if a program has at most four pairs of a cell and a head for each thread, and
     adds up the partials of all blocks of channels at once.

@@ -6,7 +6,7 @@ import triton.language as tl
 from .arguments import DO_NOT_SPECIALIZE, Sizes, sizes_of, weights_of
 from .gate import gate_backward_of, gate_of, gate_tiles
 from .graph import graph_of, lattice_gates, partials_of, rows_of
-from .graph_backward import cells_of, lattice_backward_of, ring_backward_of
+from .graph_backward import cells_of, gradients_of, lattice_jacobian, lattice_shares, ring_backward_of
 from .pool import pool_runs_of, pool_tiles_of
 
 
@@ -117,16 +117,19 @@ def whole_backward(
             n, b, factor, dy_of_cells, y_of_cells, saved, gates, flows, jacobian_c, partials, channel, sizes,
             ring_first, ring_count, SCALE, RING, OPTIONS, LAYOUT, GRAPH, ACC,
         )  # fmt: skip
+    lattice_jacobian(n, saved, gates, jacobian_s, spatial, sizes, OPTIONS, GRAPH, ACC)
     tl.debug_barrier()
-    lattice_backward_of(
-        n, saved, gates, flows, shifts, jacobian_s, partials, partials_s, spatial, sizes, SCALE, OPTIONS, GRAPH, ACC
+    of = gradients_of(n, flows, shifts, sizes)
+    lattice_shares(
+        n, True, of.flow_s, of.shift_s, None, saved, jacobian_s, partials, partials_s, sizes, heads,
+        SCALE, OPTIONS, GRAPH, ACC,
     )  # fmt: skip
     if RING:
         tl.debug_barrier()
         for b in range(blocks):
             ring_backward_of(
-                n, b, pooled, saved, flows, shifts, jacobian_c, windows, partials_c, sizes, heads, ring_first,
-                ring_count, OPTIONS, LAYOUT, GRAPH, ACC,
+                n, b, pooled, of.shift_s, saved, flows, shifts, jacobian_c, windows, partials_c, sizes, heads,
+                ring_first, ring_count, OPTIONS, LAYOUT, GRAPH, ACC,
             )  # fmt: skip
     if dx is not None or dresidual is not None:
         tl.debug_barrier()
