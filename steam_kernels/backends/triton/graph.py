@@ -29,13 +29,14 @@ class Block(NamedTuple):
     """A block of channels of a sample, and the halo of channels on either side that its program also needs.
 
     ``first`` is the first channel, ``own`` is the number of channels, and ``halo`` is the number of channels on each
-    side. ``reach`` is the distance of the farthest neighbour on the ring. A block of all channels has no halo.
+    side, the distance of the farthest neighbour on the ring. ``beside`` is the number of these channels that are in
+    other blocks: a block of all channels is its own halo.
     """
 
     first: Any
     own: Any
     halo: Any
-    reach: Any
+    beside: Any
 
 
 @triton.jit
@@ -62,18 +63,27 @@ def block_of(b, sizes, ring_first, ring_count, OPTIONS: tl.constexpr, TILE: tl.c
     if OPTIONS.RING_LOOPS:
         last -= 1
     reach = tl.maximum(-ring_first, last)
-    halo = tl.where(sizes.channels > TILE.CHANNELS, reach, 0)
-    return Block(first, tl.minimum(TILE.CHANNELS, sizes.channels - first), halo, reach)
+    beside = tl.where(sizes.channels > TILE.CHANNELS, 2 * reach, 0)
+    return Block(first, tl.minimum(TILE.CHANNELS, sizes.channels - first), reach, beside)
 
 
 @triton.jit
 def ring_of(block, ring_first, ring_count, OPTIONS: tl.constexpr):
     """The graph of the channel branch in a window: the left halo, the block and the right halo are one row of nodes.
 
-    The neighbours of the block's own nodes never wrap, except in a window of all channels, which is the whole ring.
+    The neighbours of the block's own nodes never wrap.
     """
     nodes = block.own + 2 * block.halo
-    return Graph(nodes, nodes, ring_first, ring_count, True, OPTIONS.RING_LOOPS, False)
+    return Graph(nodes, nodes, ring_first, ring_count, True, False, OPTIONS.RING_LOOPS, False)
+
+
+@triton.jit
+def store_around(window, numbers, i, block):
+    """Stores the halo of a block of all channels: its first and last channels, once more at the other end."""
+    alone = block.beside == 0
+    last = (i >= block.own - block.halo) & (i < block.own)
+    tl.store(window + block.halo + i - block.own, numbers, mask=last & alone)
+    tl.store(window + block.halo + i + block.own, numbers, mask=(i < block.halo) & alone)
 
 
 @triton.jit
@@ -228,7 +238,7 @@ def lattice_of(sizes, OPTIONS: tl.constexpr):
     """The graph of the spatial branch."""
     cells = sizes.grid_h * sizes.grid_w
     neighbors: tl.constexpr = 9 if OPTIONS.DIAGONAL else 5
-    return Graph(cells, sizes.grid_w, 0, neighbors, False, OPTIONS.LATTICE_LOOPS, OPTIONS.DIAGONAL)
+    return Graph(cells, sizes.grid_w, 0, neighbors, False, False, OPTIONS.LATTICE_LOOPS, OPTIONS.DIAGONAL)
 
 
 # ---- the two steps ---------------------------------------------------------------------------------------------------
@@ -251,7 +261,7 @@ def graph_of(
     rows = rows_of(n, saved, gates, sizes)
     block = block_of(b, sizes, ring_first, ring_count, OPTIONS, TILE)
     place = n * tl.cdiv(sizes.channels, TILE.CHANNELS) + b
-    window = windows + place * (TILE.CHANNELS + 2 * block.reach)
+    window = windows + place * (TILE.CHANNELS + 2 * block.halo)
     partial = partials + place * cells
     # [CHANNELS]
     i = tl.arange(0, TILE.CHANNELS)
@@ -267,11 +277,12 @@ def graph_of(
     z = sum_of_cells(total, TILE) / sizes.area
     tl.store(rows.z + block.first + i, z, mask=inside)
     tl.store(window + block.halo + i, z, mask=inside)
-    for first in range(0, 2 * block.halo, TILE.HALO):
+    store_around(window, z, i, block)
+    for first in range(0, block.beside, TILE.HALO):
         # [HALO]
         h = first + tl.arange(0, TILE.HALO)
         node, c = halo_node(h, block, sizes.channels)
-        exists = h < 2 * block.halo
+        exists = h < block.beside
         z_h = halo_sums(sums, None, c, exists, sizes, LAYOUT, TILE, ACC) / sizes.area
         tl.store(window + node, z_h, mask=exists)
     tl.debug_barrier()
@@ -279,7 +290,7 @@ def graph_of(
     score, value = collapse(weight, TILE, ACC)
     ring = ring_of(block, ring_first, ring_count, OPTIONS)
     # [CHANNELS]
-    o = transform(window, tl.where(inside, block.halo + i, 0), score, value, weight.heads, ring)
+    o = transform(window, tl.where(inside, i, 0) + block.halo, score, value, weight.heads, ring)
     g, _ = sigmoid(o)
     tl.store(rows.o_c + block.first + i, o, mask=inside)
     tl.store(rows.g_c + block.first + i, g, mask=inside)

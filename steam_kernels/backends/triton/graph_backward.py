@@ -22,6 +22,7 @@ from .graph import (
     pixels_of,
     ring_of,
     rows_of,
+    store_around,
     sum_of_cells,
     sum_of_channels,
     sums_of_blocks,
@@ -83,7 +84,7 @@ def load_terms(terms, flow, node, inside, heads, nodes, TILE: tl.constexpr):
 @triton.jit
 def whole_ring(sizes, ring_first, ring_count, OPTIONS: tl.constexpr):
     """The graph of the channel branch."""
-    return Graph(sizes.channels, sizes.channels, ring_first, ring_count, True, OPTIONS.RING_LOOPS, False)
+    return Graph(sizes.channels, sizes.channels, ring_first, ring_count, True, True, OPTIONS.RING_LOOPS, False)
 
 
 @triton.jit
@@ -257,7 +258,7 @@ def ring_backward_of(
     gradients = gradients_of(n, flows, shifts, sizes)
     block = block_of(b, sizes, ring_first, ring_count, OPTIONS, TILE)
     place = n * tl.cdiv(sizes.channels, TILE.CHANNELS) + b
-    window = windows + place * (TILE.CHANNELS + 2 * block.reach)
+    window = windows + place * (TILE.CHANNELS + 2 * block.halo)
     # [CHANNELS]
     i = tl.arange(0, TILE.CHANNELS)
     inside = i < block.own
@@ -276,11 +277,12 @@ def ring_backward_of(
     _, slope_c = sigmoid(tl.load(rows.o_c + c, mask=inside, other=0.0))
     flow = gradient * slope_c
     tl.store(window + block.halo + i, flow, mask=inside)
-    for first in range(0, 2 * block.halo, TILE.HALO):
+    store_around(window, flow, i, block)
+    for first in range(0, block.beside, TILE.HALO):
         # [HALO]
         h = first + tl.arange(0, TILE.HALO)
         node, c_h = halo_node(h, block, sizes.channels)
-        exists = h < 2 * block.halo
+        exists = h < block.beside
         gradient_h = tl.load(gradients.dg_c + c_h, mask=exists, other=0.0)
         if OPTIONS.SEQUENTIAL:
             gradient_h += halo_sums(sums, share, c_h, exists, sizes, LAYOUT, TILE, ACC)

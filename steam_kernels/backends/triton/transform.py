@@ -16,8 +16,8 @@ class Graph(NamedTuple):
     """The nodes of a branch, and where their neighbours are.
 
     The nodes are rows of ``columns`` nodes. Each node has ``neighbors`` places for neighbours, itself among them if
-    LOOPS; places of the lattice may be empty. RING: one row that wraps, and the neighbours of node i are i + ``first``
-    and the following nodes. DIAGONAL: the lattice has 8 neighbours, else 4.
+    LOOPS; places of the lattice may be empty. RING: one row, and the neighbours of node i are i + ``first`` and the
+    following nodes. WRAPS: the first node of the row follows the last. DIAGONAL: the lattice has 8 neighbours, else 4.
     """
 
     nodes: Any
@@ -25,6 +25,7 @@ class Graph(NamedTuple):
     first: Any
     neighbors: Any
     RING: Any
+    WRAPS: Any
     LOOPS: Any
     DIAGONAL: Any
 
@@ -54,8 +55,9 @@ def neighbor(node, k, graph):
         if not graph.LOOPS:
             step = tl.where(step >= 0, step + 1, step)
         j = node + step
-        j = tl.where(j < 0, j + graph.nodes, j)
-        j = tl.where(j >= graph.nodes, j - graph.nodes, j)
+        if graph.WRAPS:
+            j = tl.where(j < 0, j + graph.nodes, j)
+            j = tl.where(j >= graph.nodes, j - graph.nodes, j)
         exists = j == j  # Each neighbour of a ring exists.
     else:
         if graph.DIAGONAL:
