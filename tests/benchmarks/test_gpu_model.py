@@ -189,8 +189,7 @@ def expected(call: str, direction: str, family: str) -> Iterator[tuple[str, int,
     p = table.Pass(n, c, h, w, 7, 7, launches.ITEMSIZE, layout == "channels_last", backward, family)
     assert table.merges_lattice(p, 4, 2)
     graph, gate, pool = table.graph(p, 4, 2), table.gate(p), table.pool(p)
-    # One more program for each sample computes the derivatives of the lattice.
-    cells = [replace(graph, kernel="graph_backward_cells", programs=graph.programs + n)] if backward else []
+    cells = [table.cells(p, 4, 2, True)] if backward else []
     for how in [*([pool] if pool else []), *cells, graph, gate]:
         more = how.kernel == "gate_backward"
         yield how.kernel, how.programs + more, how.num_warps * table.FAMILIES[family].warp

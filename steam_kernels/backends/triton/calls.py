@@ -90,7 +90,7 @@ class ForwardMemory(NamedTuple):
 
     ``sums`` are (N, C gh gw), and None where each cell is a pixel. ``gates`` are (N, C + gh gw). ``windows`` and
     ``partials`` have a row for each block of channels of each sample, of CHANNELS + 2 x reach and of gh gw numbers.
-    ``vectors`` have a row of 2 gh gw numbers for each program of the gate stage that computes the lattice of its sample.
+    ``vectors`` have 2 gh gw numbers for each program of the gate stage, if these programs compute the lattice.
     """
 
     sums: Tensor | None
@@ -263,7 +263,7 @@ def _stages_backward(
     scale: float,
     ring: bool,
 ) -> None:
-    """The pool and graph stages; ``how`` is the launch of the kernels of blocks of channels."""
+    """The pool and graph stages; ``how`` is the launch of the ring."""
     dy, x, y, *_ = maps
     given: tuple[Tensor | None, ...]
     sums: Tensor | None
@@ -272,11 +272,12 @@ def _stages_backward(
     else:
         _pool(call, x, dy, y, memory.sums, memory.products)
         given, sums = (memory.products, None, None), memory.sums
-    options, keywords, merged = call.graph_constants, how.keywords, memory.vectors is not None
+    options, merged = call.graph_constants, memory.vectors is not None
     jacobian_s = memory.jacobian_s if merged else None
-    graph_backward_cells[(how.programs + merged * call.of.samples,)](
+    cells = launch.cells(*call.graph_key, merged)
+    graph_backward_cells[(cells.programs,)](
         *given, saved, memory.gates, memory.flows, memory.jacobian_c, jacobian_s, memory.partials,
-        *call.branches(how, weights), SCALE=scale, RING=ring, **options, **keywords,
+        *call.branches(cells, weights), SCALE=scale, RING=ring, **options, **cells.keywords,
     )  # fmt: skip
     if not merged:
         single = launch.lattice(*call.graph_key)
@@ -289,7 +290,7 @@ def _stages_backward(
             sums if call.options.SEQUENTIAL else None,
             saved, memory.flows, memory.shifts, memory.jacobian_c, jacobian_s, memory.vectors, memory.windows,
             memory.partials, memory.partials_c, memory.partials_s,
-            *call.sizes(how), call.heads, *call.ring, SCALE=scale, **options, **keywords,
+            *call.sizes(how), call.heads, *call.ring, SCALE=scale, **options, **how.keywords,
         )  # fmt: skip
 
 

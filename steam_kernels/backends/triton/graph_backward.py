@@ -138,7 +138,7 @@ def cells_of(
     SCALE: tl.constexpr, RING: tl.constexpr, OPTIONS: tl.constexpr, LAYOUT: tl.constexpr, TILE: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
-    """The sums over block b of the channels of sample n, of g_c R. If RING, also g_c, dg_c and derivatives of the block.
+    """The sums over block b of the channels of sample n, of g_c R. If RING, also its g_c, dg_c and derivatives.
 
     The derivatives of the ring's transform depend on tokens alone. So they are computed here, where the tokens of all
     channels are known, and not behind a barrier of ``ring_backward_of``.

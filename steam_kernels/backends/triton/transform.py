@@ -162,8 +162,8 @@ def store_jacobian(tokens, jacobian, node, inside, a, b, heads, graph):
 def transform_backward(jacobian, index, graph, flows, node, near):
     """The gradients of the tokens, (NODES,), from ``flows``, the gradients of the pre-activations.
 
-    The graph is symmetric, so a node gathers the gradients that its neighbours give back, without atomics. ``flows`` may
-    be a part of the graph: its nodes ``node`` of the graph ``near`` are the nodes ``index`` of the whole graph.
+    The graph is symmetric, so a node gathers the gradients that its neighbours give back, without atomics. ``flows``
+    may be of a part of the graph: node ``node`` of the graph ``near`` is node ``index`` of the whole graph.
     """
     out = tl.load(jacobian + graph.neighbors * graph.nodes + index) * tl.load(flows + node)
     for k in range(graph.neighbors):
