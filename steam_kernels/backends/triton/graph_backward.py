@@ -1,8 +1,8 @@
 """The graph stage, backward: from the gradients of the gates to the shifts of dx and the partials of the weights.
 
-The steps are ``graph_backward_cells``, by blocks of channels, ``lattice_backward``, by samples, and
-``graph_backward_ring``, by blocks of channels. The lattice comes before the ring: in the sequential order the gradients
-of the channel gates depend on the shares of the cells.
+The steps are ``graph_backward_cells``, by blocks of channels, the lattice, and ``graph_backward_ring``, by blocks of
+channels. The lattice comes before the ring: in the sequential order the gradients of the channel gates depend on the
+shares of the cells. It is a part of each program of the ring, or ``lattice_backward``, by samples.
 """
 
 from typing import Any, NamedTuple
