@@ -1,8 +1,8 @@
 """The graph stage, forward: from sums over cells to tokens, pre-activations and gates.
 
 ``graph`` processes a block of channels of a sample, and ``lattice`` the cells of a sample, if the gate stage does not
-compute them. A token that other nodes of
-the program read is written to global memory and read again after a barrier, so the number of nodes has no limit.
+compute them. A token that other nodes of the program read is written to global memory and read again after a barrier,
+so the number of nodes has no limit.
 """
 
 from typing import Any, NamedTuple
