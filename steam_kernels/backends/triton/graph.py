@@ -81,10 +81,10 @@ def ring_of(block, ring_first, ring_count, OPTIONS: tl.constexpr):
 @triton.jit
 def store_around(window, numbers, i, block):
     """Stores the halo of a block of all channels: its first and last channels, once more at the other end."""
-    alone = block.beside == 0
-    last = (i >= block.own - block.halo) & (i < block.own)
-    tl.store(window + block.halo + i - block.own, numbers, mask=last & alone)
-    tl.store(window + block.halo + i + block.own, numbers, mask=(i < block.halo) & alone)
+    if block.beside == 0:
+        last = (i >= block.own - block.halo) & (i < block.own)
+        tl.store(window + block.halo + i - block.own, numbers, mask=last)
+        tl.store(window + block.halo + i + block.own, numbers, mask=i < block.halo)
 
 
 @triton.jit
@@ -326,8 +326,9 @@ def lattice_gates(
         total = sums_of_blocks(partials, i, sizes, TILE, ACC)
         token = total / (pixels_of(i, sizes).to(ACC) * sizes.channels)
         tl.store(u + i, token, mask=i < cells)
-        if kept is not None:
-            tl.store(kept + i, token, mask=(i < cells) & keep)
+        if keep:
+            if kept is not None:
+                tl.store(kept + i, token, mask=i < cells)
     tl.debug_barrier()
 
     score, value = collapse(weight, TILE, ACC)
@@ -336,7 +337,8 @@ def lattice_gates(
         # [NODES]
         i = first + tl.arange(0, TILE.NODES)
         o = transform(u, tl.where(i < cells, i, 0), score, value, weight.heads, lattice)
-        tl.store(o_s + i, o, mask=(i < cells) & keep)
+        if keep:
+            tl.store(o_s + i, o, mask=i < cells)
         tl.store(g_s + i, sigmoid(o)[0], mask=i < cells)
 
 

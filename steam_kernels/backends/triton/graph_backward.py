@@ -225,8 +225,9 @@ def lattice_shares(
         du = transform_backward(jacobian, node, lattice, flow, node, lattice)
         du /= pixels_of(node, sizes).to(ACC) * sizes.channels
         tl.store(share + i, du, mask=i < cells)
-        if kept is not None:
-            tl.store(kept + i, du, mask=(i < cells) & keep)
+        if keep:
+            if kept is not None:
+                tl.store(kept + i, du, mask=i < cells)
     if keep:
         # [HEADS, NODES]
         da = tl.zeros([TILE.HEADS, TILE.NODES], ACC)
