@@ -326,8 +326,8 @@ def lattice_gates(
         total = sums_of_blocks(partials, i, sizes, TILE, ACC)
         token = total / (pixels_of(i, sizes).to(ACC) * sizes.channels)
         tl.store(u + i, token, mask=i < cells)
-        if keep:
-            if kept is not None:
+        if kept is not None:  # noqa: SIM102 - the compiler decides this condition
+            if keep:
                 tl.store(kept + i, token, mask=i < cells)
     tl.debug_barrier()
 

@@ -225,8 +225,8 @@ def lattice_shares(
         du = transform_backward(jacobian, node, lattice, flow, node, lattice)
         du /= pixels_of(node, sizes).to(ACC) * sizes.channels
         tl.store(share + i, du, mask=i < cells)
-        if keep:
-            if kept is not None:
+        if kept is not None:  # noqa: SIM102 - the compiler decides this condition
+            if keep:
                 tl.store(kept + i, du, mask=i < cells)
     if keep:
         # [HEADS, NODES]
