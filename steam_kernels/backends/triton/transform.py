@@ -86,9 +86,10 @@ def reverse(k, graph):
         back = tl.where(-step < graph.first, graph.nodes - step, -step)
         if not graph.LOOPS:
             back = tl.where(back > 0, back - 1, back)
-        return back - graph.first
+        place = back - graph.first
     else:
-        return graph.neighbors - 1 - k
+        place = graph.neighbors - 1 - k
+    return place  # one return, because the compiler does not inline a function with two
 
 
 @triton.jit
