@@ -187,11 +187,10 @@ def expected(call: str, direction: str, family: str) -> Iterator[tuple[str, int,
     (n, c, h, w), layout = CALLS[call]
     backward = direction == "backward"
     p = table.Pass(n, c, h, w, 7, 7, launches.ITEMSIZE, layout == "channels_last", backward, family)
-    graph, lattice, gate = table.graph(p, 4, 2), table.lattice(p, 4, 2), table.gate(p)
-    cells = [replace(graph, kernel="graph_backward_cells")] if backward else [graph]
-    ring = [graph] if backward else []
-    pool = table.pool(p)
-    for how in [*([pool] if pool else []), *cells, lattice, *ring, gate]:
+    assert table.merges_lattice(p, 4, 2)
+    graph, gate, pool = table.graph(p, 4, 2), table.gate(p), table.pool(p)
+    cells = [table.cells(p, 4, 2, True)] if backward else []
+    for how in [*([pool] if pool else []), *cells, graph, gate]:
         more = how.kernel == "gate_backward"
         yield how.kernel, how.programs + more, how.num_warps * table.FAMILIES[family].warp
 
@@ -209,20 +208,20 @@ def test_the_record_is_of_the_launch_table(gpu: str, record: Record) -> None:
 def test_known_structure(record: Record) -> None:
     """2048x7x7, batch 32: 32 blocks of 64 channels for each sample, and x is read once by each of two launches."""
     forward = record.ours["h100"]["32x2048x7x7 nchw forward"]
-    assert [each.kernel for each in forward] == ["graph", "lattice", "gate"]
-    graph, lattice, gate = forward
-    assert (graph.programs, graph.threads, graph.tiles, lattice.programs) == (32 * 32, 128, 1, 32)
+    assert [each.kernel for each in forward] == ["graph", "gate"]
+    graph, gate = forward
+    assert (graph.programs, graph.threads, graph.tiles) == (32 * 32, 128, 1)
     size = 32 * 2048 * 49 * 4
     assert graph.tensors["x"] == Tensor(size, size + 32 * 32 * 448, 0)  # the halo is 2 channels of 7 sectors
     assert gate.tensors["x"] == Tensor(size, size, 0) and gate.tensors["y"] == Tensor(size, 0, size)
     assert gate.is_reversed and gate.evict_first and not graph.is_reversed
     backward = record.ours["h100"]["32x2048x7x7 nchw backward"]
     assert [each.kernel for each in backward] == [
-        "graph_backward_cells", "lattice_backward", "graph_backward_ring", "gate_backward",
+        "graph_backward_cells", "graph_backward_ring", "gate_backward",
     ]  # fmt: skip
     pooled = record.ours["h100"]["32x256x56x56 nchw forward"]
-    assert [each.kernel for each in pooled] == ["pool_tiles", "graph", "lattice", "gate"]
-    assert pooled[0].tensors["x"].read == pooled[3].tensors["x"].read == 32 * 256 * 56 * 56 * 4
+    assert [each.kernel for each in pooled] == ["pool_tiles", "graph", "gate"]
+    assert pooled[0].tensors["x"].read == pooled[2].tensors["x"].read == 32 * 256 * 56 * 56 * 4
 
 
 def test_the_docs_tell_the_rounds_of_the_earlier_kernels(record: Record) -> None:

@@ -319,7 +319,9 @@ def test_peak_memory(size: str, layout: str, gpu: str) -> None:
     """Forward allocates y, P and a few numbers for each node. Backward allocates dx, P, R and a few numbers.
 
     If each cell is one pixel, neither P nor R is allocated. Of the five numbers for a node in the forward pass, two are
-    saved, one is its gate, and the others are the windows and partials of blocks of channels.
+    saved, one is its gate, and the others are the windows and partials of blocks of channels. The Triton kernels have
+    more: backward K + 1 + 2 heads derivatives for a node, and two rows of cells for each program that computes the
+    lattice, one for at least 2048 numbers of the map forward and for 64 channels backward.
     """
     channels, side = STAGES[size]
     case = Case(space=(side, side), channels=channels, batch=8, layout=layout)
@@ -327,15 +329,16 @@ def test_peak_memory(size: str, layout: str, gpu: str) -> None:
     x_bytes, cells = inputs["x"].nbytes, 49
     sums = 0 if side == 7 else 4 * case.batch * channels * cells
     nodes = 4 * case.batch * (channels + cells)
-    slack = 9 * 128  # the working memory of a call is one allocation, whose at most nine parts begin at 128 bytes
+    slack = 12 * 128  # the working memory of a call is one allocation, whose at most 12 parts begin at 128 bytes
+    lattices, derivatives = (x_bytes * 2 * cells // 2048, 12) if gpu == "triton" else (0, 0)
     leaves = {k: v.requires_grad_() for k, v in inputs.items()}
     with torch.no_grad():
         forward = peak(lambda: steam_kernels.steam(**inputs, backend=gpu, **case.options))
-    assert forward <= x_bytes + sums + 5 * nodes + slack
+    assert forward <= x_bytes + sums + 5 * nodes + lattices + slack
 
     y = steam_kernels.steam(**leaves, backend=gpu, **case.options)
     backward = peak(lambda: torch.autograd.grad(y, list(leaves.values()), dy, retain_graph=True))
-    assert backward <= x_bytes + 2 * sums + 8 * nodes + slack
+    assert backward <= x_bytes + 2 * sums + (8 + derivatives) * nodes + slack
 
 
 def test_training_does_not_leak(gpu: str) -> None:

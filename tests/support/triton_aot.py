@@ -366,6 +366,7 @@ def oldest_rows() -> dict[str, int]:
     for case in (
         Compiled("14", (32, *STAGES["14"]), torch.bfloat16, "nchw", tail=True),
         Compiled("14", (32, *STAGES["14"]), torch.float16, "nhwc", sequential=False),
+        Compiled("14 by pixels", (2, 128, 14, 14), torch.bfloat16, "nchw", grid=(14, 14)),
         Compiled("7, small", (3, 37, 7, 7), torch.bfloat16, "nchw", vector=False),
     ):
         for direction, launch, _ in launches(case, TARGETS[compiler.name][3]):

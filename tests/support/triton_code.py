@@ -271,6 +271,7 @@ def narrow_offsets(ttir: str, maps: Iterable[str]) -> list[str]:
     for line in ttir.splitlines():
         text = re.sub(r"\s*loc\(.*", "", line.strip())
         if "tt.func" in text:
+            scopes.stack.append({})  # the compiler may leave behind functions that it has inlined
             # The location of a parameter stands between it and the next parameter.
             for name, kind in re.findall(r"%(\w+): (\S+)", line.split(") attributes")[0]):
                 if kind.startswith("!tt.ptr"):

@@ -99,21 +99,22 @@ def test_in_place(layout: str, plan: str, device: Device) -> None:
     assert device.found.faults == []
 
 
-#: A plan and a memory format, and kernels that are launched with both.
+#: A plan, a memory format and a grid, and kernels that are launched with them. The lattice of 144 cells has launches.
 LAUNCHED = {
-    ("stages", "nchw"): ("pool_runs", "graph", "gate", "graph_backward_cells", "lattice_backward"),
-    ("stages", "nhwc"): ("pool_tiles", "lattice", "graph_backward_ring", "gate_backward"),
-    ("whole", "nchw"): ("whole", "whole_backward"),
-    ("whole", "nhwc"): ("weights_backward",),
+    ("stages", "nchw", 7): ("pool_runs", "graph", "gate", "graph_backward_cells"),
+    ("stages", "nhwc", 7): ("pool_tiles", "graph_backward_ring", "gate_backward"),
+    ("stages", "nhwc", 12): ("lattice", "lattice_backward"),
+    ("whole", "nchw", 7): ("whole", "whole_backward"),
+    ("whole", "nhwc", 7): ("weights_backward",),
 }
 KERNELS = {kernel: how for how, kernels in LAUNCHED.items() for kernel in kernels}
 
 
 def case_of(kernel: str, device: Device) -> Case:
     """A case that launches the kernel; sets the device's plan."""
-    plan, layout = KERNELS[kernel]
+    plan, layout, grid = KERNELS[kernel]
     device.whole = plan == "whole"
-    return Case(space=(14, 14), channels=16, layout=layout)
+    return Case(space=(14, 14), channels=16, layout=layout, grid=grid)
 
 
 @pytest.mark.slow

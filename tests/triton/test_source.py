@@ -1,4 +1,4 @@
-"""The barriers of the compiled graph stage, and the names that the backend's source may not use."""
+"""The barriers of the compiled stages, and the names that the backend's source may not use."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytest.importorskip("triton")
 
 #: Run by a process without TRITON_INTERPRET.
 BARRIERS = """
-import inspect, json, re, sys, torch
+import json, os, re, sys, torch
 from tests.support import triton_aot
 
 class Texts(triton_aot.Compiler):
@@ -28,9 +28,11 @@ class Texts(triton_aot.Compiler):
 found = []
 for target in ("sm_80", "gfx942"):
     compiler = Texts(target)
-    case = triton_aot.Compiled("", (2, 400, 7, 7), torch.float32, "nhwc")
-    for _, launch, _ in triton_aot.launches(case, triton_aot.TARGETS[target][3]):
-        if not launch.kernel.__name__.startswith(("graph", "lattice")):
+    few = triton_aot.Compiled("", (2, 400, 7, 7), torch.float32, "nhwc")
+    many = triton_aot.Compiled("", (2, 400, 12, 12), torch.float32, "nhwc", grid=(12, 12))
+    both = [(case, each) for case in (few, many) for each in triton_aot.launches(case, triton_aot.TARGETS[target][3])]
+    for case, (_, launch, _) in both:
+        if case is many and not launch.kernel.__name__.startswith("lattice"):
             continue
         asm = compiler(launch)
         full = [l for l in asm["ttgir"].splitlines() if "ttg.barrier" in l and "local" not in l]
@@ -40,14 +42,13 @@ for target in ("sm_80", "gfx942"):
         else:
             # The position of a barrier in the source distinguishes the kernel's own barriers from those that the
             # compiler adds.
-            source = inspect.getsourcefile(launch.kernel.fn)
-            text = open(source).read().splitlines()
-            (number,) = re.findall(rf'\\.file\\s+(\\d+) "{re.escape(source)}"', asm["ptx"])
-            at, kept = 0, set()
+            named = dict(re.findall(r'\\.file\\s+(\\d+) "([^"]+)"', asm["ptx"]))
+            texts = {number: open(path).read().splitlines() for number, path in named.items() if os.path.exists(path)}
+            at, kept = None, set()
             for l in asm["ptx"].splitlines():
                 if m := re.match(r"\\s*\\.loc\\s+(\\d+) (\\d+)", l):
-                    at = int(m[2]) if m[1] == number else 0
-                elif "bar.sync" in l and at and "debug_barrier" in text[at - 1]:
+                    at = m[1], int(m[2])
+                elif "bar.sync" in l and at and "debug_barrier" in texts.get(at[0], {at[1] - 1: ""})[at[1] - 1]:
                     kept.add(at)
             kept = [len(kept)] * 2
         found.append([target, launch.kernel.__name__, len(full), kept])
@@ -56,7 +57,7 @@ print(json.dumps(found))
 
 
 def test_barriers_order_global_memory() -> None:
-    """Each barrier of the graph stage is a barrier of all memory in Triton's IR, and exists in the compiled code.
+    """Each barrier of the kernels is a barrier of all memory in Triton's IR, and exists in the compiled code.
 
     On AMD it is fences of the workgroup that no annotation restricts to local memory. The barriers that Triton adds
     have such an annotation.
@@ -68,8 +69,12 @@ def test_barriers_order_global_memory() -> None:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout)
-    # A barrier is before each transform. The cells' kernel has no transform.
-    barriers = {"graph": 1, "lattice": 1, "graph_backward_cells": 0, "lattice_backward": 1, "graph_backward_ring": 1}
+    # A barrier is before each transform whose tokens or flows the program has computed, and before the lattice's gates
+    # or shares are read.
+    barriers = {
+        "graph": 1, "gate": 2, "graph_backward_cells": 0, "graph_backward_ring": 3, "gate_backward": 0,
+        "lattice": 1, "lattice_backward": 2,
+    }  # fmt: skip
     assert [(target, kernel) for target, kernel, *_ in found] == [
         (target, kernel) for target in ("sm_80", "gfx942") for kernel in barriers
     ]

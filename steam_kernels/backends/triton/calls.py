@@ -58,7 +58,7 @@ class Call(NamedTuple):
         return (weight, *weight.stride(), *self.sizes(how), self.heads, self.head_width, *last)
 
     def branches(self, how: launch.Launch, weights: Weights) -> tuple[Any, ...]:
-        """The last runtime arguments of a kernel of a whole sample."""
+        """The last runtime arguments of a kernel of both branches."""
         strides = *weights.channel.stride(), *weights.spatial.stride()
         return (*weights, *strides, *self.sizes(how), self.heads, self.head_width, *self.ring)
 
@@ -90,20 +90,24 @@ class ForwardMemory(NamedTuple):
 
     ``sums`` are (N, C gh gw), and None where each cell is a pixel. ``gates`` are (N, C + gh gw). ``windows`` and
     ``partials`` have a row for each block of channels of each sample, of CHANNELS + 2 x reach and of gh gw numbers.
+    ``vectors`` have 2 gh gw numbers for each program of the gate stage, if these programs compute the lattice.
     """
 
     sums: Tensor | None
     gates: Tensor
     windows: Tensor
     partials: Tensor
+    vectors: Tensor | None
 
 
 class BackwardMemory(NamedTuple):
     """Working memory of the backward pass.
 
     ``sums`` and ``products`` are (N, C gh gw), and None if they are not needed. ``gates``, ``flows`` and ``shifts`` are
-    (N, C + gh gw). ``windows``, ``partials`` and ``partials_c`` have a row for each block of channels of each sample:
-    of 2 (CHANNELS + 4 x reach), of gh gw and of 2 heads numbers. ``partials_s`` is (N, 2 heads).
+    (N, C + gh gw). ``jacobian_c`` has (K + 1 + 2 heads) C numbers for each sample, of K neighbours on the ring, and
+    ``jacobian_s`` (K + 1 + 2 heads) gh gw, of K places on the lattice. ``vectors``, ``windows``, ``partials`` and
+    ``partials_c`` have a row for each block of channels of each sample: of 2 gh gw, of CHANNELS + 2 x reach, of gh gw
+    and of 2 heads numbers. ``partials_s`` is (N, 2 heads). ``vectors`` are None if the lattice has a launch of its own.
     """
 
     sums: Tensor | None
@@ -111,6 +115,9 @@ class BackwardMemory(NamedTuple):
     gates: Tensor
     flows: Tensor
     shifts: Tensor
+    jacobian_c: Tensor | None
+    jacobian_s: Tensor
+    vectors: Tensor | None
     windows: Tensor
     partials: Tensor
     partials_c: Tensor
@@ -147,7 +154,8 @@ def run_forward(
     saved = x.new_empty((p.samples, 2 * (p.channels + p.cells)), dtype=accumulation_dtype(x.dtype))
     if p.samples == 0:
         return saved
-    small = launch.is_small(p)
+    small, gating = launch.is_small(p), launch.gate(p)
+    merged = not small and launch.merges_lattice(*call.graph_key)
     how = (launch.whole if small else launch.graph)(*call.graph_key)
     channels = how.constants["GRAPH_CHANNELS" if small else "CHANNELS"]
     blocks = p.samples * launch.ceil_div(p.channels, channels)
@@ -158,6 +166,7 @@ def run_forward(
             p.samples * (p.channels + p.cells),
             blocks * (channels + 2 * call.reach),
             blocks * p.cells,
+            gating.programs * 2 * p.cells if merged else 0,
         )
     )
     if small:
@@ -167,7 +176,7 @@ def run_forward(
             y,
             memory.sums,
             saved,
-            *memory[1:],
+            *(memory.gates, memory.windows, memory.partials),
             *call.branches(how, weights),
             SCALE=scale,
             RELU=relu,
@@ -179,15 +188,19 @@ def run_forward(
         _pool(call, x, None, None, memory.sums, None)
     sums = x if memory.sums is None else memory.sums
     arguments = call.branch(how, weights.channel, True)
-    graph[(how.programs,)](sums, saved, *memory[1:], *arguments, **call.graph_constants, **how.keywords)
-    how = launch.lattice(*call.graph_key)
-    arguments = call.branch(how, weights.spatial, False)
-    lattice[(how.programs,)](
-        saved, memory.gates, memory.partials, *arguments, **call.graph_constants, **how.keywords
+    graph[(how.programs,)](
+        sums, saved, memory.gates, memory.windows, memory.partials, *arguments, **call.graph_constants, **how.keywords
     )  # fmt: skip
-    how = launch.gate(p)
-    gate[(how.programs,)](
-        x, residual, y, memory.gates, how.steps, *call.sizes(how), SCALE=scale, RELU=relu, ACC=call.acc, **how.keywords
+    single = launch.lattice(*call.graph_key)
+    if not merged:
+        arguments = call.branch(single, weights.spatial, False)
+        lattice[(single.programs,)](
+            saved, memory.gates, memory.partials, *arguments, **call.graph_constants, **single.keywords
+        )  # fmt: skip
+    gate[(gating.programs,)](
+        x, residual, y, memory.gates, gating.steps, saved, memory.partials if merged else None, memory.vectors,
+        *call.branch(gating, weights.spatial, False),
+        SCALE=scale, RELU=relu, GRAPH=single.keywords["TILE"], **call.graph_constants, **gating.keywords,
     )  # fmt: skip
     return saved
 
@@ -208,7 +221,10 @@ def run_backward(
             sums if ring and call.options.SEQUENTIAL else 0,
             sums,
             *(row, row, row),
-            blocks * 2 * (channels + 4 * call.reach),
+            p.samples * p.channels * (call.ring[1] + 1 + 2 * call.heads) if ring else 0,
+            p.samples * p.cells * ((9 if call.options.DIAGONAL else 5) + 1 + 2 * call.heads),
+            blocks * 2 * p.cells if ring and not small and launch.merges_lattice(*call.graph_key) else 0,
+            blocks * (channels + 2 * call.reach),
             blocks * p.cells,
             blocks * 2 * call.heads,
             p.samples * 2 * call.heads,
@@ -219,7 +235,8 @@ def run_backward(
             *maps,
             *memory[:2],
             saved,
-            *memory[2:],
+            *memory[2:7],
+            *memory[8:],
             *call.branches(how, weights),
             SCALE=scale,
             RING=ring,
@@ -246,7 +263,7 @@ def _stages_backward(
     scale: float,
     ring: bool,
 ) -> None:
-    """The pool and graph stages; ``how`` is the launch of the kernels of blocks of channels."""
+    """The pool and graph stages; ``how`` is the launch of the ring."""
     dy, x, y, *_ = maps
     given: tuple[Tensor | None, ...]
     sums: Tensor | None
@@ -255,21 +272,25 @@ def _stages_backward(
     else:
         _pool(call, x, dy, y, memory.sums, memory.products)
         given, sums = (memory.products, None, None), memory.sums
-    options, keywords = call.graph_constants, how.keywords
-    graph_backward_cells[(how.programs,)](
-        *given, saved, memory.gates, memory.flows, memory.partials, *call.sizes(how),
-        SCALE=scale, RING=ring, ACC=call.acc, **keywords,
+    options, merged = call.graph_constants, memory.vectors is not None
+    jacobian_s = memory.jacobian_s if merged else None
+    cells = launch.cells(*call.graph_key, merged)
+    graph_backward_cells[(cells.programs,)](
+        *given, saved, memory.gates, memory.flows, memory.jacobian_c, jacobian_s, memory.partials,
+        *call.branches(cells, weights), SCALE=scale, RING=ring, **options, **cells.keywords,
     )  # fmt: skip
-    single = launch.lattice(*call.graph_key)
-    lattice_backward[(single.programs,)](
-        saved, memory.gates, memory.flows, memory.shifts, memory.partials, memory.partials_s,
-        *call.branch(single, weights.spatial, False), SCALE=scale, **options, **single.keywords,
-    )  # fmt: skip
+    if not merged:
+        single = launch.lattice(*call.graph_key)
+        lattice_backward[(single.programs,)](
+            saved, memory.gates, memory.flows, memory.shifts, memory.jacobian_s, memory.partials, memory.partials_s,
+            *call.branch(single, weights.spatial, False), SCALE=scale, **options, **single.keywords,
+        )  # fmt: skip
     if ring:
         graph_backward_ring[(how.programs,)](
             sums if call.options.SEQUENTIAL else None,
-            saved, memory.flows, memory.shifts, memory.windows, memory.partials_c,
-            *call.branch(how, weights.channel, True), **options, **keywords,
+            saved, memory.flows, memory.shifts, memory.jacobian_c, jacobian_s, memory.vectors, memory.windows,
+            memory.partials, memory.partials_c, memory.partials_s,
+            *call.sizes(how), call.heads, *call.ring, SCALE=scale, **options, **how.keywords,
         )  # fmt: skip
 
 

@@ -8,7 +8,8 @@ are channels, and its columns are pixels.
 import triton
 import triton.language as tl
 
-from .arguments import DO_NOT_SPECIALIZE, sizes_of
+from .arguments import DO_NOT_SPECIALIZE, Weight, sizes_of
+from .graph import lattice_gates, partials_of, rows_of
 from .pool import upstream
 from .weights import weight_gradients
 
@@ -83,15 +84,16 @@ def elements(first, e, member, sizes, LAYOUT: tl.constexpr, TILE: tl.constexpr):
 def gate_of(
     n, t, x,
     residual,  # None: no residual
-    y, gates, sizes, steps,
+    y,
+    g_c, g_s,  # of the sample
+    sizes, steps,
     SCALE: tl.constexpr, RELU: tl.constexpr, LAYOUT: tl.constexpr, TILE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """y for tile t of sample n: ``steps`` tiles of (ROWS, RUN), one below the other, which have the same cells."""
     first, e, member, cell = place(t, sizes, steps, LAYOUT, TILE)
     base = n * (sizes.channels.to(tl.int64) * sizes.area)
-    g_c = gates + n * (sizes.channels + sizes.grid_h * sizes.grid_w)
     # [1, RUN]
-    g_s = tl.load(g_c + sizes.channels + cell, mask=e < sizes.area * TILE.GROUP, other=0.0)[None, :]
+    g_s = tl.load(g_s + cell, mask=e < sizes.area * TILE.GROUP, other=0.0)[None, :]
     for step in range(steps):
         # [ROWS, RUN]
         offset, inside, channel = elements(first + step * TILE.ROWS, e, member, sizes, LAYOUT, TILE)
@@ -105,20 +107,48 @@ def gate_of(
         tl.store(y + base + offset, out.to(y.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def lattice_of_program(
+    n, keep, saved, partials, vectors, weight, sizes, OPTIONS: tl.constexpr, TILE: tl.constexpr, ACC: tl.constexpr
+):  # fmt: skip
+    """g_s of sample n in memory of this program alone: its row of ``vectors``, which are rows of [u | g_s].
+
+    The programs of a sample all compute the same numbers, so that the lattice has no launch of its own. The one with
+    ``keep`` stores the tokens and pre-activations.
+    """
+    cells = sizes.grid_h * sizes.grid_w
+    u = vectors + tl.program_id(0).to(tl.int64) * 2 * cells
+    rows = rows_of(n, saved, vectors, sizes)  # The rows of the gates are not used.
+    partials = partials_of(n, partials, sizes, TILE)
+    lattice_gates(partials, u, rows.o_s, u + cells, rows.u, keep, weight, sizes, OPTIONS, TILE, ACC)
+    tl.debug_barrier()
+    return u + cells
+
+
 @triton.jit(do_not_specialize=DO_NOT_SPECIALIZE)
 def gate(
     x,
     residual,  # None: no residual
     y, gates, steps,
-    channels, area, width, grid_h, grid_w,
-    SCALE: tl.constexpr, RELU: tl.constexpr, LAYOUT: tl.constexpr, TILE: tl.constexpr, ACC: tl.constexpr,
+    saved,
+    partials,  # None: the lattice had a launch of its own
+    vectors,
+    spatial_weight, spatial_row, spatial_column,
+    channels, area, width, grid_h, grid_w, heads, head_width,
+    SCALE: tl.constexpr, RELU: tl.constexpr, OPTIONS: tl.constexpr, LAYOUT: tl.constexpr, TILE: tl.constexpr,
+    GRAPH: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """A program is ``steps`` tiles of a sample."""
+    """A program is ``steps`` tiles of a sample. With partials, it first computes the lattice of its sample."""
     if not TILE.LOOP:
         steps = 1
     sizes = sizes_of(channels, area, width, grid_h, grid_w, LAYOUT)
     n, t = tile_of_program(sizes, steps, TILE)
-    gate_of(n, t, x, residual, y, gates, sizes, steps, SCALE, RELU, LAYOUT, TILE, ACC)
+    g_c = gates + n * (sizes.channels + sizes.grid_h * sizes.grid_w)
+    g_s = g_c + sizes.channels
+    if partials is not None:
+        weight = Weight(spatial_weight, spatial_row, spatial_column, heads, head_width)
+        g_s = lattice_of_program(n, t == 0, saved, partials, vectors, weight, sizes, OPTIONS, GRAPH, ACC)
+    gate_of(n, t, x, residual, y, g_c, g_s, sizes, steps, SCALE, RELU, LAYOUT, TILE, ACC)
 
 
 @triton.jit

@@ -1,7 +1,8 @@
 """The graph stage, forward: from sums over cells to tokens, pre-activations and gates.
 
-``graph`` processes a block of channels of a sample, and ``lattice`` the cells of a sample. A token that other nodes of
-the program read is written to global memory and read again after a barrier, so the number of nodes has no limit.
+``graph`` processes a block of channels of a sample, and ``lattice`` the cells of a sample, if the gate stage does not
+compute them. A token that other nodes of the program read is written to global memory and read again after a barrier,
+so the number of nodes has no limit.
 """
 
 from typing import Any, NamedTuple
@@ -29,13 +30,14 @@ class Block(NamedTuple):
     """A block of channels of a sample, and the halo of channels on either side that its program also needs.
 
     ``first`` is the first channel, ``own`` is the number of channels, and ``halo`` is the number of channels on each
-    side. ``reach`` is the distance of the farthest neighbour on the ring. A block of all channels has no halo.
+    side, the distance of the farthest neighbour on the ring. ``beside`` is the number of these channels that are in
+    other blocks: a block of all channels is its own halo.
     """
 
     first: Any
     own: Any
     halo: Any
-    reach: Any
+    beside: Any
 
 
 @triton.jit
@@ -55,25 +57,34 @@ def rows_of(n, saved, gates, sizes):
 
 
 @triton.jit
-def block_of(b, sizes, ring_first, ring_count, WIDER: tl.constexpr, OPTIONS: tl.constexpr, TILE: tl.constexpr):
-    """Block b of the channels, with a halo of WIDER times the reach of the ring."""
+def block_of(b, sizes, ring_first, ring_count, OPTIONS: tl.constexpr, TILE: tl.constexpr):
+    """Block b of the channels, with a halo of the reach of the ring."""
     first = b * TILE.CHANNELS
     last = ring_first + ring_count
     if OPTIONS.RING_LOOPS:
         last -= 1
     reach = tl.maximum(-ring_first, last)
-    halo = tl.where(sizes.channels > TILE.CHANNELS, WIDER * reach, 0)
-    return Block(first, tl.minimum(TILE.CHANNELS, sizes.channels - first), halo, reach)
+    beside = tl.where(sizes.channels > TILE.CHANNELS, 2 * reach, 0)
+    return Block(first, tl.minimum(TILE.CHANNELS, sizes.channels - first), reach, beside)
 
 
 @triton.jit
 def ring_of(block, ring_first, ring_count, OPTIONS: tl.constexpr):
     """The graph of the channel branch in a window: the left halo, the block and the right halo are one row of nodes.
 
-    The neighbours of the block's own nodes never wrap, except in a window of all channels, which is the whole ring.
+    The neighbours of the block's own nodes never wrap.
     """
     nodes = block.own + 2 * block.halo
-    return Graph(nodes, nodes, ring_first, ring_count, True, OPTIONS.RING_LOOPS, False)
+    return Graph(nodes, nodes, ring_first, ring_count, True, False, OPTIONS.RING_LOOPS, False)
+
+
+@triton.jit
+def store_around(window, numbers, i, block):
+    """Stores the halo of a block of all channels: its first and last channels, once more at the other end."""
+    if block.beside == 0:
+        last = (i >= block.own - block.halo) & (i < block.own)
+        tl.store(window + block.halo + i - block.own, numbers, mask=last)
+        tl.store(window + block.halo + i + block.own, numbers, mask=i < block.halo)
 
 
 @triton.jit
@@ -120,11 +131,11 @@ def load_cells(
         values = tl.load(x + start + flat, mask=read, other=0.0)
         if dy is not None:
             values = values.to(ACC) * upstream(dy, y, start + flat, read, ACC)
-        # [GROUPS * CELLS * LANES]
-        index = tl.reshape(tl.where(inside, member * cells + ij, 0), [TILE.CHANNELS * TILE.CELLS])
+        # [GROUPS * CELLS * LANES]: a place beyond the last cell of a channel is in the run too, in the next channel
+        index = tl.reshape(member * cells + ij, [TILE.CHANNELS * TILE.CELLS])
         tile = tl.reshape(tl.gather(values, index, 0), [GROUPS, TILE.CELLS, TILE.LANES])
-        # [GROUPS, CELLS, LANES]
-        tile = tl.where(inside, tile.to(ACC), 0.0)
+        # [GROUPS, CELLS, LANES]: the run is 0 beyond the last channel
+        tile = tl.where(ij < cells, tile.to(ACC), 0.0)
     else:
         if LAYOUT.CHANNELS_LAST:
             offset = ij.to(tl.int64) * channels + c
@@ -193,18 +204,24 @@ def halo_sums(
 
 
 @triton.jit
-def sums_of_blocks(partial, cell, blocks, sizes, TILE: tl.constexpr, ACC: tl.constexpr):
-    """The partials of all blocks of channels of a sample, added up in a fixed order, for CELLS cells from ``cell``."""
+def sums_of_blocks(partials, cell, sizes, TILE: tl.constexpr, ACC: tl.constexpr):
+    """The partials of all blocks of channels of a sample, added up in a fixed order, for each ``cell``; (NODES,)."""
     cells = sizes.grid_h * sizes.grid_w
-    # [1, CELLS]
-    ij = cell + tl.arange(0, TILE.CELLS)[None, :]
-    # [BLOCKS, CELLS]
-    total = tl.zeros([TILE.BLOCKS, TILE.CELLS], ACC)
+    blocks = tl.cdiv(sizes.channels, TILE.CHANNELS)
+    # [BLOCKS, NODES]
+    total = tl.zeros([TILE.BLOCKS, TILE.NODES], ACC)
     for first in range(0, blocks, TILE.BLOCKS):
         b = first + tl.arange(0, TILE.BLOCKS)[:, None]
-        total += tl.load(partial + b.to(tl.int64) * cells + ij, mask=(b < blocks) & (ij < cells), other=0.0)
-    # [CELLS]
+        inside = (b < blocks) & (cell < cells)[None, :]
+        total += tl.load(partials + b.to(tl.int64) * cells + cell[None, :], mask=inside, other=0.0)
+    # [NODES]
     return tl.sum(total, 0)
+
+
+@triton.jit
+def partials_of(n, partials, sizes, TILE: tl.constexpr):
+    """The partials of sample n, one row of gh gw numbers for each block of channels."""
+    return partials + n * tl.cdiv(sizes.channels, TILE.CHANNELS) * (sizes.grid_h * sizes.grid_w)
 
 
 @triton.jit
@@ -222,7 +239,7 @@ def lattice_of(sizes, OPTIONS: tl.constexpr):
     """The graph of the spatial branch."""
     cells = sizes.grid_h * sizes.grid_w
     neighbors: tl.constexpr = 9 if OPTIONS.DIAGONAL else 5
-    return Graph(cells, sizes.grid_w, 0, neighbors, False, OPTIONS.LATTICE_LOOPS, OPTIONS.DIAGONAL)
+    return Graph(cells, sizes.grid_w, 0, neighbors, False, False, OPTIONS.LATTICE_LOOPS, OPTIONS.DIAGONAL)
 
 
 # ---- the two steps ---------------------------------------------------------------------------------------------------
@@ -243,9 +260,9 @@ def graph_of(
     cells = sizes.grid_h * sizes.grid_w
     sums += n * sizes.channels * cells
     rows = rows_of(n, saved, gates, sizes)
-    block = block_of(b, sizes, ring_first, ring_count, 1, OPTIONS, TILE)
+    block = block_of(b, sizes, ring_first, ring_count, OPTIONS, TILE)
     place = n * tl.cdiv(sizes.channels, TILE.CHANNELS) + b
-    window = windows + place * (TILE.CHANNELS + 2 * block.reach)
+    window = windows + place * (TILE.CHANNELS + 2 * block.halo)
     partial = partials + place * cells
     # [CHANNELS]
     i = tl.arange(0, TILE.CHANNELS)
@@ -261,11 +278,12 @@ def graph_of(
     z = sum_of_cells(total, TILE) / sizes.area
     tl.store(rows.z + block.first + i, z, mask=inside)
     tl.store(window + block.halo + i, z, mask=inside)
-    for first in range(0, 2 * block.halo, TILE.HALO):
+    store_around(window, z, i, block)
+    for first in range(0, block.beside, TILE.HALO):
         # [HALO]
         h = first + tl.arange(0, TILE.HALO)
         node, c = halo_node(h, block, sizes.channels)
-        exists = h < 2 * block.halo
+        exists = h < block.beside
         z_h = halo_sums(sums, None, c, exists, sizes, LAYOUT, TILE, ACC) / sizes.area
         tl.store(window + node, z_h, mask=exists)
     tl.debug_barrier()
@@ -273,7 +291,7 @@ def graph_of(
     score, value = collapse(weight, TILE, ACC)
     ring = ring_of(block, ring_first, ring_count, OPTIONS)
     # [CHANNELS]
-    o = transform(window, tl.where(inside, block.halo + i, 0), score, value, weight.heads, ring)
+    o = transform(window, tl.where(inside, i, 0) + block.halo, score, value, weight.heads, ring)
     g, _ = sigmoid(o)
     tl.store(rows.o_c + block.first + i, o, mask=inside)
     tl.store(rows.g_c + block.first + i, g, mask=inside)
@@ -294,28 +312,34 @@ def graph_of(
 
 @triton.jit
 def lattice_gates(
-    n, saved, gates, partials, weight, sizes,
+    partials,  # of the blocks of channels of the sample
+    u, o_s, g_s,
+    kept,  # None: u is kept
+    keep, weight, sizes,
     OPTIONS: tl.constexpr, TILE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """u, o_s and g_s of sample n, from the sums of its blocks of channels."""
+    """u and g_s of a sample, from the sums of its blocks of channels. If ``keep``, also o_s, and u in ``kept``."""
     cells = sizes.grid_h * sizes.grid_w
-    rows = rows_of(n, saved, gates, sizes)
-    blocks = tl.cdiv(sizes.channels, TILE.CHANNELS)
-    for cell in range(0, cells, TILE.CELLS):
-        # [CELLS]
-        ij = cell + tl.arange(0, TILE.CELLS)
-        total = sums_of_blocks(partials + n * blocks * cells, cell, blocks, sizes, TILE, ACC)
-        tl.store(rows.u + ij, total / (pixels_of(ij, sizes).to(ACC) * sizes.channels), mask=ij < cells)
+    for first in range(0, cells, TILE.NODES):
+        # [NODES]
+        i = first + tl.arange(0, TILE.NODES)
+        total = sums_of_blocks(partials, i, sizes, TILE, ACC)
+        token = total / (pixels_of(i, sizes).to(ACC) * sizes.channels)
+        tl.store(u + i, token, mask=i < cells)
+        if kept is not None:  # noqa: SIM102 - the compiler decides this condition
+            if keep:
+                tl.store(kept + i, token, mask=i < cells)
     tl.debug_barrier()
 
-    a, b = collapse(weight, TILE, ACC)
+    score, value = collapse(weight, TILE, ACC)
     lattice = lattice_of(sizes, OPTIONS)
     for first in range(0, cells, TILE.NODES):
-        # [NODES], which may be another length than CELLS
+        # [NODES]
         i = first + tl.arange(0, TILE.NODES)
-        o = transform(rows.u, tl.where(i < cells, i, 0), a, b, weight.heads, lattice)
-        tl.store(rows.o_s + i, o, mask=i < cells)
-        tl.store(rows.g_s + i, sigmoid(o)[0], mask=i < cells)
+        o = transform(u, tl.where(i < cells, i, 0), score, value, weight.heads, lattice)
+        if keep:
+            tl.store(o_s + i, o, mask=i < cells)
+        tl.store(g_s + i, sigmoid(o)[0], mask=i < cells)
 
 
 # ---- kernels ---------------------------------------------------------------------------------------------------------
@@ -348,4 +372,7 @@ def lattice(
     """A program is the cells of a sample."""
     sizes = sizes_of(channels, area, width, grid_h, grid_w, LAYOUT)
     weight = Weight(spatial_weight, spatial_row, spatial_column, heads, head_width)
-    lattice_gates(tl.program_id(0).to(tl.int64), saved, gates, partials, weight, sizes, OPTIONS, TILE, ACC)
+    n = tl.program_id(0).to(tl.int64)
+    rows = rows_of(n, saved, gates, sizes)
+    partials = partials_of(n, partials, sizes, TILE)
+    lattice_gates(partials, rows.u, rows.o_s, rows.g_s, None, True, weight, sizes, OPTIONS, TILE, ACC)

@@ -96,7 +96,7 @@ GROUPS: dict[str, dict[str, Any]] = {
 #: The kernels in which the compiler may contract a product and a sum. The others add up products across the lanes of a
 #: warp: contracted into the first step of a butterfly, a product would be rounded in one lane and not in the other, and
 #: lanes that hold copies of one sum would hold different bits.
-FUSING = ("gate", "gate_backward")
+FUSING = ("gate_backward",)
 
 
 @dataclass(frozen=True)
@@ -296,18 +296,32 @@ def graph_tile(p: Pass) -> int:
     return GRAPH_THREADS * 32 >> (p.itemsize == 8)
 
 
+def channel_blocks(p: Pass, heads: int, head_width: int) -> int:
+    """The blocks of channels of a sample."""
+    return ceil_div(p.channels, graph_blocks(p, heads, head_width, graph_tile(p))["CHANNELS"])
+
+
 def graph_stage(p: Pass, kernel: str, programs: int, threads: int, heads: int, head_width: int) -> Launch:
     of = FAMILIES[p.family]
     constants = graph_blocks(p, heads, head_width, graph_tile(p))
+    if kernel in ("graph", "graph_backward_cells"):
+        # They read no partials, and are compiled once for all numbers of channels.
+        constants["BLOCKS"] = 1
     return Launch(kernel, programs, constants, num_warps=threads // of.warp, maxnreg=of.registers)
 
 
 @lru_cache(maxsize=4096)
 def graph(p: Pass, heads: int, head_width: int) -> Launch:
-    """One program per block of channels. Backward, it is the launch of both kernels of such programs."""
-    blocks = ceil_div(p.channels, graph_blocks(p, heads, head_width, graph_tile(p))["CHANNELS"])
+    """One program per block of channels. Backward, it is the launch of the ring."""
     kernel = "graph_backward_ring" if p.backward else "graph"
-    return graph_stage(p, kernel, p.samples * blocks, GRAPH_THREADS, heads, head_width)
+    return graph_stage(p, kernel, p.samples * channel_blocks(p, heads, head_width), GRAPH_THREADS, heads, head_width)
+
+
+@lru_cache(maxsize=4096)
+def cells(p: Pass, heads: int, head_width: int, merged: bool) -> Launch:
+    """One program per block of channels, and if ``merged`` one per sample, for the derivatives of the lattice."""
+    programs = p.samples * (channel_blocks(p, heads, head_width) + merged)
+    return graph_stage(p, "graph_backward_cells", programs, GRAPH_THREADS, heads, head_width)
 
 
 @lru_cache(maxsize=4096)
@@ -315,6 +329,17 @@ def lattice(p: Pass, heads: int, head_width: int) -> Launch:
     """One program per sample."""
     kernel = "lattice_backward" if p.backward else "lattice"
     return graph_stage(p, kernel, p.samples, LATTICE_THREADS, heads, head_width)
+
+
+def merges_lattice(p: Pass, heads: int, head_width: int) -> bool:
+    """Whether programs of another launch compute the lattice of their sample, each of them alone: those of the gate
+    stage forward, and those of ``graph_backward_ring`` backward. Otherwise the lattice has a launch of its own.
+
+    A launch takes longer than the work, if a program has at most four pairs of a cell and a head for each thread, and
+    adds up the partials of all blocks of channels at once.
+    """
+    most = graph_blocks(p, heads, head_width, graph_tile(p))["BLOCKS"]
+    return power(p.cells) * power(heads) <= 512 and channel_blocks(p, heads, head_width) <= most
 
 
 #: The most threads that a program of the gate stage has, alone or in a whole sample.

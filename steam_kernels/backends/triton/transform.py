@@ -16,8 +16,8 @@ class Graph(NamedTuple):
     """The nodes of a branch, and where their neighbours are.
 
     The nodes are rows of ``columns`` nodes. Each node has ``neighbors`` places for neighbours, itself among them if
-    LOOPS; places of the lattice may be empty. RING: one row that wraps, and the neighbours of node i are i + ``first``
-    and the following nodes. DIAGONAL: the lattice has 8 neighbours, else 4.
+    LOOPS; places of the lattice may be empty. RING: one row, and the neighbours of node i are i + ``first`` and the
+    following nodes. WRAPS: the first node of the row follows the last. DIAGONAL: the lattice has 8 neighbours, else 4.
     """
 
     nodes: Any
@@ -25,6 +25,7 @@ class Graph(NamedTuple):
     first: Any
     neighbors: Any
     RING: Any
+    WRAPS: Any
     LOOPS: Any
     DIAGONAL: Any
 
@@ -39,11 +40,11 @@ def sigmoid(o):
 
 @triton.jit
 def collapse(weight, TILE: tl.constexpr, ACC: tl.constexpr):
-    """a and b of every head, (1, HEADS) each, 0 beyond the heads."""
+    """a and b of every head, (HEADS, 1) each, 0 beyond the heads."""
     query, key, value, output = weight_numbers(weight, TILE, ACC)
     # [HEADS]
     a = tl.sum(query * key, 1) / tl.sqrt((weight.head_width + tl.zeros([TILE.HEADS], tl.int32)).to(ACC))
-    return a[None, :], tl.sum(value * output, 1)[None, :]
+    return a[:, None], tl.sum(value * output, 1)[:, None]
 
 
 @triton.jit
@@ -54,9 +55,10 @@ def neighbor(node, k, graph):
         if not graph.LOOPS:
             step = tl.where(step >= 0, step + 1, step)
         j = node + step
-        j = tl.where(j < 0, j + graph.nodes, j)
-        j = tl.where(j >= graph.nodes, j - graph.nodes, j)
-        exists = j >= 0
+        if graph.WRAPS:
+            j = tl.where(j < 0, j + graph.nodes, j)
+            j = tl.where(j >= graph.nodes, j - graph.nodes, j)
+        exists = j == j  # Each neighbour of a ring exists.
     else:
         if graph.DIAGONAL:
             down = k // 3 - 1
@@ -74,14 +76,31 @@ def neighbor(node, k, graph):
 
 
 @triton.jit
+def reverse(k, graph):
+    """The place of a node among the neighbours of its k-th neighbour."""
+    if graph.RING:
+        step = graph.first + k
+        if not graph.LOOPS:
+            step = tl.where(step >= 0, step + 1, step)
+        # In a small ring, a distance to one side may be the same node as a distance to the other side.
+        back = tl.where(-step < graph.first, graph.nodes - step, -step)
+        if not graph.LOOPS:
+            back = tl.where(back > 0, back - 1, back)
+        place = back - graph.first
+    else:
+        place = graph.neighbors - 1 - k
+    return place  # one return, because the compiler does not inline a function with two
+
+
+@triton.jit
 def attend(tokens, node, a, graph):
-    """The softmax of each head at each node, (NODES, HEADS) each: the slope a t, the extreme, 1 / total, m - extreme.
+    """The softmax of each head at each node, (HEADS, NODES) each: the slope a t, the extreme, 1 / total, m - extreme.
 
     The extreme is the token with the largest score, and the total is the sum of the weights. A score is a difference
     before it is a product, so its exponential is at most 1.
     """
-    # [NODES, HEADS]
-    slope = a * tl.load(tokens + node)[:, None]
+    # [HEADS, NODES]
+    slope = a * tl.load(tokens + node)[None, :]
     # [NODES]
     low = tl.full(node.shape, float("inf"), slope.dtype)
     high = tl.full(node.shape, float("-inf"), slope.dtype)
@@ -90,14 +109,14 @@ def attend(tokens, node, a, graph):
         t = tl.load(tokens + j)
         low = tl.where(exists & (t < low), t, low)
         high = tl.where(exists & (t > high), t, high)
-    # [NODES, HEADS]
-    extreme = tl.where(slope > 0.0, high[:, None], low[:, None])
+    # [HEADS, NODES]
+    extreme = tl.where(slope > 0.0, high[None, :], low[None, :])
     total = tl.zeros(slope.shape, slope.dtype)
     moment = tl.zeros(slope.shape, slope.dtype)
     for k in range(graph.neighbors):
         j, exists = neighbor(node, k, graph)
-        difference = tl.where(exists[:, None], tl.load(tokens + j)[:, None] - extreme, 0.0)
-        weight = tl.where(exists[:, None], tl.exp(slope * difference), 0.0)
+        difference = tl.where(exists[None, :], tl.load(tokens + j)[None, :] - extreme, 0.0)
+        weight = tl.where(exists[None, :], tl.exp(slope * difference), 0.0)
         total += weight
         moment += weight * difference
     inverse = 1.0 / total
@@ -107,42 +126,50 @@ def attend(tokens, node, a, graph):
 @triton.jit
 def transform(tokens, node, a, b, heads, graph):
     """The pre-activations o of the nodes, (NODES,)."""
-    # [NODES, HEADS]
+    # [HEADS, NODES]
     _, extreme, _, mean = attend(tokens, node, a, graph)
-    # [1, HEADS]
-    head = tl.arange(0, a.shape[1])[None, :]
-    return tl.sum(tl.where(head < heads, b * (extreme + mean), 0.0), 1)
+    # [HEADS, 1]
+    head = tl.arange(0, a.shape[0])[:, None]
+    return tl.sum(tl.where(head < heads, b * (extreme + mean), 0.0), 0)
 
 
 @triton.jit
-def transform_backward(tokens, flows, node, a, b, heads, graph):
-    """The gradients of the tokens, (NODES,), and each node's terms of the gradients of a and b, (NODES, HEADS) each.
+def store_jacobian(tokens, jacobian, node, inside, a, b, heads, graph):
+    """Stores the derivatives of the nodes' pre-activations o, and returns those by a and b, (HEADS, NODES) each.
 
-    ``flows`` are the gradients of the pre-activations. The graph is symmetric, so a node gathers the gradients that its
-    neighbours give back. It computes their softmax again from their own neighbours, without memory and without atomics.
+    ``jacobian`` has a row of one number for each node of the graph and each neighbour: row k has the derivatives by the
+    token of the k-th neighbour. One more row has the derivatives by the node's own token through the slopes.
     """
-    # [1, HEADS]
-    head = tl.arange(0, a.shape[1])[None, :]
-    # [NODES, HEADS]
+    # [HEADS, 1]
+    head = tl.arange(0, a.shape[0])[:, None]
+    # [HEADS, NODES]
     slope, extreme, inverse, mean = attend(tokens, node, a, graph)
     variance = tl.zeros(slope.shape, slope.dtype)
     for k in range(graph.neighbors):
         j, exists = neighbor(node, k, graph)
-        difference = tl.where(exists[:, None], tl.load(tokens + j)[:, None] - extreme, 0.0)
-        weight = tl.where(exists[:, None], tl.exp(slope * difference), 0.0)
-        variance += weight * inverse * (difference - mean) * (difference - mean)
-    # [NODES, 1]
-    t = tl.load(tokens + node)[:, None]
-    own = tl.load(flows + node)[:, None]
-    # [NODES, HEADS]
-    through = b * own * variance
-    out = tl.where(head < heads, through * a, 0.0)
-    for k in range(graph.neighbors):
-        j, exists = neighbor(node, k, graph)
-        slope, extreme_j, inverse_j, mean_j = attend(tokens, j, a, graph)
-        difference = t - extreme_j
-        weight = tl.exp(slope * difference) * inverse_j
+        difference = tl.where(exists[None, :], tl.load(tokens + j)[None, :] - extreme, 0.0)
+        weight = tl.where(exists[None, :], tl.exp(slope * difference), 0.0) * inverse
+        difference -= mean
+        variance += weight * difference * difference
         # The weight comes before the slope: it is 0 where the product of slope and distance may overflow.
-        back = b * tl.load(flows + j)[:, None] * (weight + slope * (weight * (difference - mean_j)))
-        out += tl.where(exists[:, None] & (head < heads), back, 0.0)
-    return tl.sum(out, 1), through * t, own * (extreme + mean)
+        through = tl.where(head < heads, b * (weight + slope * (weight * difference)), 0.0)
+        tl.store(jacobian + k * graph.nodes + node, tl.sum(through, 0), mask=inside)
+    own = tl.where(head < heads, b * variance * a, 0.0)
+    tl.store(jacobian + graph.neighbors * graph.nodes + node, tl.sum(own, 0), mask=inside)
+    return b * variance * tl.load(tokens + node)[None, :], extreme + mean
+
+
+@triton.jit
+def transform_backward(jacobian, index, graph, flows, node, near):
+    """The gradients of the tokens, (NODES,), from ``flows``, the gradients of the pre-activations.
+
+    The graph is symmetric, so a node gathers the gradients that its neighbours give back, without atomics. ``flows``
+    may be of a part of the graph: node ``node`` of the graph ``near`` is node ``index`` of the whole graph.
+    """
+    out = tl.load(jacobian + graph.neighbors * graph.nodes + index) * tl.load(flows + node)
+    for k in range(graph.neighbors):
+        i, exists = neighbor(index, k, graph)
+        j, _ = neighbor(node, k, near)
+        back = tl.load(jacobian + reverse(k, graph) * graph.nodes + i) * tl.load(flows + j)
+        out += tl.where(exists, back, 0.0)
+    return out

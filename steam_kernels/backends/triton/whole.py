@@ -5,8 +5,8 @@ import triton.language as tl
 
 from .arguments import DO_NOT_SPECIALIZE, Sizes, sizes_of, weights_of
 from .gate import gate_backward_of, gate_of, gate_tiles
-from .graph import graph_of, lattice_gates
-from .graph_backward import cells_of, lattice_backward_of, ring_backward_of
+from .graph import graph_of, lattice_gates, partials_of, rows_of
+from .graph_backward import cells_of, gradients_of, lattice_jacobian, lattice_shares, ring_backward_of
 from .pool import pool_runs_of, pool_tiles_of
 
 
@@ -67,11 +67,13 @@ def whole(
             OPTIONS, LAYOUT, GRAPH, ACC,
         )  # fmt: skip
     tl.debug_barrier()
-    lattice_gates(n, saved, gates, partials, spatial, sizes, OPTIONS, GRAPH, ACC)
+    rows = rows_of(n, saved, gates, sizes)
+    partials = partials_of(n, partials, sizes, GRAPH)
+    lattice_gates(partials, rows.u, rows.o_s, rows.g_s, None, True, spatial, sizes, OPTIONS, GRAPH, ACC)
     tl.debug_barrier()
     steps, run_blocks = steps_of_sample(sizes, GATE)
     for t in range(run_blocks):
-        gate_of(n, t, x, residual, y, gates, sizes, steps, SCALE, RELU, LAYOUT, GATE, ACC)
+        gate_of(n, t, x, residual, y, rows.g_c, rows.g_s, sizes, steps, SCALE, RELU, LAYOUT, GATE, ACC)
 
 
 @triton.jit(do_not_specialize=DO_NOT_SPECIALIZE)
@@ -82,7 +84,9 @@ def whole_backward(
     dresidual,  # None: not needed
     sums,  # None: each cell is a pixel, or not needed
     products,  # None: each cell is a pixel
-    saved, gates, flows, shifts, windows,
+    saved, gates, flows, shifts,
+    jacobian_c,  # None: not RING
+    jacobian_s, windows,
     partials,  # of the blocks of channels
     partials_c, partials_s,
     channel_weight, spatial_weight, channel_row, channel_column, spatial_row, spatial_column,
@@ -110,19 +114,22 @@ def whole_backward(
     blocks = tl.cdiv(sizes.channels, GRAPH.CHANNELS)
     for b in range(blocks):
         cells_of(
-            n, b, factor, dy_of_cells, y_of_cells, saved, gates, flows, partials, sizes,
-            SCALE, RING, LAYOUT, GRAPH, ACC,
+            n, b, factor, dy_of_cells, y_of_cells, saved, gates, flows, jacobian_c, partials, channel, sizes,
+            ring_first, ring_count, SCALE, RING, OPTIONS, LAYOUT, GRAPH, ACC,
         )  # fmt: skip
+    lattice_jacobian(n, saved, gates, jacobian_s, spatial, sizes, OPTIONS, GRAPH, ACC)
     tl.debug_barrier()
-    lattice_backward_of(
-        n, saved, gates, flows, shifts, partials, partials_s, spatial, sizes, SCALE, OPTIONS, GRAPH, ACC
+    of = gradients_of(n, flows, shifts, sizes)
+    lattice_shares(
+        n, True, of.flow_s, of.shift_s, None, saved, jacobian_s, partials, partials_s, sizes, heads,
+        SCALE, OPTIONS, GRAPH, ACC,
     )  # fmt: skip
     if RING:
         tl.debug_barrier()
         for b in range(blocks):
             ring_backward_of(
-                n, b, pooled, saved, flows, shifts, windows, partials_c, channel, sizes, ring_first, ring_count,
-                OPTIONS, LAYOUT, GRAPH, ACC,
+                n, b, pooled, of.shift_s, saved, flows, shifts, jacobian_c, windows, partials_c, sizes, heads,
+                ring_first, ring_count, OPTIONS, LAYOUT, GRAPH, ACC,
             )  # fmt: skip
     if dx is not None or dresidual is not None:
         tl.debug_barrier()
