@@ -68,6 +68,17 @@ SLOW = {
     "tests/unit/test_gradients.py::test_gradcheck": 3,
     "tests/unit/test_tolerances.py::test_bounds_do_not_depend_on_the_machine": 6,
     "tests/unit/test_tolerances.py::test_planted_errors_are_caught_in_the_median_case": 3,
+    # Grids of the CPU kernels, which CI repeats for each variant of the processor.
+    "tests/kernels/test_cache.py::test_no_bit_depends_on_it": 4,
+    "tests/kernels/test_kernels.py::test_sample": 3,
+    "tests/kernels/test_layouts.py::test_all_layouts_of_all_arguments": 4,
+    "tests/kernels/test_layouts.py::test_strides_of_outputs": 4,
+    "tests/kernels/test_nonfinite.py::test_finite_maps": 6,
+    "tests/kernels/test_numerics.py::test_far_from_zero": 4,
+    "tests/kernels/test_numerics.py::test_saturated_gates": 4,
+    "tests/kernels/test_strides.py::test_operators": 4,
+    "tests/kernels/test_strides.py::test_operator_in_place": 4,
+    "tests/kernels/test_strides.py::test_steam": 4,
     # Grids of the CUDA kernels, compiled for the processor under sanitizers.
     "tests/cuda/test_cuda_on_host.py::test_case": 6,
     "tests/cuda/test_cuda_on_host.py::test_finite_maps_of_any_size": 4,
