@@ -124,8 +124,7 @@ gpu-report: $(INSTALLED)
 	STEAM_KERNELS_BUILD=auto $(PY) setup.py --quiet build_ext --inplace
 	$(PY) -m benchmarks.gpu_report $(REPORT_FLAGS)
 
-# auditwheel checks that it needs no newer glibc and libstdc++
-# than torch's own wheels. CUDA kernels would make it ten times as large; users with a GPU have the Triton kernels, or build
+# auditwheel checks that the wheel needs no newer glibc and libstdc++ than torch's own wheels. CUDA kernels would make it ten times as large; users with a GPU have the Triton kernels, or build
 # the sdist.
 wheel: venv
 	rm -rf build/wheel dist/steam_kernels-*
