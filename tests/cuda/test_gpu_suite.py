@@ -113,7 +113,8 @@ def test_bounds_of_memory_hold_for_the_triton_operators(size: str, monkeypatch: 
     monkeypatch.setattr(test_gpu, "DEVICE", "cpu")
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     test_gpu.test_peak_memory(size, "nhwc", "triton")
-    assert len(launched) >= 2 * 3 + 3 + 2 * 4
+    forward, backward = (2, 3) if size == "7" else (3, 4)
+    assert len(launched) == 3 * forward + 2 * backward
 
 
 def test_every_gpu_backend_is_tested(monkeypatch: pytest.MonkeyPatch) -> None:
