@@ -23,6 +23,9 @@ PYTHON ?= python3
 STEAM_KERNELS_BUILD ?= require
 CMAKE_CUDA_ARCHITECTURES ?= native
 export STEAM_KERNELS_BUILD CMAKE_CUDA_ARCHITECTURES
+# pip writes no bytecode, which would take a minute for modules that nothing imports. So an import must keep what it
+# compiles, or each process compiles torch again.
+unexport PYTHONDONTWRITEBYTECODE
 
 VENV := .venv
 PY := $(VENV)/bin/python

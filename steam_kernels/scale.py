@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .tracing import called_while_compiling
+
 
 class ScaledModule(nn.Module):
     """A module with a persistent float32 buffer ``scale`` of shape (). Its value is also available as a float.
@@ -130,14 +132,10 @@ def _version(buffer: Tensor) -> int:
     return 0 if buffer.is_inference() else buffer._version
 
 
+@called_while_compiling
 def _read_while_compiling(module: ScaledModule) -> None:
     if _has_value(module.scale):
         module._value = _read(module.scale)
-
-
-# torch.compiler.assume_constant_result sets the same attribute, but it would import the compiler with this package.
-# With it the compiler calls the function while it traces, and then reads the new float.
-_read_while_compiling._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _has_value(buffer: Tensor) -> bool:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+
+_F = TypeVar("_F", bound=Callable[..., Any])
 
 #: Whether a trace of torch.jit contains the operators of this package.
 _AS_OPERATORS: ContextVar[bool] = ContextVar("as_operators", default=False)
@@ -42,6 +45,17 @@ def looked_into() -> bool:
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
     )
+
+
+def called_while_compiling(function: _F) -> _F:
+    """Makes ``torch.compile`` call ``function`` while it traces, and take the result for a constant.
+
+    ``torch.compiler.assume_constant_result`` sets the same attribute, but it would import the compiler, which takes
+    longer than the rest of torch. The compiler would trace into a function that ``functools.cache`` wraps, so
+    ``function`` must not be one; it may call one.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def factor(value: float | Tensor, like: Tensor) -> float | Tensor:

@@ -10,6 +10,7 @@ import warnings
 from functools import cache
 from typing import Any
 
+from ..tracing import called_while_compiling
 from . import cpu, cuda, native, triton
 from .base import Backend, Call
 
@@ -44,6 +45,7 @@ def first(call: Call) -> str:
     return "reference"
 
 
+@called_while_compiling
 def _warn_of_reference(kind: str) -> None:
     """Warns once that calls on a device run the reference, if this machine cannot run any other backend for it."""
     _warn_once_of_reference(kind)
@@ -60,12 +62,6 @@ def _warn_once_of_reference(kind: str) -> None:
             f"kernels. Why: {why}. What mends it: {mend}",
             stacklevel=2,
         )
-
-
-# torch.compiler.assume_constant_result sets the same attribute, but it would import the compiler with this package.
-# With it the compiler calls the function while it traces. The compiler would trace into the function that ``cache``
-# wraps, so the attribute is on a separate function.
-_warn_of_reference._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _environment() -> str | None:

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from ..tracing import called_while_compiling
+
 PACKAGE = Path(__file__).resolve().parent.parent
 #: The build's report, one line for each library. The file is absent if no build has run.
 BUILD_REPORT = PACKAGE / "_build.txt"
@@ -182,7 +184,7 @@ CUDA = load_cuda()
 _gpus: dict[int, str] = {}
 
 
-@torch.compiler.assume_constant_result  # the compiler cannot look into ctypes
+@called_while_compiling  # the compiler cannot look into ctypes
 def why_not_gpu(index: int) -> str:
     """ "" if the loaded CUDA kernels run on the GPU of this index, else the reason. Each GPU is asked once."""
     if index not in _gpus:

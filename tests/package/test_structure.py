@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -109,3 +110,16 @@ def test_test_files_do_not_import_each_other(files: list[Path]) -> None:
                     if any(module.rpartition(".")[2].startswith("test_") for module in modules):
                         found.add(path.name)
     assert found <= {"test_gpu_suite.py"}
+
+
+def test_what_make_runs_keeps_the_bytecode_of_modules() -> None:
+    """pip writes none. A process that writes none either compiles torch for many seconds, each time."""
+    shown = subprocess.run(
+        ["make", "--no-print-directory", "--eval", "show:; @env", "show"],
+        env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert "STEAM_KERNELS_BUILD=" in shown and "PYTHONDONTWRITEBYTECODE" not in shown

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import shutil
 import subprocess
@@ -111,10 +112,17 @@ def test_without_torchvision_and_plotting() -> None:
     output("for name in ('torchvision', 'matplotlib', 'sklearn', 'numpy'):\n    sys.modules[name] = None\n" + SMOKE)
 
 
-def test_import_is_quiet() -> None:
-    done = python("import steam_kernels")
-    assert done.returncode == 0 and done.stdout == ""
-    assert "steam" not in done.stderr
+def test_import_is_quiet_and_brings_no_compiler_and_no_toolkit() -> None:
+    """Importing torch's compiler takes longer than importing all else of torch."""
+    done = python(
+        "import sys, steam_kernels.models, steam_kernels.integrations\nsys.stdout.write(repr([*sys.modules]))"
+    )
+    assert done.returncode == 0 and "steam" not in done.stderr
+    imported = set(ast.literal_eval(done.stdout))
+    compiler = {"torch._dynamo", "torch._inductor", "sympy"}
+    toolkits = {"detectron2", "lightning", "mmengine", "timm", "torchvision", "ultralytics"}
+    toolkits.add("segmentation_models_pytorch")
+    assert "steam_kernels.integrations" in imported and imported.isdisjoint(compiler | toolkits)
 
 
 @pytest.mark.parametrize("variant", ["sse9", "AVX2", "avx2 "])

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ...tracing import called_while_compiling
 from ..base import Backend, Call, too_large
 
 #: Compute capability that the kernels are compiled for at least; PyTorch's and Triton's own least is not below it.
@@ -44,13 +45,10 @@ def triton_kernels() -> Kernels:
     return Kernels(operators)
 
 
+@called_while_compiling
 def why_not_device(kind: str, index: int | None) -> str:
     """ "" where the Triton kernels run on this device; None is any GPU of this machine, or the interpreter."""
     return _why_not_device(kind, index)
-
-
-# What torch.compiler.assume_constant_result does, which would import the compiler with this package.
-why_not_device._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @cache
