@@ -31,6 +31,20 @@ def test_variables_that_a_test_set_are_gone() -> None:
     assert "PATH" in os.environ
 
 
+def test_one_worker_runs_the_tests_of_a_group(tmp_path: Path) -> None:
+    """A fixture that takes minutes would be made by each worker."""
+    (tmp_path / "test_grouped.py").write_text(
+        "import os, pathlib, pytest\n@pytest.mark.xdist_group('group')\n@pytest.mark.parametrize('i', range(4))\n"
+        "def test_worker(i):\n    pathlib.Path(f'ran_{i}').write_text(os.environ['PYTEST_XDIST_WORKER'])\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+    command = [sys.executable, "-m", "pytest", "-n", "2", "--dist", "loadgroup", "-p", "no:cacheprovider", "-q"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    workers = [path.read_text() for path in tmp_path.glob("ran_*")]
+    assert len(workers) == 4 and len(set(workers)) == 1
+
+
 CACHES = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
 FRESH = f"""
 import os, pathlib

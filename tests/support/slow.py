@@ -18,6 +18,10 @@ TURN = "STEAM_KERNELS_TEST_TURN"
 
 SLOW = {
     # Networks, whole training runs, exporters: each takes many seconds.
+    "tests/benchmarks/test_measurement.py::test_a_spoilt_measurement_is_made_once": 0,
+    "tests/benchmarks/test_progress.py::test_each_part_counts_its_rows": 0,
+    "tests/benchmarks/test_progress.py::test_the_closing_table_replaces_that_of_pytest_benchmark": 0,
+    "tests/benchmarks/test_progress.py::test_the_output_fits_a_terminal": 0,
     "tests/benchmarks/test_quick_run.py": 0,
     "tests/models/test_compile_networks.py": 0,
     "tests/models/test_copies_and_exports.py::test_export": 0,
@@ -80,12 +84,12 @@ SLOW = {
     "tests/kernels/test_strides.py::test_operator_in_place": 4,
     "tests/kernels/test_strides.py::test_steam": 4,
     # Grids of the CUDA kernels, compiled for the processor under sanitizers.
-    "tests/cuda/test_cuda_on_host.py::test_case": 6,
+    "tests/cuda/test_cuda_on_host.py::test_case": 12,
     "tests/cuda/test_cuda_on_host.py::test_finite_maps_of_any_size": 4,
-    "tests/cuda/test_cuda_on_host.py::test_no_races": 4,
+    "tests/cuda/test_cuda_on_host.py::test_no_races": 12,
     "tests/cuda/test_cuda_on_host.py::test_one_bad_value": 4,
     "tests/cuda/test_cuda_on_host.py::test_random_unit": 8,
-    "tests/cuda/test_cuda_on_host.py::test_sample": 8,
+    "tests/cuda/test_cuda_on_host.py::test_sample": 24,
     # Triton's interpreter, a thousand times slower than the kernels that it runs.
     "tests/kernels/test_strides.py::test_operators[triton": 24,
     "tests/kernels/test_strides.py::test_operator_in_place[triton": 24,
