@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
+from typing import Any
 
 import pytest
 
@@ -33,7 +34,7 @@ SLOW = {
     "tests/models/test_placements.py::test_yolos_have_units_where_the_stages_of_their_backbone_end": 0,
     "tests/models/test_unknown_networks.py::test_every_classifier_of_torchvision": 0,
     "tests/kernels/test_tasks.py::test_detection_and_instance_segmentation": 0,
-    "tests/package/test_snippets.py::test_snippet": 3,
+    "tests/package/test_snippets.py::test_snippet": 6,
     "tests/package/test_train_digits.py::test_fused_and_reference_train_alike": 0,
     "tests/package/test_train_digits.py::test_quick_run": 0,
     # Compilers and exporters.
@@ -84,7 +85,7 @@ SLOW = {
     "tests/kernels/test_strides.py::test_operator_in_place": 4,
     "tests/kernels/test_strides.py::test_steam": 4,
     # Grids of the CUDA kernels, compiled for the processor under sanitizers.
-    "tests/cuda/test_cuda_on_host.py::test_case": 12,
+    "tests/cuda/test_cuda_on_host.py::test_case": 24,
     "tests/cuda/test_cuda_on_host.py::test_finite_maps_of_any_size": 4,
     "tests/cuda/test_cuda_on_host.py::test_no_races": 12,
     "tests/cuda/test_cuda_on_host.py::test_one_bad_value": 4,
@@ -106,6 +107,12 @@ SLOW = {
     "tests/triton/test_results.py::test_random_unit_against_the_oracle": 7,
     "tests/triton/test_source.py::test_barriers_order_global_memory": 0,
 }
+
+
+def parameters(request: pytest.FixtureRequest, name: str) -> list[Any]:
+    """The values of a parameter in those tests of the fixture's module that run. A fixture makes what these need."""
+    items = [item for item in request.session.items if item.path == request.path and hasattr(item, "callspec")]
+    return list(dict.fromkeys(item.callspec.params[name] for item in items if name in item.callspec.params))
 
 
 def mark(items: list[pytest.Item]) -> None:

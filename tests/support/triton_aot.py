@@ -25,7 +25,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -402,10 +402,9 @@ def answer(process: subprocess.Popen[str]) -> Any:
     return json.loads(out)
 
 
-def rows() -> list[dict[str, Any]]:
-    """All rows, from two processes."""
-    names = list(TARGETS)
-    running = [worker("--rows", ",".join(names[i : i + 2])) for i in (0, 2)]
+def rows(targets: Sequence[str] = tuple(TARGETS)) -> list[dict[str, Any]]:
+    """All rows of the targets, from two processes."""
+    running = [worker("--rows", ",".join(part)) for part in (targets[::2], targets[1::2]) if part]
     return [row for process in running for row in answer(process)]
 
 

@@ -39,6 +39,11 @@ def compiled(rows: Iterable[Row]) -> dict[str, Row]:
     return {" | ".join(row[k] for k in KEYS): {k: row[k] for k in FIGURES} for row in rows}
 
 
+def compiled_for(target: str) -> dict[str, Row]:
+    """The recorded figures of one target."""
+    return {key: row for key, row in load()["compiled"].items() if key.startswith(f"{target} | ")}
+
+
 def moved(rows: dict[str, Row]) -> dict[str, Row]:
     """The recorded figures of rows of ``triton_interpreted``: the launches, and how often maps, P and R are moved."""
     out = {}

@@ -12,6 +12,7 @@ pytest.importorskip("triton")
 
 from tests.support import triton_aot, triton_record
 from tests.support import triton_code as code
+from tests.support.slow import parameters
 from tests.support.triton_aot import TARGETS
 from tests.support.triton_code import Access, Resources
 from tests.support.triton_version import needs_known_triton
@@ -26,8 +27,9 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def rows() -> list[dict[str, Any]]:
-    found = triton_aot.rows()
+def rows(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
+    """The rows of the targets of the tests that run."""
+    found = triton_aot.rows(parameters(request, "target"))
     assert {name(row): row["error"] for row in found if "error" in row} == {}
     return found
 
@@ -63,9 +65,10 @@ def test_offsets_are_64_bit(target: str, rows: list[dict[str, Any]]) -> None:
     assert {name(row): row["narrow"] for row in of(rows, target) if row["narrow"]} == {}
 
 
-def test_ptx_is_plain(rows: list[dict[str, Any]]) -> None:
-    """Every instruction of every launch for sm_80 is in the list."""
-    seen = {opcode for row in of(rows, "sm_80") for opcode in row["opcodes"]}
+@pytest.mark.parametrize("target", [target for target in TARGETS if TARGETS[target][0] == "cuda"])
+def test_ptx_is_plain(target: str, rows: list[dict[str, Any]]) -> None:
+    """Every instruction of every launch is in the list."""
+    seen = {opcode for row in of(rows, target) for opcode in row["opcodes"]}
     assert seen >= {"ld.global.v4.b32", "st.global.v4.b32", "fma.rn.f32", "bar.sync", "ex2.approx.f32", "ret"}
     assert sorted(opcode for opcode in seen if not code.PLAIN_PTX.fullmatch(opcode)) == []
 
@@ -81,9 +84,10 @@ def test_the_oldest_gpu_has_every_kernel() -> None:
     }  # fmt: skip
 
 
-def test_figures_are_those_recorded(rows: list[dict[str, Any]]) -> None:
+@pytest.mark.parametrize("target", TARGETS)
+def test_figures_are_those_recorded(target: str, rows: list[dict[str, Any]]) -> None:
     needs_known_triton("the record is of the code")
-    found, recorded = triton_record.compiled(rows), triton_record.load()["compiled"]
+    found, recorded = triton_record.compiled(of(rows, target)), triton_record.compiled_for(target)
     changed = {k: (recorded.get(k), found.get(k)) for k in found | recorded if found.get(k) != recorded.get(k)}
     assert changed == {}, "was, is; python -m tests.support.triton_record --write records anew"
 

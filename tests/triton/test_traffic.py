@@ -9,6 +9,7 @@ import pytest
 pytest.importorskip("triton")
 
 from tests.support import triton_interpreted, triton_record
+from tests.support.slow import parameters
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("traffic")]  # one process interprets for all of these tests
 
@@ -52,8 +53,8 @@ def sectors_of(stage: triton_interpreted.Stage, direction: str, tensor: str) -> 
 
 
 @pytest.fixture(scope="module")
-def rows() -> dict[str, dict[str, Any]]:
-    return triton_interpreted.start("traffic")
+def rows(request: pytest.FixtureRequest) -> dict[str, dict[str, Any]]:
+    return triton_interpreted.start("traffic", *parameters(request, "name"))
 
 
 @pytest.mark.parametrize("name", STAGES)
