@@ -152,7 +152,7 @@ def check_planted(kernel: str, case: Case, backend: str, device: Device, least: 
     run(case, backend)
     assert device.found.faults == []
     for kind, every in planted.in_executed(device.found.launches, kernel).items():
-        some = every[:: max(1, -(-len(every) // (16 if kind == "barrier" else 4)))]
+        some = every[:: max(1, -(-len(every) // (32 if kind == "barrier" else 4)))]
         missed = [mistake for mistake in some if not is_caught(mistake, case, backend, device)]
         caught = len(some) - len(missed)
         assert caught >= {"barrier": least * len(some), "load": min(1, len(some))}.get(kind, len(some)), missed
