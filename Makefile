@@ -10,6 +10,7 @@
 # make gpu-report   builds the CUDA library for this machine's GPU, runs the GPU suite and the benchmarks on it, and writes
 #              one file in benchmarks/results/ (REPORT_FLAGS)
 # make wheel   writes to dist/ an sdist, and a wheel of the CPU kernels for any Python and any torch from 2.10
+# make wheel-aarch64    writes to dist/ the wheel for 64-bit ARM, by a cross compiler
 # make docs    builds the site of the documentation into build/site, and fails on a broken link or reference
 # make clean   removes all built files and .venv
 #
@@ -34,7 +35,10 @@ INSTALLED := $(VENV)/.installed
 LIBRARY := steam_kernels/libsteam_cpu.so
 ALL_VARIANTS := build/.all-variants
 NATIVE_SOURCES := $(shell find csrc include cmake -type f 2>/dev/null) CMakeLists.txt setup.py
-WHEEL_PLATFORM ?= manylinux_2_28_$(shell uname -m)
+MACHINE := $(shell uname -m)
+WHEEL_PLATFORM ?= manylinux_2_28_$(MACHINE)
+# The oldest torch that the wheel runs on, for 64-bit ARM. The cross compiler reads its headers and links to it.
+AARCH64_TORCH := build/aarch64-torch-2.10.0
 GPU := $(wildcard /dev/nvidia[0-9]* /dev/kfd /dev/dxg)
 PYTEST_FLAGS ?=
 BENCH_FLAGS ?=
@@ -45,7 +49,7 @@ RUN ?= $(if $(QUICK),build/bench/results,benchmarks/results/latest)
 PAGE ?= $(if $(QUICK),build/bench/benchmarks.md,docs/benchmarks.md)
 IMAGES ?= $(if $(QUICK),build/bench/images,docs/images)
 
-.PHONY: venv demo test test-all lint bench train gpu-report wheel clean
+.PHONY: venv demo test test-all lint bench train gpu-report wheel wheel-aarch64 cross-compiler clean
 .DELETE_ON_ERROR:
 
 venv: $(INSTALLED) $(ALL_VARIANTS)
@@ -127,15 +131,36 @@ gpu-report: $(INSTALLED)
 	STEAM_KERNELS_BUILD=auto $(PY) setup.py --quiet build_ext --inplace
 	$(PY) -m benchmarks.gpu_report $(REPORT_FLAGS)
 
-# auditwheel checks that the wheel needs no newer glibc and libstdc++ than torch's own wheels. CUDA kernels would make it ten times as large; users with a GPU have the Triton kernels, or build
-# the sdist.
+# auditwheel checks that the wheel needs no newer glibc and libstdc++ than torch's own wheels. CUDA kernels would make it
+# ten times as large; users with a GPU have the Triton kernels, or build the sdist.
+repair := repair --only-plat --exclude libtorch_cpu.so --wheel-dir dist
+
 wheel: venv
-	rm -rf build/wheel dist/steam_kernels-*
+	rm -rf build/wheel dist/steam_kernels-*.tar.gz dist/steam_kernels-*_$(MACHINE).whl
 	@mkdir -p build/wheel dist
 	STEAM_KERNELS_CUDA=off $(PY) -m build --no-isolation --sdist --wheel --outdir build/wheel .
-	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PY) -m auditwheel repair --plat $(WHEEL_PLATFORM) --only-plat --strip \
-		--exclude libtorch_cpu.so --wheel-dir dist build/wheel/*.whl
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PY) -m auditwheel $(repair) --plat $(WHEEL_PLATFORM) --strip build/wheel/*.whl
 	mv build/wheel/*.tar.gz dist
+
+# auditwheel knows only the platforms of the machine that Python names, and would call that machine's strip. So the linker
+# strips the library, and Python names the other machine.
+wheel-aarch64: cross-compiler $(INSTALLED) $(AARCH64_TORCH)/.installed
+	rm -rf build/wheel-aarch64 dist/steam_kernels-*_aarch64.whl
+	@mkdir -p build/wheel-aarch64 dist
+	STEAM_KERNELS_CUDA=off STEAM_KERNELS_TORCH=$(AARCH64_TORCH)/torch CMAKE_TOOLCHAIN_FILE=cmake/aarch64.cmake \
+		LDFLAGS=-s $(PY) -m build --no-isolation --wheel --config-setting=--build-option=--plat-name=linux_aarch64 \
+		--outdir build/wheel-aarch64 .
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PY) -c 'import platform, sys; platform.machine = lambda: "aarch64"; \
+		from auditwheel.main import main; sys.exit(main())' $(repair) --plat manylinux_2_28_aarch64 build/wheel-aarch64/*.whl
+
+cross-compiler:
+	@command -v aarch64-linux-gnu-g++ >/dev/null || \
+		{ echo "steam_kernels: aarch64-linux-gnu-g++ was not found (apt-get install g++-aarch64-linux-gnu)"; exit 1; }
+
+$(AARCH64_TORCH)/.installed: | $(INSTALLED)
+	rm -rf $(@D)
+	$(PIP) --target $(@D) --no-deps --platform manylinux_2_28_aarch64 --python-version 311 --only-binary :all: torch==2.10.0
+	@touch $@
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info steam_kernels/libsteam_*.so steam_kernels/_build.txt .mypy_cache .pytest_cache .ruff_cache .hypothesis

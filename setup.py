@@ -22,6 +22,10 @@ CMAKE_CUDA_ARCHITECTURES, in CMake's form, lists the architectures of the CUDA l
 CUDACXX is the path of nvcc. steam_kernels/_build.txt keeps one line for each library, built or not, because pip hides
 the output of a build. MAX_JOBS (or CMAKE_BUILD_PARALLEL_LEVEL) limits the number of compilers that run at a time.
 CMake reads CXX and CXXFLAGS.
+
+STEAM_KERNELS_TORCH is the folder of the torch package to build against. Without it the build takes the torch that
+Python imports. A build for another processor needs the variable, because this Python cannot import that torch.
+CMAKE_TOOLCHAIN_FILE names the cross compiler, and such a build has a folder of its own. `make wheel-aarch64` sets both.
 """
 
 from __future__ import annotations
@@ -30,6 +34,7 @@ import contextlib
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -49,7 +54,9 @@ except ImportError:  # pip's --no-build-isolation takes the environment's setupt
     )
 
 ROOT = Path(__file__).resolve().parent
-BUILD_DIR = ROOT / "build" / "cmake"
+TOOLCHAIN = os.environ.get("CMAKE_TOOLCHAIN_FILE", "")
+BUILD_DIR = ROOT / "build" / (f"cmake-{Path(TOOLCHAIN).stem}" if TOOLCHAIN else "cmake")
+TORCH_LIBRARY = Path("lib", "libtorch_cpu.dylib" if sys.platform == "darwin" else "libtorch_cpu.so")
 PACKAGE = "steam_kernels"
 LIBRARIES = ("steam_cpu", "steam_cuda")  # names of CMake targets, each built into lib<name>.so inside the package
 OLDEST_TORCH = (2, 10)
@@ -65,6 +72,22 @@ def environment(name: str, allowed: tuple[str, ...]) -> str:
     return value
 
 
+def named_torch() -> Path | None:
+    """The folder of STEAM_KERNELS_TORCH, None if the variable is not set."""
+    value = os.environ.get("STEAM_KERNELS_TORCH")
+    if value is None:
+        return None
+    folder = Path(value).absolute()
+    for part in (Path("version.py"), Path("include"), TORCH_LIBRARY):
+        if not value or not (folder / part).exists():
+            sys.exit(
+                f"steam_kernels: STEAM_KERNELS_TORCH is {value!r}; "
+                f"it must be the folder of a torch package, with {part}"
+            )
+    return folder
+
+
+NAMED_TORCH = named_torch()
 MODE = environment("STEAM_KERNELS_BUILD", ("auto", "require", "skip"))
 CUDA = environment("STEAM_KERNELS_CUDA", ("auto", "on", "off"))
 CPU_VARIANTS = environment("STEAM_KERNELS_CPU_VARIANTS", ("all", "native"))
@@ -102,23 +125,27 @@ def find_tool(name: str) -> str | None:
 
 def find_torch() -> Torch:
     """The torch to build against; its `cuda_library` is there only where it was built with CUDA."""
-    try:
-        import torch
-    except Exception as error:  # a broken torch raises anything, OSError from its libraries among others
-        missing = isinstance(error, ModuleNotFoundError) and error.name == "torch"
-        raise BuildError(
-            f"torch cannot be imported while building ({'it is not there' if missing else repr(error)}); "
-            "install torch first, and then this package with pip's options --no-build-isolation --no-cache-dir "
-            "--force-reinstall --no-deps (its cache has the package without the library)"
-        ) from None
-    found = re.match(r"(\d+)\.(\d+)", torch.__version__)
+    if NAMED_TORCH is not None:
+        folder = NAMED_TORCH
+        version = str(runpy.run_path(str(folder / "version.py"))["__version__"])
+    else:
+        try:
+            import torch
+        except Exception as error:  # a broken torch raises anything, OSError from its libraries among others
+            missing = isinstance(error, ModuleNotFoundError) and error.name == "torch"
+            raise BuildError(
+                f"torch cannot be imported while building ({'it is not there' if missing else repr(error)}); "
+                "install torch first, and then this package with pip's options --no-build-isolation --no-cache-dir "
+                "--force-reinstall --no-deps (its cache has the package without the library)"
+            ) from None
+        folder, version = Path(torch.__file__).parent, torch.__version__
+    found = re.match(r"(\d+)\.(\d+)", version)
     if found is None or tuple(map(int, found.groups())) < OLDEST_TORCH:
-        raise BuildError(f"torch is {torch.__version__}; {'.'.join(map(str, OLDEST_TORCH))} or newer is needed")
-    folder = Path(torch.__file__).parent
-    library = folder / "lib" / ("libtorch_cpu.dylib" if sys.platform == "darwin" else "libtorch_cpu.so")
+        raise BuildError(f"torch is {version}; {'.'.join(map(str, OLDEST_TORCH))} or newer is needed")
+    library = folder / TORCH_LIBRARY
     if not library.is_file():
-        raise BuildError(f"torch {torch.__version__} has no {library}")
-    return Torch(torch.__version__, folder / "include", library, folder / "lib" / "libtorch_cuda.so")
+        raise BuildError(f"torch {version} has no {library}")
+    return Torch(version, folder / "include", library, folder / "lib" / "libtorch_cuda.so")
 
 
 def find_nvcc() -> str | None:
@@ -213,7 +240,7 @@ def configure(build_dir: Path, torch: Torch | None) -> Configured:
     # CMake never changes the compilers and generator of a build folder, so other ones need a new folder.
     nvcc = find_nvcc()
     flags = map(os.environ.get, ("CXX", "CXXFLAGS", "LDFLAGS", "CUDAHOSTCXX", "CUDAFLAGS"))
-    signature = json.dumps([cmake, ninja, nvcc, *flags])
+    signature = json.dumps([cmake, ninja, nvcc, *flags, TOOLCHAIN, str(NAMED_TORCH or "")])
     signature_file = build_dir / "signature.json"
     if build_dir.exists() and not (signature_file.is_file() and signature_file.read_text() == signature):
         shutil.rmtree(build_dir)
@@ -227,6 +254,7 @@ def configure(build_dir: Path, torch: Torch | None) -> Configured:
         f"-DSTEAM_TORCH_LIBRARY={torch.library if torch else ''}",
         f"-DSTEAM_TORCH_CUDA_LIBRARY={torch.cuda_library if torch and with_cuda else ''}",
         f"-DSTEAM_CPU_FOR={CPU_VARIANTS}",
+        *([f"-DCMAKE_TOOLCHAIN_FILE={Path(TOOLCHAIN).absolute()}"] if TOOLCHAIN else []),
         f"-DSTEAM_CUDA={CUDA.upper() if with_cuda else 'OFF'}",
         f"-DCMAKE_CUDA_ARCHITECTURES={architectures}" if architectures else "-UCMAKE_CUDA_ARCHITECTURES",
     ]

@@ -9,6 +9,8 @@
 
 #if defined(__x86_64__) || defined(__i386__)
 #  include <immintrin.h>
+#elif defined(__aarch64__)
+#  include <arm_neon.h>
 #endif
 
 #include "../common/old_glibc.h"
@@ -230,6 +232,9 @@ STEAM_INLINE VecF widen(VecH h, Float16) { return bit_cast<VecF>(_mm256_cvtph_ps
 STEAM_INLINE VecH narrow(VecF v, Float16) {
   return bit_cast<VecH>(_mm256_cvtps_ph(bit_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
+#elif defined(__aarch64__) && !defined(STEAM_CPU_VECTOR_BYTES)
+STEAM_INLINE VecF widen(VecH h, Float16) { return bit_cast<VecF>(vcvt_f32_f16(bit_cast<float16x4_t>(h))); }
+STEAM_INLINE VecH narrow(VecF v, Float16) { return bit_cast<VecH>(vcvt_f16_f32(bit_cast<float32x4_t>(v))); }
 #else
 STEAM_INLINE VecF widen(VecH h, Float16) {
   const VecU half = extend(h);

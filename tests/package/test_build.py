@@ -20,27 +20,12 @@ import pytest
 import setuptools
 
 from steam_kernels.backends import native
-from tests.support.build import ROOT, setup_py, tool, write_torch
+from tests.support.build import ROOT, empty_sources, report, setup_py, tool, write_torch
 
 LIBRARY = ROOT / "steam_kernels" / "libsteam_cpu.so"
 CUDA_LIBRARY = LIBRARY.with_name("libsteam_cuda.so")
 X86_64 = platform.machine() in ("x86_64", "AMD64")
 MARCH = {"avx512": "-march=x86-64-v4", "avx2": "-march=x86-64-v3"}
-
-
-def report(tree: Path) -> list[str]:
-    """The build's report of each library."""
-    return (tree / "steam_kernels" / "_build.txt").read_text().splitlines()
-
-
-def empty_sources(tree: Path) -> None:
-    """Replaces the sources by ones that compile quickly, and makes libraries of the stub that can be linked."""
-    for folder in ("cpu", "cuda"):
-        for source in (tree / "csrc" / folder).glob("*.c*"):
-            source.write_text("")
-    library = tree.parent / "modules" / "torch" / "lib" / "libtorch_cpu.so"
-    compiler = tool("c++", "g++", "clang++")
-    subprocess.run([compiler, "-shared", "-x", "c++", "/dev/null", "-o", str(library)], check=True)
 
 
 def torch_with_cuda(tree: Path) -> None:

@@ -50,11 +50,14 @@ def test_the_workflows_call_the_targets_of_ci() -> None:
         (path.stem, job, step) for path in WORKFLOWS for job in read(path)["jobs"].values() for step in job["steps"]
     ]
     called = {name: {step["run"] for at, _, step in steps if at == name and "run" in step} for name, _, _ in steps}
+    (installs,) = (step for step in called["wheels"] if step.startswith("sudo "))
     assert called == {
         "docs": {"make docs"},
         "test": {"make lint", "make test", "make test-all"},
-        "wheels": {"make wheel"},
+        "wheels": {"make wheel", ".ci/check_wheel_aarch64", installs},
     }
+    needed = re.search(r'(?m)^packages="(.*)"$', (ROOT / ".ci" / "check_wheel_aarch64").read_text())
+    assert needed is not None and installs.endswith(f" {needed.group(1)}")
     assert all(re.fullmatch(r"actions/[\w-]+@v\d+", step["uses"]) for _, _, step in steps if "uses" in step)
     for path in WORKFLOWS:
         assert read(path)["permissions"] == {"contents": "read"}, path.name

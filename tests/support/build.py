@@ -37,6 +37,8 @@ BUILD_VARIABLES = (
     "STEAM_KERNELS_BUILD",
     "STEAM_KERNELS_CUDA",
     "STEAM_KERNELS_CPU_VARIANTS",
+    "STEAM_KERNELS_TORCH",
+    "CMAKE_TOOLCHAIN_FILE",
     "CMAKE_CUDA_ARCHITECTURES",
     "CUDAFLAGS",
 )
@@ -47,3 +49,18 @@ def setup_py(tree: Path, *arguments: str, **env: str) -> subprocess.CompletedPro
     env = {**inherited, "PYTHONPATH": str(tree.parent / "modules"), "PYTHONDONTWRITEBYTECODE": "1", **env}
     command = [sys.executable, "setup.py", "--quiet", *arguments]
     return subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True, timeout=120)
+
+
+def report(tree: Path) -> list[str]:
+    """The build's report of each library."""
+    return (tree / "steam_kernels" / "_build.txt").read_text().splitlines()
+
+
+def empty_sources(tree: Path) -> None:
+    """Replaces the sources by ones that compile quickly, and makes libraries of the stub that can be linked."""
+    for folder in ("cpu", "cuda"):
+        for source in (tree / "csrc" / folder).glob("*.c*"):
+            source.write_text("")
+    library = tree.parent / "modules" / "torch" / "lib" / "libtorch_cpu.so"
+    compiler = tool("c++", "g++", "clang++")
+    subprocess.run([compiler, "-shared", "-x", "c++", "/dev/null", "-o", str(library)], check=True)
