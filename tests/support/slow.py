@@ -24,6 +24,8 @@ SLOW = {
     "tests/evaluation/test_classification.py::test_gflops_are_those_of_the_page": 0,
     "tests/evaluation/test_classification.py::test_loading_processes_change_no_bit": 0,
     "tests/evaluation/test_classification.py::test_the_script": 0,
+    "tests/evaluation/test_detection.py::test_a_lost_run_goes_on_to_the_same_bits_and_is_reported": 0,
+    "tests/evaluation/test_detection.py::test_other_detectors": 0,
     "tests/evaluation/test_datasets.py::test_the_photographs_of_the_package": 0,
     "tests/models/test_compile_networks.py": 0,
     "tests/models/test_copies_and_exports.py::test_export": 0,
