@@ -22,7 +22,7 @@ RULE = "tests/support/tolerances.py"
 #: The files on which a figure depends. A run writes its own results, page and pictures, so they are not among them.
 CODE = (
     "steam_kernels", "csrc", "include", "cmake", "CMakeLists.txt", "setup.py", "pyproject.toml", "Makefile",
-    RULE, "benchmarks", ":(exclude)benchmarks/results",
+    RULE, "benchmarks", "examples", ":(exclude)benchmarks/results",
 )  # fmt: skip
 
 
