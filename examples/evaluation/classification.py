@@ -11,6 +11,7 @@ the logs (CSV and TensorBoard), and at the end results.json and results.csv, whi
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -212,10 +213,9 @@ def run(settings: Settings) -> Path:
     """
     train, val = datasets(settings)
     classes = len(train.classes)
-    names = (f"{split}/{path}" for split in (train, val) for path, _ in split.samples)
     data = common.Data(settings, train, val, repeats=settings.repeats)
     module = Classifier(settings, classes, len(train) // settings.batch)
-    digest = common.digest(name.removeprefix(str(settings.data)) for name in names)
+    digest = common.digest(os.path.relpath(path, settings.data) for each in (train, val) for path, _ in each.samples)
     out = common.open_run(settings, "classification", {"train": len(train), "val": len(val), "names": digest})
     if (out / common.RESULTS).exists():
         say(f"{out}: the run is finished")

@@ -70,6 +70,20 @@ def test_a_run_writes_its_results(run: Callable[..., Path], capsys: pytest.Captu
 
 
 @pytest.mark.usefixtures("without_costs")
+def test_a_run_knows_its_images_in_another_folder_and_not_others(
+    run: Callable[..., Path], images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("run")
+    capsys.readouterr()
+    moved = images.rename(tmp_path / "moved")
+    run("run", "--data", moved)
+    assert "finished" in capsys.readouterr().out
+    (moved / "val" / "a" / "0.png").rename(moved / "val" / "a" / "other.png")
+    with pytest.raises(settings.Wrong, match="has a run with images"):
+        run("run", "--data", moved)
+
+
+@pytest.mark.usefixtures("without_costs")
 @pytest.mark.parametrize(
     ("method", "calls"),
     [
