@@ -86,6 +86,8 @@ def test_the_citation_agrees_with_the_readme_and_the_licence() -> None:
     (paper,) = citation["references"]
     plain = re.sub(r"[{}\\]", "", readme)
     assert f"= {paper['title']}," in plain and f"= {citation['title']}," in plain
+    authors = " and ".join(f"{each['family-names']}, {each['given-names']}" for each in paper["authors"])
+    assert f"= {authors}," in plain
     (number,) = re.findall(r"eprint +=\s*(\S+),", plain)
     assert paper["url"] == f"https://arxiv.org/abs/{number}" and paper["identifiers"][0]["value"] == f"arXiv:{number}"
     project = (ROOT / "pyproject.toml").read_text()
