@@ -12,12 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-for package in ("lightning", "torchmetrics", "jsonargparse", "tensorboard", "timm", "torchvision", "pycocotools"):
-    pytest.importorskip(package)
-
-from PIL import Image  # noqa: E402
-
-from examples.evaluation import common, settings  # noqa: E402
+#: The packages of the scripts. Files of tests skip without them, before they import a script: this file cannot skip.
+NEEDED = ("lightning", "torchmetrics", "jsonargparse", "tensorboard", "timm", "torchvision", "pycocotools", "mlxtend")
 
 
 class Killed(BaseException):
@@ -27,6 +23,8 @@ class Killed(BaseException):
 @pytest.fixture
 def kill(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, int], None]:
     """``kill(method, calls)``: the method of Training raises after so many calls, once."""
+
+    from examples.evaluation import common
 
     def at(method: str, calls: int) -> None:
         whole, left = getattr(common.Training, method), [calls]
@@ -46,6 +44,8 @@ def kill(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, int], None]:
 def parsed() -> Callable[..., Any]:
     """The settings of a script for a command line."""
 
+    from examples.evaluation import settings
+
     def parse(script: str, *arguments: object) -> Any:
         module = importlib.import_module(f"examples.evaluation.{script}")
         return settings.parse(module.Settings, module.RECIPE, "", [str(a) for a in arguments])
@@ -56,6 +56,8 @@ def parsed() -> Callable[..., Any]:
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
     """ImageFolder's format: three classes, six training and two validation images of each."""
+    from PIL import Image
+
     random = np.random.default_rng(0)
     for split, count in (("train", 6), ("val", 2)):
         for label in ("a", "b", "c"):
@@ -68,6 +70,8 @@ def images(tmp_path: Path) -> Path:
 
 def state(out: Path) -> dict[str, Any]:
     """Everything that a run's last checkpoint and results say of its training."""
+    from examples.evaluation import common
+
     kept = torch.load(out / common.CHECKPOINT, weights_only=False)
     tensors = {
         k: v for k in ("state_dict", "current_model_state", "averaging_state") for k, v in kept.get(k, {}).items()

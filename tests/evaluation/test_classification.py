@@ -16,10 +16,12 @@ from typing import Any
 import pytest
 import torch
 
-from tests.evaluation.conftest import Killed
+from tests.evaluation.conftest import NEEDED, Killed
 
-classification = pytest.importorskip("examples.evaluation.classification")
-from examples.evaluation import common, cost, settings  # noqa: E402
+for package in NEEDED:
+    pytest.importorskip(package)
+
+from examples.evaluation import classification, common, cost, settings  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = (

@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from tests.evaluation.conftest import Killed
+from tests.evaluation.conftest import NEEDED, Killed
 
-pytest.importorskip("mlxtend")
-detection = pytest.importorskip("examples.evaluation.detection")
-from examples.evaluation import classification, common, datasets, report, settings  # noqa: E402
+for package in NEEDED:
+    pytest.importorskip(package)
+
+from examples.evaluation import classification, common, datasets, detection, report, settings  # noqa: E402
 
 TINY = (
     "--model", "maskrcnn", "--backbone", "resnet18", "--epochs", 2, "--batch", 8, "--min_size", 32, "--max_size", 32,
