@@ -187,12 +187,7 @@ def costs(settings: Settings, classes: int, trainer: lightning.Trainer) -> dict[
     """Parameters, GFLOPs of a validation image, and the time and memory of a training step on random images."""
     plain, gated = (network(settings, classes, gated=g) for g in (False, True))
     image = torch.randn(1, 3, settings.val_size, settings.val_size)
-    counted = {
-        "parameters": cost.parameters(gated),
-        "parameters_of_gates": cost.parameters(gated) - cost.parameters(plain),
-        "gates": len(cost.gate_modules(gated)),
-        "gflops": cost.gflops(plain, gated, settings, lambda net: net(image)),
-    }
+    counted = cost.counts(plain, gated, settings, lambda net: net(image))
     device, side = trainer.strategy.root_device, settings.train_size
     images = torch.randn(settings.batch // settings.devices, 3, side, side, device=device)
     labels = torch.arange(len(images), device=device) % classes

@@ -54,6 +54,18 @@ def gflops(plain: nn.Module, gated: nn.Module, settings: Settings, run: Callable
     return (counter.get_total_flops() + added) / 1e9
 
 
+def counts(
+    plain: nn.Module, gated: nn.Module, settings: Settings, run: Callable[[nn.Module], object]
+) -> dict[str, float]:
+    """Parameters, gates, and the GFLOPs of ``run``, a forward pass."""
+    return {
+        "parameters": parameters(gated),
+        "parameters_of_gates": parameters(gated) - parameters(plain),
+        "gates": len(gate_modules(gated)),
+        "gflops": gflops(plain, gated, settings, run),
+    }
+
+
 def quartiles(values: list[float]) -> list[float]:
     if len(values) < 2:
         return [values[0], values[0]]

@@ -258,12 +258,7 @@ def costs(settings: Settings, classes: int, trainer: lightning.Trainer, batch: A
     for net in (plain, gated):
         every_proposal(net)
     image = torch.rand(3, settings.min_size, settings.max_size)
-    counted = {
-        "parameters": cost.parameters(gated),
-        "parameters_of_gates": cost.parameters(gated) - cost.parameters(plain),
-        "gates": len(cost.gate_modules(gated)),
-        "gflops": cost.gflops(plain, gated, settings, lambda net: net([image])),
-    }
+    counted = cost.counts(plain, gated, settings, lambda net: net([image]))
     plain, gated = (network(settings, classes, gated=g) for g in (False, True))
     device = trainer.strategy.root_device
     images = [x.to(device) for x in batch[0]]
