@@ -65,10 +65,13 @@ def test_offsets_are_64_bit(target: str, rows: list[dict[str, Any]]) -> None:
     assert {name(row): row["narrow"] for row in of(rows, target) if row["narrow"]} == {}
 
 
-@pytest.mark.parametrize("target", [target for target in TARGETS if TARGETS[target][0] == "cuda"])
+@pytest.mark.parametrize("target", TARGETS)
 def test_ptx_is_plain(target: str, rows: list[dict[str, Any]]) -> None:
-    """Every instruction of every launch is in the list."""
+    """Every instruction of every launch is in the list. AMD's code has no PTX."""
     seen = {opcode for row in of(rows, target) for opcode in row["opcodes"]}
+    if TARGETS[target][0] == "hip":
+        assert seen == set()
+        return
     assert seen >= {"ld.global.v4.b32", "st.global.v4.b32", "fma.rn.f32", "bar.sync", "ex2.approx.f32", "ret"}
     assert sorted(opcode for opcode in seen if not code.PLAIN_PTX.fullmatch(opcode)) == []
 

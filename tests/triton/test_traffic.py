@@ -71,8 +71,8 @@ def test_traffic_of_a_stage(name: str, rows: dict[str, dict[str, Any]]) -> None:
             used = sectors_of(stage, direction, tensor)
             assert used <= seen[f"{tensor} sectors"] <= 1.0, f"{direction}: {tensor} uses parts of sectors"
         large = {tensor: size for tensor, (size, *_) in seen["others"].items() if size > 4 * (stage.channels + cells)}
-        # The derivatives of the transforms: by 3 neighbours on the ring or 5 places on the lattice, by the slope, and by
-        # a and b of 4 heads. Those of the lattice are `jacobians` to the launch that many cells have to themselves.
+        # The derivatives of the transforms: by 3 neighbours on the ring or 5 places on the lattice, by the slope, and
+        # by a and b of 4 heads. Those of the lattice are `jacobians` to the launch that many cells have to themselves.
         assert large.pop("jacobian_c", None) == (None if direction == "forward" else (3 + 1 + 8) * stage.channels)
         assert large.pop("jacobians", None) == ((5 + 1 + 8) * cells if "lattice_backward" in seen["kernels"] else None)
         # Two rows of cells for each program of the gate stage, or of the graph stage, that computes the lattice.
