@@ -94,8 +94,8 @@ def ptx_accesses(ptx: str) -> list[Access]:
 
 
 #: The opcodes that a kernel may contain, so that simple tools can execute its PTX: arithmetic, comparisons,
-#: conversions, accesses, barriers and exchanges within a warp. Triton emits ldmatrix, and from sm_90 on stmatrix, where a
-#: tile changes its layout in shared memory, and createpolicy for loads that the caches should give up first.
+#: conversions, accesses, barriers and exchanges within a warp. Triton emits ldmatrix, and from sm_90 on stmatrix, where
+#: a tile changes its layout in shared memory, and createpolicy for loads that the caches should give up first.
 PLAIN_PTX = re.compile(
     r"(abs|add|and|bfe|cvt|div|fma|mad|max|min|mov|mul|neg|not|or|prmt|rem|selp|setp|shf|shl|shr|sqrt|sub|xor)\.[.\w]+"
     r"|bra(\.uni)?|ret|ex2\.approx(\.ftz)?\.f32|(ld|st)\.(global|shared(::cta)?|param)(\.v[24])?\.b\d+"
