@@ -106,7 +106,7 @@ test-all: test
 lint: venv
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	find csrc include examples/cpp tests/support/ptx -name '*.[ch]*' -o -name '*.cu*' | xargs $(VENV)/bin/clang-format --dry-run -Werror
+	git ls-files '*.c' '*.h' '*.cpp' '*.cu' '*.cuh' | xargs $(VENV)/bin/clang-format --dry-run -Werror
 	$(PY) -m mypy
 	$(PY) .ci/check_symbols.py build/cmake
 
