@@ -51,7 +51,7 @@ def called_while_compiling(function: _F) -> _F:
     """Makes ``torch.compile`` call ``function`` while it traces, and take the result for a constant.
 
     ``torch.compiler.assume_constant_result`` sets the same attribute, but it would import the compiler, which takes
-    longer than the rest of torch. The compiler would trace into a function that ``functools.cache`` wraps, so
+    about as long as the import of torch. The compiler would trace into a function that ``functools.cache`` wraps, so
     ``function`` must not be one; it may call one.
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
