@@ -13,6 +13,8 @@ HEAD = (
     "target", "call", "estimate over floor", "Inductor over ours", "launches of few programs", "tiles",
     "instructions a warp, graph",
 )  # fmt: skip
+#: The cells along one side of a map.
+GRID = 7
 #: The estimate over the floor at most, by the height of the map.
 OVER_FLOOR = {
     "forward": {56: 1.6, 28: 1.6, 14: 1.8, 7: 2.4},
@@ -54,7 +56,9 @@ def rows(record: Record) -> Iterator[tuple[str, ...]]:
             seconds = estimate.call_seconds(ours, gpu)
             floor = estimate.floor_seconds(map_bytes(call), direction, gpu)
             inductor = estimate.call_seconds(record.inductor[name], gpu)
-            graph = [instructions_a_warp(launch, gpu) for launch in ours if launch.kernel == "graph"]
+            # With sums of their own, or of a map that is its sums. At 14x14 the programs pool, which is other work.
+            pooled = any(launch.kernel.startswith("pool") for launch in ours) or height == GRID
+            graph = [instructions_a_warp(launch, gpu) for launch in ours if launch.kernel == "graph" and pooled]
             yield (
                 name,
                 judged(seconds / floor, "≤", OVER_FLOOR[direction][height]),

@@ -84,6 +84,13 @@ GUARDED += [
     (Case(space=(7, 7), channels=70, layout="nhwc", radius=9, attention=(2, 1), batch=3, seed=13), "stages"),
     (Case(space=(7, 7), channels=300, layout="nhwc", dtype=torch.bfloat16, seed=14), "whole"),
     (Case(space=(12, 12), channels=70, grid=12, order="parallel", attention=(2, 1), seed=15), "whole"),
+    # the graph stage pools
+    (
+        Case(space=(14, 14), channels=70, layout="nhwc", dtype=torch.bfloat16, radius=3, tail="residual", seed=17),
+        "stages",
+    ),
+    (Case(space=(7, 28), channels=37, dtype=torch.float16, order="parallel", seed=18), "stages"),
+    (Case(space=(14, 7), channels=70, batch=1, dtype=torch.float64, seed=19), "stages"),
     # a lattice with launches of its own
     (Case(space=(13, 11), channels=5, layout="nhwc", grid=(13, 11), batch=1, seed=16), "stages"),
 ]

@@ -41,7 +41,7 @@ def test_launch_table() -> None:
         shown = [launch.pool(p), launch.graph(p, 4, 2), launch.gate(p), launch.whole(p, 4, 2), launch.lattice(p, 4, 2)]
         for how in shown:
             if how is None:
-                assert p.pixel_cells
+                assert p.pixel_cells or launch.is_pooled_by_graph(p)
                 continue
             told = how.constants
             blocks = {k: v for k, v in told.items() if not isinstance(v, bool) and v}
@@ -62,7 +62,9 @@ def test_launch_table() -> None:
             assert told["CHANNELS"] * p.area <= told["RUN"] <= 4096 and told["CELLS"] >= p.cells
             assert told["CHANNELS"] * told["CELLS"] * told["PIXELS"] <= 8192
         told = graphs.constants
-        assert told["CHANNELS"] * told["CELLS"] <= 4096 and told["RUN"] <= 4096
+        most = 16384 if launch.is_pooled_by_graph(p) else 4096
+        assert told["CHANNELS"] * told["CELLS"] <= 4096 and told["RUN"] <= most
+        assert (pooling is None) == (p.pixel_cells or told["ROWS"] * told["COLUMNS"] > 1)
         assert graphs.programs == p.samples * -(-p.channels // told["CHANNELS"]) and lattices.programs == p.samples
         assert lattices.constants | {"BLOCKS": 1} == told | {"BLOCKS": 1}
         told = gating.constants
@@ -145,7 +147,7 @@ def test_kernels_without_partials_compile_once() -> None:
     """The stages of a ResNet with cells of several pixels have the same constants, whatever the channels."""
     for last in (False, True):
         forward, backward = (
-            [launch.Pass(32, *stage, 7, 7, 4, last, back, "sm90") for stage in ((256, 56, 56), (1024, 14, 14))]
+            [launch.Pass(32, *stage, 7, 7, 4, last, back, "sm90") for stage in ((256, 56, 56), (1024, 28, 28))]
             for back in (False, True)
         )
         first, second = (launch.graph(p, 4, 2) for p in forward)
@@ -153,6 +155,29 @@ def test_kernels_without_partials_compile_once() -> None:
         first, second = (launch.cells(p, 4, 2, True) for p in backward)
         assert first.options == second.options
         assert first.programs == 32 * (256 // 64 + 1) and second.programs == 32 * (1024 // 64 + 1)
+
+
+def test_the_graph_stage_pools_equal_cells_of_two_or_four_pixels() -> None:
+    """Forward, if one tile has all cells. Another grid, cells of different sizes or more pixels have a pool stage."""
+    for space, grid, pooled in (
+        ((14, 14), (7, 7), True),
+        ((7, 14), (7, 7), True),
+        ((14, 7), (7, 7), True),
+        ((7, 28), (7, 7), True),
+        ((28, 7), (7, 7), False),
+        ((7, 7), (7, 7), False),
+        ((13, 14), (7, 7), False),
+        ((28, 14), (7, 7), False),
+        ((16, 32), (8, 16), True),
+        ((24, 24), (12, 12), False),
+    ):
+        for last in (False, True):
+            forward, backward = (launch.Pass(32, 1024, *space, *grid, 4, last, b, "sm90") for b in (False, True))
+            assert launch.is_pooled_by_graph(forward) == pooled and not launch.is_pooled_by_graph(backward)
+            told = launch.graph(forward, 4, 2).constants
+            assert (told["ROWS"] * grid[0], told["COLUMNS"] * grid[1]) == (space if pooled else (0, 0))
+            # A small sample has a pool stage in its program.
+            assert launch.whole(forward, 4, 2).constants["GRAPH_ROWS"] == 0
 
 
 def test_the_batch_changes_no_constant() -> None:
@@ -176,8 +201,8 @@ def test_tuner_candidates_compute_the_same(monkeypatch: pytest.MonkeyPatch) -> N
     from steam_kernels.backends.triton import tune
 
     monkeypatch.setattr(launch, "SMALL", 0)
-    x, weight = torch.randn(1, 12, 14, 14), torch.randn(4, 8)
-    p = launch.Pass(1, 12, 14, 14, 7, 7, 4)
+    x, weight = torch.randn(1, 12, 21, 21), torch.randn(4, 8)
+    p = launch.Pass(1, 12, 21, 21, 7, 7, 4)
     given = Forward.of(x, weight, weight, None, False, (7, 7), 4, 1, 4, True, True, 1.0, False)
     kernels = backend.triton_kernels().module
     expected, _ = kernels.forward(given)

@@ -73,6 +73,8 @@ def test_maps_reach_every_kernel_and_loop() -> None:
                     own.add(f"{pooling.kernel} x n")
             blocks = -(-p.channels // graphs.constants["CHANNELS"])
             own.add(f"graph x {min(blocks, 3)}")
+            if graphs.constants["ROWS"]:
+                own.add(f"graph pools {graphs.constants['ROWS']} x {graphs.constants['COLUMNS']}")
             if p.cells > graphs.constants["CELLS"]:
                 own.add("cells x n")
             if p.pixel_cells:
@@ -80,6 +82,8 @@ def test_maps_reach_every_kernel_and_loop() -> None:
             if gating.programs > 1:
                 own.add("gate x n")
     both = {"pool_tiles", "pool_tiles x n", "graph x 1", "cells x n", "pixel cells", "gate x n"}
+    pools = {"graph pools 2 x 2", "graph pools 1 x 4", "graph pools 2 x 1"}
+    assert pools <= seen["nchw forward"] and pools <= seen["nhwc forward"]
     for direction in ("forward", "backward"):
         assert seen[f"nchw {direction}"] >= both | {"pool_runs", "pool_runs x n", "graph x 3"}, direction
         assert seen[f"nhwc {direction}"] >= both | {"graph x 3"}, direction
@@ -93,9 +97,9 @@ def test_random_unit_against_the_oracle(case: Case) -> None:
 
 
 def test_runs_in_the_number_of_launches_promised(launches: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three forward and four backward, without the pool stage one less. The lattice of many cells is one more launch of
-    each pass. For a small sample it is one forward, and two backward, because a launch of its own adds up the gradients
-    of the weights."""
+    """Three forward and four backward. One less if each cell is a pixel, or forward if the graph stage pools. The
+    lattice of many cells is one more launch of each pass. For a small sample it is one forward, and two backward,
+    because a launch of its own adds up the gradients of the weights."""
     from triton.runtime.interpreter import InterpretedFunction
 
     names: list[str] = []
@@ -109,12 +113,14 @@ def test_runs_in_the_number_of_launches_promised(launches: str, monkeypatch: pyt
     run(SMALL)
     run(SMALL.but(space=(7, 7), grid=None))
     run(SMALL.but(space=(13, 11), grid=(13, 11)))
+    run(SMALL.but(space=(14, 14), grid=None))
     if launches == "whole":
-        assert names == ["whole", "whole_backward", "weights_backward"] * 3
+        assert names == ["whole", "whole_backward", "weights_backward"] * 4
     else:
         forward, backward = ["graph", "gate"], ["graph_backward_cells", "graph_backward_ring", "gate_backward"]
         many = [["graph", "lattice", "gate"], [backward[0], "lattice_backward", *backward[1:]]]
-        assert names == ["pool_runs", *forward, "pool_runs", *backward, *forward, *backward, *many[0], *many[1]]
+        few = ["pool_runs", *forward, "pool_runs", *backward, *forward, *backward]
+        assert names == [*few, *many[0], *many[1], *forward, "pool_runs", *backward]
 
 
 def test_same_bits_again(launches: str) -> None:

@@ -76,6 +76,9 @@ class GraphTile(NamedTuple):
     ONCE: bool
     #: The length of a run of memory that holds a tile, or 0: the tile is read in place.
     RUN: int
+    #: The rows and columns of pixels of every cell, if the programs pool them; or 0: their sums are given.
+    ROWS: int
+    COLUMNS: int
     #: The channels of the neighbouring blocks whose sums are read at once.
     HALO: int
     #: The blocks of channels whose partials are read at once.

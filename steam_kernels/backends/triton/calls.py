@@ -88,9 +88,10 @@ class Maps(NamedTuple):
 class ForwardMemory(NamedTuple):
     """Working memory of the forward pass.
 
-    ``sums`` are (N, C gh gw), and None where each cell is a pixel. ``gates`` are (N, C + gh gw). ``windows`` and
-    ``partials`` have a row for each block of channels of each sample, of CHANNELS + 2 x reach and of gh gw numbers.
-    ``vectors`` have 2 gh gw numbers for each program of the gate stage, if these programs compute the lattice.
+    ``sums`` are (N, C gh gw), and None where each cell is a pixel or the graph stage pools. ``gates`` are
+    (N, C + gh gw). ``windows`` and ``partials`` have a row for each block of channels of each sample, of
+    CHANNELS + 2 x reach and of gh gw numbers. ``vectors`` have 2 gh gw numbers for each program of the gate stage, if
+    these programs compute the lattice.
     """
 
     sums: Tensor | None
@@ -156,13 +157,14 @@ def run_forward(
         return saved
     small, gating = launch.is_small(p), launch.gate(p)
     merged = not small and launch.merges_lattice(*call.graph_key)
+    pooled = p.pixel_cells if small else launch.pool(p) is None
     how = (launch.whole if small else launch.graph)(*call.graph_key)
     channels = how.constants["GRAPH_CHANNELS" if small else "CHANNELS"]
     blocks = p.samples * launch.ceil_div(p.channels, channels)
     memory = ForwardMemory(
         *_cut(
             x,
-            0 if p.pixel_cells else p.samples * p.channels * p.cells,
+            0 if pooled else p.samples * p.channels * p.cells,
             p.samples * (p.channels + p.cells),
             blocks * (channels + 2 * call.reach),
             blocks * p.cells,

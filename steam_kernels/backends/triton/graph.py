@@ -104,46 +104,131 @@ def halo_node(h, block, channels):
 
 
 @triton.jit
+def length_of(sizes, TILE: tl.constexpr):
+    """The numbers of a channel in memory: its pixels if the program pools them, else its sums."""
+    if TILE.ROWS > 0:
+        return sizes.area
+    else:
+        return sizes.grid_h * sizes.grid_w
+
+
+@triton.jit
+def place_of(ij, pixel: tl.constexpr, sizes, TILE: tl.constexpr):
+    """The place of cells ij in their channel, or of one pixel of each cell if the program pools them."""
+    if TILE.ROWS > 0:
+        i = ij // sizes.grid_w
+        row = i * TILE.ROWS + pixel // TILE.COLUMNS
+        column = (ij - i * sizes.grid_w) * TILE.COLUMNS + pixel % TILE.COLUMNS
+        return row * sizes.width + column
+    else:
+        return ij
+
+
+@triton.jit
+def load_run(
+    x,
+    dy,  # None: only x
+    y, first_channel, sizes,
+    TILE: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """A run of memory that holds CHANNELS channels; 0 beyond the last. With dy, the products x dy.
+
+    If the program pools, the pixels of a cell in one row of the map are added up: neighbours in the registers of a
+    thread. The run then has ROWS numbers for each cell.
+    """
+    length = length_of(sizes, TILE)
+    # [RUN]
+    flat = tl.arange(0, TILE.RUN)
+    start = length.to(tl.int64) * first_channel
+    read = (flat < TILE.CHANNELS * length) & (flat < sizes.channels.to(tl.int64) * length - start)
+    run = tl.load(x + start + flat, mask=read, other=0.0)
+    if dy is not None:
+        run = run.to(ACC) * upstream(dy, y, start + flat, read, ACC)
+    if TILE.COLUMNS > 1:
+        # [RUN // COLUMNS]
+        run = tl.sum(tl.reshape(run.to(ACC), [TILE.RUN // TILE.COLUMNS, TILE.COLUMNS]), 1)
+    return run
+
+
+@triton.jit
+def sort_run(run, row: tl.constexpr, member, ij, sizes, TILE: tl.constexpr, ACC: tl.constexpr):
+    """The (GROUPS, CELLS, LANES) tile of a run: its number for each cell, or for one row of pixels of each cell."""
+    cells = sizes.grid_h * sizes.grid_w
+    if TILE.ROWS > 1:
+        i = ij // sizes.grid_w
+        place = tl.where(ij < cells, ij + (i * (TILE.ROWS - 1) + row) * sizes.grid_w, 0)
+        index = member * (cells * TILE.ROWS) + place
+    else:
+        # A place beyond the last cell of a channel is in the run too, in the next channel.
+        index = member * cells + ij
+    # [GROUPS * CELLS * LANES]
+    tile = tl.gather(run, tl.reshape(index, [TILE.CHANNELS * TILE.CELLS]), 0)
+    # [GROUPS, CELLS, LANES]: the run is 0 beyond the last channel
+    tile = tl.reshape(tile, [TILE.CHANNELS // TILE.LANES, TILE.CELLS, TILE.LANES])
+    return tl.where(ij < cells, tile.to(ACC), 0.0)
+
+
+@triton.jit
+def load_pixel(
+    x,
+    dy,  # None: only x
+    y, pixel: tl.constexpr, c, ij, inside, sizes,
+    LAYOUT: tl.constexpr, TILE: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """The sums of cells ij of channels c, or one pixel of each, 0 outside. With dy, the products x dy."""
+    place = place_of(ij, pixel, sizes, TILE).to(tl.int64)
+    if LAYOUT.CHANNELS_LAST:
+        offset = place * sizes.channels + c
+    else:
+        offset = c.to(tl.int64) * length_of(sizes, TILE) + place
+    tile = tl.load(x + offset, mask=inside, other=0.0).to(ACC)
+    if dy is not None:
+        tile *= upstream(dy, y, offset, inside, ACC)
+    return tile
+
+
+@triton.jit
+def load_pixels(
+    x,
+    dy,  # None: only x
+    y, c, ij, inside, sizes,
+    LAYOUT: tl.constexpr, TILE: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """The sums of cells ij of channels c, 0 outside; added up from their pixels if the program pools."""
+    tile = load_pixel(x, dy, y, 0, c, ij, inside, sizes, LAYOUT, TILE, ACC)
+    if TILE.ROWS > 0:
+        for pixel in tl.static_range(1, TILE.ROWS * TILE.COLUMNS):
+            tile += load_pixel(x, dy, y, pixel, c, ij, inside, sizes, LAYOUT, TILE, ACC)
+    return tile
+
+
+@triton.jit
 def load_cells(
     x,
-    dy,  # None: x are the sums
+    dy,  # None: only the sums of x
     y, first_channel, first_cell, sizes,
     LAYOUT: tl.constexpr, TILE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """A tile of the sums of a sample, 0 outside. With dy, where each cell is a pixel, of x dy.
 
     The tile is (GROUPS, CELLS, LANES), and its channels are in groups of LANES. RUN is the length of a run of memory
-    that holds CHANNELS rows of all cells and is sorted on the chip.
+    that holds CHANNELS rows of all cells, or of all their pixels, and is sorted on the chip.
     """
-    channels, cells = sizes.channels, sizes.grid_h * sizes.grid_w
     GROUPS: tl.constexpr = TILE.CHANNELS // TILE.LANES
     # [GROUPS, 1, LANES] and [1, CELLS, 1]
     member = tl.arange(0, GROUPS)[:, None, None] * TILE.LANES + tl.arange(0, TILE.LANES)[None, None, :]
-    c = first_channel + member
     ij = first_cell + tl.arange(0, TILE.CELLS)[None, :, None]
     # [GROUPS, CELLS, LANES]
-    inside = (ij < cells) & (c < channels)
     if TILE.RUN > 0:
-        # [RUN]
-        flat = tl.arange(0, TILE.RUN)
-        start = cells.to(tl.int64) * first_channel
-        read = (flat < TILE.CHANNELS * cells) & (flat < channels.to(tl.int64) * cells - start)
-        values = tl.load(x + start + flat, mask=read, other=0.0)
-        if dy is not None:
-            values = values.to(ACC) * upstream(dy, y, start + flat, read, ACC)
-        # [GROUPS * CELLS * LANES]: a place beyond the last cell of a channel is in the run too, in the next channel
-        index = tl.reshape(member * cells + ij, [TILE.CHANNELS * TILE.CELLS])
-        tile = tl.reshape(tl.gather(values, index, 0), [GROUPS, TILE.CELLS, TILE.LANES])
-        # [GROUPS, CELLS, LANES]: the run is 0 beyond the last channel
-        tile = tl.where(ij < cells, tile.to(ACC), 0.0)
+        run = load_run(x, dy, y, first_channel, sizes, TILE, ACC)
+        tile = sort_run(run, 0, member, ij, sizes, TILE, ACC)
+        if TILE.ROWS > 1:
+            for row in tl.static_range(1, TILE.ROWS):
+                tile += sort_run(run, row, member, ij, sizes, TILE, ACC)
     else:
-        if LAYOUT.CHANNELS_LAST:
-            offset = ij.to(tl.int64) * channels + c
-        else:
-            offset = c.to(tl.int64) * cells + ij
-        tile = tl.load(x + offset, mask=inside, other=0.0).to(ACC)
-        if dy is not None:
-            tile *= upstream(dy, y, offset, inside, ACC)
+        c = first_channel + member
+        inside = (ij < sizes.grid_h * sizes.grid_w) & (c < sizes.channels)
+        tile = load_pixels(x, dy, y, c, ij, inside, sizes, LAYOUT, TILE, ACC)
     return tile
 
 
@@ -173,17 +258,13 @@ def load_halo(
     LAYOUT: tl.constexpr, TILE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """The (CELLS, HALO) tile of the sums of channels c, each cell times its ``factor``, from ``cell`` on."""
-    cells = sizes.grid_h * sizes.grid_w
     # [CELLS, 1]
     ij = cell + tl.arange(0, TILE.CELLS)[:, None]
+    exists = ij < sizes.grid_h * sizes.grid_w
     # [CELLS, HALO]
-    if LAYOUT.CHANNELS_LAST:
-        offset = ij.to(tl.int64) * sizes.channels + c[None, :]
-    else:
-        offset = c[None, :].to(tl.int64) * cells + ij
-    tile = tl.load(sums + offset, mask=(ij < cells) & inside[None, :], other=0.0).to(ACC)
+    tile = load_pixels(sums, None, None, c[None, :], ij, exists & inside[None, :], sizes, LAYOUT, TILE, ACC)
     if factor is not None:
-        tile *= tl.load(factor + ij, mask=ij < cells, other=0.0)
+        tile *= tl.load(factor + ij, mask=exists, other=0.0)
     return tile
 
 
@@ -248,7 +329,7 @@ def lattice_of(sizes, OPTIONS: tl.constexpr):
 @triton.jit
 def graph_of(
     n, b,
-    sums,  # over the cells, or x if each cell is a pixel
+    sums,  # over the cells, or x if each cell is a pixel or this program pools them
     saved, gates, windows, partials, weight, sizes, ring_first, ring_count,
     OPTIONS: tl.constexpr, LAYOUT: tl.constexpr, TILE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -258,7 +339,7 @@ def graph_of(
     channels of a block, of g_c P or of P.
     """
     cells = sizes.grid_h * sizes.grid_w
-    sums += n * sizes.channels * cells
+    sums += n * sizes.channels * length_of(sizes, TILE)
     rows = rows_of(n, saved, gates, sizes)
     block = block_of(b, sizes, ring_first, ring_count, OPTIONS, TILE)
     place = n * tl.cdiv(sizes.channels, TILE.CHANNELS) + b
@@ -347,7 +428,7 @@ def lattice_gates(
 
 @triton.jit(do_not_specialize=DO_NOT_SPECIALIZE)
 def graph(
-    sums,  # over the cells, or x if each cell is a pixel
+    sums,  # over the cells, or x if each cell is a pixel or the programs pool them
     saved, gates, windows, partials,
     channel_weight, channel_row, channel_column,
     channels, area, width, grid_h, grid_w, heads, head_width, ring_first, ring_count,

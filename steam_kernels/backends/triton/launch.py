@@ -172,6 +172,11 @@ def pool_tile(p: Pass) -> int:
 
 @lru_cache(maxsize=4096)
 def pool(p: Pass) -> Launch | None:
+    """The pool stage, unless the graph stage reads the map itself."""
+    return None if is_pooled_by_graph(p) else pool_alone(p)
+
+
+def pool_alone(p: Pass) -> Launch | None:
     """Runs of whole small maps if a row of a cell is not a whole number of wide accesses, else tiles of cells."""
     if p.pixel_cells:
         return None
@@ -261,14 +266,31 @@ def pool_channels(p: Pass, cell_width: int, cell_height: int) -> tuple[int, int]
 #: The threads of a program of the graph stage that has a block of channels, of one that has the cells of a sample, and
 #: of one that has a whole sample.
 GRAPH_THREADS, LATTICE_THREADS, WHOLE_THREADS = 128, 256, 256
+#: The threads of a program that has a block of channels and also pools: 64 pixels for a thread, of four for each sum.
+POOLING_THREADS = 256
+#: The most cells of a tile of the graph stage.
+MOST_CELLS = 128
 
 
-def graph_blocks(p: Pass, heads: int, head_width: int, tile: int) -> dict[str, Any]:
-    """The constants of the graph stage, with tiles of at most ``tile`` elements.
+def is_pooled_by_graph(p: Pass) -> bool:
+    """Whether the programs of the graph stage pool the cells of their channels: cells of two or four pixels, in at most
+    two rows.
+
+    They read the map once, as the pool stage does, and its sums are neither written nor read. The pixels of a tile with
+    larger cells have no room in registers, and those with more rows have none in 64 KiB of shared memory. Backward two
+    launches need the sums.
+    """
+    rows, columns = p.height // p.grid_h, p.width // p.grid_w
+    equal = p.area == rows * columns * p.cells
+    return not p.backward and equal and rows <= 2 and rows * columns in (2, 4) and p.cells <= MOST_CELLS
+
+
+def graph_blocks(p: Pass, heads: int, head_width: int, tile: int, pools: bool = False) -> dict[str, Any]:
+    """The constants of the graph stage, with tiles of at most ``tile`` elements; ``pools``: of cells of a map.
 
     They decide the order of sums, and do not depend on the number of samples: a sample has the same bits in any batch.
     """
-    cells = min(power(p.cells), 128)
+    cells = min(power(p.cells), MOST_CELLS)
     # The ring's transform has a number for each channel and head: eight for a thread.
     channels = max(1, min(power(p.channels), tile // cells, 256, 1024 // power(heads)))
     once = p.cells <= cells
@@ -281,7 +303,9 @@ def graph_blocks(p: Pass, heads: int, head_width: int, tile: int) -> dict[str, A
         "LANES": min(16, channels) if runs else channels,
         "CELLS": cells,
         "ONCE": once,
-        "RUN": power(channels * p.cells) if runs else 0,
+        "RUN": power(channels * (p.area if pools else p.cells)) if runs else 0,
+        "ROWS": p.height // p.grid_h if pools else 0,
+        "COLUMNS": p.width // p.grid_w if pools else 0,
         "HALO": max(2, min(16, 128 // cells)),
         "BLOCKS": min(power(ceil_div(p.channels, channels)), max(1, 2048 // cells)),
         # One cell and head per thread.
@@ -291,19 +315,20 @@ def graph_blocks(p: Pass, heads: int, head_width: int, tile: int) -> dict[str, A
     }
 
 
-def graph_tile(p: Pass) -> int:
-    """Elements of a tile of sums: 32 per thread, and half of them in float64."""
-    return GRAPH_THREADS * 32 >> (p.itemsize == 8)
+def stage_blocks(p: Pass, heads: int, head_width: int) -> dict[str, Any]:
+    """The constants of the graph stage in launches of its own: 32 sums for each thread, half of them in float64."""
+    tile = GRAPH_THREADS * 32 >> (p.itemsize == 8)
+    return graph_blocks(p, heads, head_width, tile, is_pooled_by_graph(p))
 
 
 def channel_blocks(p: Pass, heads: int, head_width: int) -> int:
     """The blocks of channels of a sample."""
-    return ceil_div(p.channels, graph_blocks(p, heads, head_width, graph_tile(p))["CHANNELS"])
+    return ceil_div(p.channels, stage_blocks(p, heads, head_width)["CHANNELS"])
 
 
 def graph_stage(p: Pass, kernel: str, programs: int, threads: int, heads: int, head_width: int) -> Launch:
     of = FAMILIES[p.family]
-    constants = graph_blocks(p, heads, head_width, graph_tile(p))
+    constants = stage_blocks(p, heads, head_width)
     if kernel in ("graph", "graph_backward_cells"):
         # They read no partials, and are compiled once for all numbers of channels.
         constants["BLOCKS"] = 1
@@ -314,7 +339,8 @@ def graph_stage(p: Pass, kernel: str, programs: int, threads: int, heads: int, h
 def graph(p: Pass, heads: int, head_width: int) -> Launch:
     """One program per block of channels. Backward, it is the launch of the ring."""
     kernel = "graph_backward_ring" if p.backward else "graph"
-    return graph_stage(p, kernel, p.samples * channel_blocks(p, heads, head_width), GRAPH_THREADS, heads, head_width)
+    threads = POOLING_THREADS if is_pooled_by_graph(p) else GRAPH_THREADS
+    return graph_stage(p, kernel, p.samples * channel_blocks(p, heads, head_width), threads, heads, head_width)
 
 
 @lru_cache(maxsize=4096)
@@ -338,7 +364,7 @@ def merges_lattice(p: Pass, heads: int, head_width: int) -> bool:
     A launch takes longer than the work, if a program has at most four pairs of a cell and a head for each thread, and
     adds up the partials of all blocks of channels at once.
     """
-    most = graph_blocks(p, heads, head_width, graph_tile(p))["BLOCKS"]
+    most = stage_blocks(p, heads, head_width)["BLOCKS"]
     return power(p.cells) * power(heads) <= 512 and channel_blocks(p, heads, head_width) <= most
 
 
@@ -392,7 +418,7 @@ def is_small(p: Pass) -> bool:
 @lru_cache(maxsize=4096)
 def whole(p: Pass, heads: int, head_width: int) -> Launch:
     """The tiles of each stage, with more threads than those of the graph stage."""
-    pooling, gating, of = pool(p), gate(p), FAMILIES[p.family]
+    pooling, gating, of = pool_alone(p), gate(p), FAMILIES[p.family]
     graphs = graph_blocks(p, heads, head_width, WHOLE_THREADS * 32 >> (p.backward + (p.itemsize == 8)))
     of_pool = {} if pooling is None else pooling.constants
     constants: dict[str, Any] = {
