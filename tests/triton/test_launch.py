@@ -62,7 +62,7 @@ def test_launch_table() -> None:
             assert told["CHANNELS"] * p.area <= told["RUN"] <= 4096 and told["CELLS"] >= p.cells
             assert told["CHANNELS"] * told["CELLS"] * told["PIXELS"] <= 8192
         told = graphs.constants
-        most = 16384 if launch.is_pooled_by_graph(p) else 4096
+        most = 8192 if launch.is_pooled_by_graph(p) else 4096
         assert told["CHANNELS"] * told["CELLS"] <= 4096 and told["RUN"] <= most
         assert (pooling is None) == (p.pixel_cells or told["ROWS"] * told["COLUMNS"] > 1)
         assert graphs.programs == p.samples * -(-p.channels // told["CHANNELS"]) and lattices.programs == p.samples

@@ -29,9 +29,12 @@ def pools(stage: triton_interpreted.Stage) -> bool:
 
 
 def halo(stage: triton_interpreted.Stage) -> float:
-    """The share of the sums that is read again as the halo: one channel on either side of each block of channels."""
+    """The share of the sums that is read again as the halo: one channel on either side of each block of channels.
+
+    A program that pools has half of the channels.
+    """
     cells = 1 << (min(stage.grid**2, CELLS) - 1).bit_length()
-    return 2 / min(CHANNELS, TILE // cells)
+    return 2 / min(CHANNELS, TILE // cells // (2 if pools(stage) else 1))
 
 
 def limits_of(stage: triton_interpreted.Stage, direction: str) -> dict[str, tuple[float, float]]:

@@ -266,8 +266,6 @@ def pool_channels(p: Pass, cell_width: int, cell_height: int) -> tuple[int, int]
 #: The threads of a program of the graph stage that has a block of channels, of one that has the cells of a sample, and
 #: of one that has a whole sample.
 GRAPH_THREADS, LATTICE_THREADS, WHOLE_THREADS = 128, 256, 256
-#: The threads of a program that has a block of channels and also pools: 64 pixels for a thread, of four for each sum.
-POOLING_THREADS = 256
 #: The most cells of a tile of the graph stage.
 MOST_CELLS = 128
 
@@ -316,9 +314,12 @@ def graph_blocks(p: Pass, heads: int, head_width: int, tile: int, pools: bool = 
 
 
 def stage_blocks(p: Pass, heads: int, head_width: int) -> dict[str, Any]:
-    """The constants of the graph stage in launches of its own: 32 sums for each thread, half of them in float64."""
-    tile = GRAPH_THREADS * 32 >> (p.itemsize == 8)
-    return graph_blocks(p, heads, head_width, tile, is_pooled_by_graph(p))
+    """The constants of the graph stage in launches of its own.
+
+    A tile has 32 sums for each thread, and half of them in float64 or if the programs pool: 64 pixels for each thread.
+    """
+    pools = is_pooled_by_graph(p)
+    return graph_blocks(p, heads, head_width, GRAPH_THREADS * 32 >> (p.itemsize == 8) >> pools, pools)
 
 
 def channel_blocks(p: Pass, heads: int, head_width: int) -> int:
@@ -339,8 +340,7 @@ def graph_stage(p: Pass, kernel: str, programs: int, threads: int, heads: int, h
 def graph(p: Pass, heads: int, head_width: int) -> Launch:
     """One program per block of channels. Backward, it is the launch of the ring."""
     kernel = "graph_backward_ring" if p.backward else "graph"
-    threads = POOLING_THREADS if is_pooled_by_graph(p) else GRAPH_THREADS
-    return graph_stage(p, kernel, p.samples * channel_blocks(p, heads, head_width), threads, heads, head_width)
+    return graph_stage(p, kernel, p.samples * channel_blocks(p, heads, head_width), GRAPH_THREADS, heads, head_width)
 
 
 @lru_cache(maxsize=4096)
