@@ -195,9 +195,7 @@ def costs(settings: Settings, classes: int, trainer: lightning.Trainer) -> dict[
     def loss(net: nn.Module) -> Tensor:
         return nn.functional.cross_entropy(net(images), labels)
 
-    context = trainer.precision_plugin.forward_context
-    steps = {n: cost.stepping(m, settings, device, loss, context) for n, m in (("none", plain), ("gate", gated))}
-    return counted | cost.of_steps(steps, settings.cost_rounds, device)
+    return counted | cost.of_training(plain, gated, settings, trainer, loss)
 
 
 def run(settings: Settings) -> Path:

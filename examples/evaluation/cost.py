@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import lightning
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -124,3 +125,12 @@ def stepping(
         optimizer.zero_grad()
 
     return step
+
+
+def of_training(
+    plain: nn.Module, gated: nn.Module, settings: Settings, trainer: lightning.Trainer, loss: Callable[[nn.Module], Any]
+) -> dict[str, Any]:
+    """Time and memory of a training step of both networks, in the precision and on the device of ``trainer``."""
+    device, context = trainer.strategy.root_device, trainer.precision_plugin.forward_context
+    steps = {n: stepping(m, settings, device, loss, context) for n, m in (("none", plain), ("gate", gated))}
+    return of_steps(steps, settings.cost_rounds, device)

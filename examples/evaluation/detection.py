@@ -267,9 +267,7 @@ def costs(settings: Settings, classes: int, trainer: lightning.Trainer, batch: A
     def loss(net: nn.Module) -> Tensor:
         return sum(net(images, targets).values())  # type: ignore[return-value]
 
-    context = trainer.precision_plugin.forward_context
-    steps = {n: cost.stepping(m, settings, device, loss, context) for n, m in (("none", plain), ("gate", gated))}
-    return counted | cost.of_steps(steps, settings.cost_rounds, device)
+    return counted | cost.of_training(plain, gated, settings, trainer, loss)
 
 
 def run(settings: Settings) -> Path:

@@ -1,10 +1,12 @@
 """Makes a page of finished runs: a table of the paper's kind, plots, and what was run.
 
     python examples/evaluation/report.py RUNS... --out DIR
+    python examples/evaluation/report.py benchmarks/results/evaluation --page docs/evaluation.md
 
 RUNS are folders of runs of classification.py and detection.py, or folders above them. The page report.md has one table
 for each set of runs that differ only in gate, variant and seed, so that their rows can be compared. Unfinished runs are
-listed, and have no row.
+listed, and have no row. With --page, the tables replace those of a page of the documentation, between its lines
+<!-- runs --> and <!-- end of runs -->, and the plots are written to images/evaluation beside it.
 """
 
 from __future__ import annotations
@@ -181,8 +183,8 @@ def plots(runs: list[Run], path: Path) -> None:
     save_figure(figure, path)
 
 
-def report(folders: list[Path], out: Path) -> str:
-    """Writes report.md and its plots to ``out``, and returns the text of the page.
+def text_of(folders: list[Path], link: str = "") -> tuple[str, dict[str, list[Run]]]:
+    """The text of a report, and the runs of each of its plots by the plot's name; ``link`` begins the links to them.
 
     Raises:
         SystemExit: there is no finished run, or a seed comes twice.
@@ -190,34 +192,59 @@ def report(folders: list[Path], out: Path) -> str:
     runs, unfinished = read(folders)
     if not runs:
         sys.exit(f"error: none of the runs is finished: {', '.join(map(str, unfinished))}")
-    sets = comparable(runs)
-    tables = [(of, table(of)) for of in sets]
-    out.mkdir(parents=True, exist_ok=True)
-    lines = ["# Report", ""]
-    for number, (of, text) in enumerate(tables, 1):
+    lines, shown = [], {}
+    for number, of in enumerate(comparable(runs), 1):
         s = of[0]["settings"]
         name = f"{s['task']}_{number}.svg"
-        plots(of, out / name)
-        lines += [f"## {s['model']}, {s['task']}", "", *text]
+        shown[name] = of
+        lines += [f"## {s['model']}, {s['task']}", "", *table(of)]
         lines += ["Accuracies are those of the last epoch, in per cent: mean ± standard deviation over the seeds."]
         lines += ["The extra step time is the median over interleaved rounds of the ratio to the same network without"]
-        lines += ["gates, with its quartiles.", "", *conditions(of), f"![accuracy, cost and curves]({name})", ""]
+        lines += ["gates, with its quartiles.", "", *conditions(of), f"![accuracy, cost and curves]({link}{name})", ""]
     if unfinished:
         lines += ["## Unfinished runs", "", *(f"- {path}" for path in unfinished), ""]
-    text = "\n".join(lines)
-    (out / "report.md").write_text(text)
+    return "\n".join(lines), shown
+
+
+def report(folders: list[Path], images: Path, link: str = "") -> str:
+    """The text of a report, whose plots are written to the folder ``images``; otherwise as ``text_of``."""
+    text, shown = text_of(folders, link)
+    for name, of in shown.items():
+        plots(of, images / name)
     return text
 
 
-def main() -> None:
+def filled(page: str, text: str) -> str:
+    """The page with ``text`` between its marks.
+
+    Raises:
+        SystemExit: the page lacks a mark.
+    """
+    before, begin, rest = page.partition("<!-- runs -->\n")
+    _, end, after = rest.partition("<!-- end of runs -->")
+    if not end:
+        sys.exit("error: --page must have the lines <!-- runs --> and <!-- end of runs -->")
+    return f"{before}{begin}\n{text}\n{end}{after}"
+
+
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUNS", help="folders of runs, or folders above them")
     parser.add_argument(
         "--out", type=Path, default=Path("build/evaluation/report"), help="the folder (build/evaluation/report)"
     )
-    args = parser.parse_args()
-    say(report(args.runs, args.out))
-    say(f"wrote {args.out / 'report.md'}")
+    parser.add_argument("--page", type=Path, help="a page of the documentation, which gets the tables instead")
+    args = parser.parse_args(arguments)
+    if args.page is None:
+        wrote, text = args.out / "report.md", f"# Report\n\n{report(args.runs, args.out)}"
+    else:
+        wrote = args.page
+        text = filled(
+            wrote.read_text(), report(args.runs, wrote.parent / "images" / "evaluation", "images/evaluation/")
+        )
+    wrote.write_text(text)
+    say(text)
+    say(f"wrote {wrote}")
 
 
 if __name__ == "__main__":

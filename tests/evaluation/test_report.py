@@ -14,6 +14,8 @@ pytest.importorskip("matplotlib")
 
 from examples.evaluation import report
 
+ROOT = Path(__file__).resolve().parents[2]
+
 SETTINGS = {"task": "classification", "model": "resnet18", "lr": 0.1, "images": {"train": 9, "val": 4}}
 FIGURES = {
     "parameters": 11000, "parameters_of_gates": 0, "gflops": 3.628151, "top1": 50.0, "train_loss": 1.0,
@@ -60,7 +62,8 @@ def test_the_table(tmp_path: Path) -> None:
     assert found["SE"]["top-1"] == "50.00"
     assert "Commit abc123, torch 2.14.1, a processor, 2 threads: all runs" in text and "backend cpu" in text
     assert "lr 0.1" in text and str(tmp_path / "runs" / "half") in text
-    assert (tmp_path / "out" / "report.md").read_text() == text
+    report.main([str(tmp_path / "runs"), "--out", str(tmp_path / "out")])
+    assert (tmp_path / "out" / "report.md").read_text() == f"# Report\n\n{text}"
     (name,) = re.findall(r"!\[.*\]\((.*)\)", text)
     assert (tmp_path / "out" / name).read_bytes().startswith(b"<?xml")
 
@@ -83,3 +86,31 @@ def test_bad_input(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="none of the runs is finished"):
         report.report([tmp_path / "a"], tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_page_of_the_documentation(tmp_path: Path) -> None:
+    """The tables replace those between the marks, again and again, and the rest of the page stays."""
+    write(tmp_path / "runs", "none", 0)
+    page = tmp_path / "docs" / "page.md"
+    page.parent.mkdir()
+    page.write_text("before\n\n<!-- runs -->\nold\n<!-- end of runs -->\n\nafter\n")
+    for _ in range(2):
+        report.main([str(tmp_path / "runs"), "--page", str(page)])
+    text = page.read_text()
+    assert text.startswith("before\n\n<!-- runs -->\n\n## resnet18") and text.endswith(
+        "<!-- end of runs -->\n\nafter\n"
+    )
+    assert "old" not in text and text.count("## resnet18") == 1
+    (link,) = re.findall(r"!\[.*\]\((.*)\)", text)
+    assert (page.parent / link).read_bytes().startswith(b"<?xml")
+    page.write_text("no marks")
+    with pytest.raises(SystemExit, match="must have the lines <!-- runs -->"):
+        report.main([str(tmp_path / "runs"), "--page", str(page)])
+
+
+def test_the_committed_runs_make_their_page() -> None:
+    page = ROOT / "docs" / "evaluation.md"
+    runs = ROOT / "benchmarks" / "results" / "evaluation"
+    text, shown = report.text_of([runs], "images/evaluation/")
+    assert page.read_text() == report.filled(page.read_text(), text)
+    assert set(shown) == {p.name for p in (ROOT / "docs" / "images" / "evaluation").iterdir()}

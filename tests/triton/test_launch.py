@@ -201,8 +201,8 @@ def test_tuner_candidates_compute_the_same(monkeypatch: pytest.MonkeyPatch) -> N
     from steam_kernels.backends.triton import tune
 
     monkeypatch.setattr(launch, "SMALL", 0)
-    x, weight = torch.randn(1, 12, 21, 21), torch.randn(4, 8)
-    p = launch.Pass(1, 12, 21, 21, 7, 7, 4)
+    x, weight = torch.randn(1, 12, 10, 9), torch.randn(4, 8)
+    p = launch.Pass(1, 12, 10, 9, 7, 7, 4)
     given = Forward.of(x, weight, weight, None, False, (7, 7), 4, 1, 4, True, True, 1.0, False)
     kernels = backend.triton_kernels().module
     expected, _ = kernels.forward(given)
