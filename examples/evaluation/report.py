@@ -153,7 +153,8 @@ def conditions(runs: list[Run]) -> list[str]:
     lines += [f"STEAM ran on the backend {', '.join(backends)}.", ""] if backends else []
     for (commit, version, processor, threads), names in places.items():
         what = "all runs" if len(places) == 1 else ", ".join(names)
-        lines.append(f"- Commit {commit}, torch {version}, {processor}, {threads} threads: {what}")
+        many = "threads" if threads != "1" else "thread"
+        lines.append(f"- Commit {commit}, torch {version}, {processor}, {threads} {many}: {what}")
     return [*lines, ""]
 
 

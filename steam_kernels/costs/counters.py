@@ -55,11 +55,15 @@ def count_in_torchinfo(statistics: Any) -> Any:
 
     torchinfo takes no handles. It assumes ``N * C`` mult-adds for each number of a unit's weights. It also leaves out
     the mult-adds of a layer with a unit, because that layer has a child. This function corrects both, in the layers and
-    in ``total_mult_adds``. It does not count additions of residuals, because torchinfo does not record them.
+    in ``total_mult_adds``. It does not count additions of residuals, because torchinfo does not record them. A second
+    call for the same result changes nothing.
 
     Example:
         >>> statistics = count_in_torchinfo(torchinfo.summary(model, (1, 3, 224, 224), verbose=0))
     """
+    if getattr(statistics, "has_steam_counts", False):
+        return statistics
+    statistics.has_steam_counts = True
     for layer in statistics.summary_list:
         if isinstance(layer.module, FusedSTEAM):
             flops = _of(layer.module, layer.output_size, False)

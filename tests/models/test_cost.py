@@ -203,4 +203,7 @@ def test_torchinfo(backend: str, sites: str) -> None:
     assert summary(model, 2, 3, 64, 97).total_mult_adds != right
     statistics = count_in_torchinfo(summary(model, 2, 3, 64, 97))
     assert statistics.total_mult_adds == right
+    counts = [layer.macs for layer in statistics.summary_list]
+    again = count_in_torchinfo(statistics)
+    assert again.total_mult_adds == right and [layer.macs for layer in again.summary_list] == counts
     assert count_in_torchinfo(summary(FusedSTEAM(16, **ODD), 3, 16, 18, 13)).total_mult_adds == 3 * cost_of(16, 18, 13)
