@@ -46,6 +46,20 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> lis
     return [line(head), line(["---"] + ["---:"] * (len(head) - 1)), *map(line, rows), ""]
 
 
+def fill_marks(text: str, name: str, content: str) -> str:
+    """``text`` with ``content`` between its comments with the name, <!-- name --> and <!-- end of name -->.
+
+    Raises:
+        ValueError: the text lacks a comment.
+    """
+    begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
+    before, found, rest = text.partition(begin)
+    _, closed, after = rest.partition(end)
+    if not found or not closed:
+        raise ValueError(f"must have the lines {begin.strip()} and {end}")
+    return before + begin + content + end + after
+
+
 def number(value: object) -> str:
     if value is None:
         return "-"

@@ -18,7 +18,7 @@ from benchmarks.commandline import parser_of
 from benchmarks.gpu_model import estimate, launches, targets
 from benchmarks.gpu_model.gpus import GPUS, Gpu
 from benchmarks.gpu_model.launches import CALLS, DIRECTIONS, Launch, Record, map_bytes, name_of
-from benchmarks.tables import markdown_table, say
+from benchmarks.tables import fill_marks, markdown_table, say
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "gpu.md"
 #: Every line of figures begins with this word.
@@ -123,9 +123,7 @@ def page(gpu: str, record: Record, with_launches: bool) -> str:
 def filled(text: str, record: Record) -> str:
     """docs/gpu.md with what the command prints for each GPU, between two comments with the GPU's name."""
     for gpu in re.findall(r"<!-- (\w+) -->", text):
-        begin, end = f"<!-- {gpu} -->\n", f"\n<!-- end of {gpu} -->"
-        before, rest = text.split(begin)
-        text = before + begin + page(gpu, record, False) + end + rest.split(end)[1]
+        text = fill_marks(text, gpu, f"{page(gpu, record, False)}\n")
     return text
 
 

@@ -22,7 +22,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.tables import markdown_table, say  # noqa: E402
+from benchmarks.tables import fill_marks, markdown_table, say  # noqa: E402
 
 NAMES = {"none": "none", "se": "SE", "eca": "ECA", "cbam": "CBAM", "gct": "Gaussian GCT", "steam": "STEAM"}
 #: The figures of a task, with their titles; the first is the one that the plot shows.
@@ -215,19 +215,6 @@ def report(folders: list[Path], images: Path, link: str = "") -> str:
     return text
 
 
-def filled(page: str, text: str) -> str:
-    """The page with ``text`` between its marks.
-
-    Raises:
-        SystemExit: the page lacks a mark.
-    """
-    before, begin, rest = page.partition("<!-- runs -->\n")
-    _, end, after = rest.partition("<!-- end of runs -->")
-    if not end:
-        sys.exit("error: --page must have the lines <!-- runs --> and <!-- end of runs -->")
-    return f"{before}{begin}\n{text}\n{end}{after}"
-
-
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUNS", help="folders of runs, or folders above them")
@@ -240,9 +227,12 @@ def main(arguments: list[str] | None = None) -> None:
         wrote, text = args.out / "report.md", f"# Report\n\n{report(args.runs, args.out)}"
     else:
         wrote = args.page
-        text = filled(
-            wrote.read_text(), report(args.runs, wrote.parent / "images" / "evaluation", "images/evaluation/")
-        )
+        try:  # before any plot is written
+            fill_marks(wrote.read_text(), "runs", "")
+        except (OSError, ValueError) as error:
+            sys.exit(f"error: --page {wrote}: {error}")
+        text = report(args.runs, wrote.parent / "images" / "evaluation", "images/evaluation/")
+        text = fill_marks(wrote.read_text(), "runs", f"\n{text}\n")
     wrote.write_text(text)
     say(text)
     say(f"wrote {wrote}")

@@ -12,6 +12,7 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
+from benchmarks.tables import fill_marks
 from examples.evaluation import report
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -103,14 +104,17 @@ def test_a_page_of_the_documentation(tmp_path: Path) -> None:
     assert "old" not in text and text.count("## resnet18") == 1
     (link,) = re.findall(r"!\[.*\]\((.*)\)", text)
     assert (page.parent / link).read_bytes().startswith(b"<?xml")
-    page.write_text("no marks")
+    other = tmp_path / "other" / "page.md"
+    other.parent.mkdir()
+    other.write_text("no marks")
     with pytest.raises(SystemExit, match="must have the lines <!-- runs -->"):
-        report.main([str(tmp_path / "runs"), "--page", str(page)])
+        report.main([str(tmp_path / "runs"), "--page", str(other)])
+    assert list(other.parent.iterdir()) == [other] and other.read_text() == "no marks"
 
 
 def test_the_committed_runs_make_their_page() -> None:
     page = ROOT / "docs" / "evaluation.md"
     runs = ROOT / "benchmarks" / "results" / "evaluation"
     text, shown = report.text_of([runs], "images/evaluation/")
-    assert page.read_text() == report.filled(page.read_text(), text)
+    assert page.read_text() == fill_marks(page.read_text(), "runs", f"\n{text}\n")
     assert set(shown) == {p.name for p in (ROOT / "docs" / "images" / "evaluation").iterdir()}

@@ -21,6 +21,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from benchmarks.tables import fill_marks
+
 ROOT = Path(__file__).resolve().parents[2]
 OBJECTS = ROOT / "build" / "cmake" / "CMakeFiles" / "steam_cuda_objects.dir" / "csrc" / "cuda"
 SOURCES = ("forward", "backward")
@@ -178,13 +180,9 @@ def markdown(table: Table, nvcc: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-BEGIN, END = "<!-- figures -->\n", "<!-- end of figures -->\n"
-
-
 def page_with(table: Table, nvcc: str) -> str:
     """The text of the documentation page with these figures."""
-    before, rest = PAGE.read_text().split(BEGIN)
-    return before + BEGIN + markdown(table, nvcc) + END + rest.split(END)[1]
+    return fill_marks(PAGE.read_text(), "figures", markdown(table, nvcc))
 
 
 def main() -> int:

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from benchmarks.tables import fill_marks
 from steam_kernels.config import Arguments
 from steam_kernels.ops import Operators, from_arguments, with_any_strides
 from steam_kernels.schemas import Backward, Forward
@@ -338,7 +339,6 @@ def problem_at(case: Case) -> Problem:
 
 
 PAGE = ROOT / "docs" / "cuda_verification.md"
-BEGIN, END = "<!-- shared memory -->\n", "<!-- end of shared memory -->\n"
 #: The ends of a ResNet-50's four stages at 224 x 224.
 STAGES = ((256, 56, 56), (512, 28, 28), (1024, 14, 14), (2048, 7, 7))
 #: The names of the launches of a call with every gradient, by its direction and their number.
@@ -370,8 +370,7 @@ def shared_memory(host: Host) -> str:
 
 def page_with(table: str) -> str:
     """The text of the documentation page with this table."""
-    before, rest = PAGE.read_text().split(BEGIN)
-    return before + BEGIN + table + END + rest.split(END)[1]
+    return fill_marks(PAGE.read_text(), "shared memory", table)
 
 
 if __name__ == "__main__":

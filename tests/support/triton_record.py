@@ -16,6 +16,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.tables import fill_marks
 from tests.support import triton_aot, triton_interpreted
 
 RECORD = Path(__file__).with_name("triton_record.json")
@@ -102,9 +103,7 @@ TABLES = {"traffic": traffic_table, "compiled": compiled_table}
 def page(text: str, record: dict[str, Any]) -> str:
     """The page with new tables from the record. Two comments with its name enclose each table."""
     for name, table in TABLES.items():
-        begin, end = f"<!-- {name} -->\n", f"\n<!-- end of {name} -->"
-        before, rest = text.split(begin)
-        text = before + begin + table(record) + end + rest.split(end)[1]
+        text = fill_marks(text, name, f"{table(record)}\n")
     return text
 
 
