@@ -357,6 +357,7 @@ def lattice(p: Pass, heads: int, head_width: int) -> Launch:
     return graph_stage(p, kernel, p.samples, LATTICE_THREADS, heads, head_width)
 
 
+@lru_cache(maxsize=4096)
 def merges_lattice(p: Pass, heads: int, head_width: int) -> bool:
     """Whether programs of another launch compute the lattice of their sample, each of them alone: those of the gate
     stage forward, and those of ``graph_backward_ring`` backward. Otherwise the lattice has a launch of its own.
