@@ -136,10 +136,14 @@ def _cut(x: Tensor, *sizes: int) -> list[Any]:
 
 
 def _pool(
-    call: Call, x: Tensor, dy: Tensor | None, y: Tensor | None, sums: Tensor | None, products: Tensor | None
+    how: launch.Launch,
+    call: Call,
+    x: Tensor,
+    dy: Tensor | None,
+    y: Tensor | None,
+    sums: Tensor | None,
+    products: Tensor | None,
 ) -> None:
-    how = launch.pool(call.of)
-    assert how is not None
     arguments = x, dy, y, sums, products, *call.sizes(how)
     if how.kernel == "pool_runs":
         pool_runs[(how.programs,)](*arguments, how.steps, ACC=call.acc, **how.keywords)
@@ -157,14 +161,15 @@ def run_forward(
         return saved
     small, gating = launch.is_small(p), launch.gate(p)
     merged = not small and launch.merges_lattice(*call.graph_key)
-    pooled = p.pixel_cells if small else launch.pool(p) is None
+    pooling = None if small else launch.pool(p)
+    has_sums = not p.pixel_cells if small else pooling is not None
     how = (launch.whole if small else launch.graph)(*call.graph_key)
     channels = how.constants["GRAPH_CHANNELS" if small else "CHANNELS"]
     blocks = p.samples * launch.ceil_div(p.channels, channels)
     memory = ForwardMemory(
         *_cut(
             x,
-            0 if pooled else p.samples * p.channels * p.cells,
+            p.samples * p.channels * p.cells if has_sums else 0,
             p.samples * (p.channels + p.cells),
             blocks * (channels + 2 * call.reach),
             blocks * p.cells,
@@ -186,8 +191,8 @@ def run_forward(
             **how.keywords,
         )
         return saved
-    if memory.sums is not None:
-        _pool(call, x, None, None, memory.sums, None)
+    if pooling is not None:
+        _pool(pooling, call, x, None, None, memory.sums, None)
     sums = x if memory.sums is None else memory.sums
     arguments = call.branch(how, weights.channel, True)
     graph[(how.programs,)](
@@ -269,10 +274,11 @@ def _stages_backward(
     dy, x, y, *_ = maps
     given: tuple[Tensor | None, ...]
     sums: Tensor | None
-    if memory.products is None:
+    pooling = launch.pool(call.of)
+    if pooling is None:
         given, sums = (x, dy, y), x
     else:
-        _pool(call, x, dy, y, memory.sums, memory.products)
+        _pool(pooling, call, x, dy, y, memory.sums, memory.products)
         given, sums = (memory.products, None, None), memory.sums
     options, merged = call.graph_constants, memory.vectors is not None
     jacobian_s = memory.jacobian_s if merged else None
