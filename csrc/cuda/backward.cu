@@ -1,5 +1,6 @@
 // The backward pass: pool -> the gradients of the gates -> lattice -> ring -> gate, and the gradients of the weights.
-// It is one launch if x and dy of a sample fit into shared memory, and one for the weights, else up to five.
+// It is one launch if x and dy of a sample fit into shared memory, and one for the weights, else four: the ring's
+// launch computes the lattice too. A large lattice has a launch of its own.
 #include "launch.cuh"
 
 namespace steam {
@@ -121,8 +122,10 @@ void launch_graph(const Plan& plan, const Maps<T>& maps, const Buffers<Accumulat
            pool_bytes<T, true>(plan, pool), plan, pool, maps, b.values, b.products);
     launch_cells(Terms<A, false>{{b.products, nullptr, nullptr}});
   }
-  launch("steam_lattice_backward", steam_lattice_backward<A>, plan.problem.samples, kGraphThreads,
-         lattice_backward_bytes<A>(plan), plan, sizes, b.graph);
+  if (!needs_ring || !ring_has_lattice(plan, sizes)) {
+    launch("steam_lattice_backward", steam_lattice_backward<A>, plan.problem.samples, kGraphThreads,
+           lattice_backward_bytes<A>(plan), plan, sizes, b.graph);
+  }
   if (!needs_ring) return;
   if (plan.cells_are_pixels()) {
     launch_ring(maps.x);

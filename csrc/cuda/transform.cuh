@@ -161,8 +161,8 @@ STEAM_HD GraphTape<A> make_tape(const Plan& plan, A* memory, int64_t nodes) {
 }
 
 // Computes the gradients of the tokens of the nodes `own`, and in `sums` (2, heads) the sums over these nodes of the
-// gradients of the heads' a and b. flow[i] is the gradient of o at node i of `near`. The heads from 0 on are in the
-// table. The sums are ready in the thread that stored them, and token_grad after the last barrier.
+// gradients of the heads' a and b, if `sums` is not null. flow[i] is the gradient of o at node i of `near`. The heads
+// from 0 on are in the table. The sums are ready in the thread that stored them, and token_grad after the last barrier.
 template <class A, class G>
 __device__ void transform_backward(const Plan& plan, const Weight& weight, const G& graph, const GradNodes& nodes,
                                    const HeadTable<A>& heads, const A* flow, const GraphTape<A>& tape, A* scratch,
@@ -217,7 +217,7 @@ __device__ void transform_backward(const Plan& plan, const Weight& weight, const
     }
     slope_grad = sum_block(slope_grad, log2, scratch);
     gain_grad = sum_block(gain_grad, log2, scratch);
-    if (t < lanes && has_head) {
+    if (sums && t < lanes && has_head) {
       sums[first + t] = static_cast<double>(slope_grad);
       sums[p.num_heads + first + t] = static_cast<double>(gain_grad);
     }

@@ -50,6 +50,12 @@ MISTAKES = {
     "partials in another sample's order": Mistake(
         "graph_backward.cuh", "memory.partials + block.index *", "memory.partials + (block.index ^ 1) *", BLOCKS
     ),
+    "the lattice of the first sample alone": Mistake(
+        "graph_backward.cuh", "is_first = block.first == 0", "is_first = block.index == 0", BLOCKS
+    ),
+    "shifts of the lattice that another block may not have stored yet": Mistake(
+        "graph_backward.cuh", "has_lattice ? shares[s] : cell_shifts[s]", "cell_shifts[s]", BLOCKS
+    ),
     "the halo's terms in the weight's gradient": Mistake(
         "transform.cuh",
         "slope_grad += mean_grad * token * variance;\n          gain_grad",
@@ -67,13 +73,18 @@ MISTAKES = {
         "pool.cuh", "(i * height + grid_h - 1) / grid_h", "i * (height / grid_h)", Case(space=(57, 56), channels=3)
     ),
 }
-#: A barrier whose absence only some orders of the threads show.
-BARRIER = Mistake(
-    "graph.cuh",
-    "  __syncthreads();\n  transform(plan, plan.channel_weight",
-    "  transform(plan, plan.channel_weight",
-    BLOCKS,
-)
+#: Barriers whose absence only some orders of the threads show.
+BARRIERS = {
+    "between the tokens and the ring": Mistake(
+        "graph.cuh",
+        "  __syncthreads();\n  transform(plan, plan.channel_weight",
+        "  transform(plan, plan.channel_weight",
+        BLOCKS,
+    ),
+    "between the lattice and the tile in its place": Mistake(
+        "graph_backward.cuh", "    });\n    __syncthreads();\n  }\n  load_heads", "    });\n  }\n  load_heads", BLOCKS
+    ),
+}
 
 Planted = Callable[[Mistake, str], on_host.Host]
 
@@ -130,7 +141,8 @@ def test_a_mistake_is_found(name: str, planted: Planted) -> None:
         cases.check(MISTAKES[name].case, "cuda", *cases.make(MISTAKES[name].case))
 
 
-def test_a_missing_barrier_is_a_race(planted: Planted) -> None:
-    planted(BARRIER, "thread")
+@pytest.mark.parametrize("name", BARRIERS)
+def test_a_missing_barrier_is_a_race(name: str, planted: Planted) -> None:
+    planted(BARRIERS[name], "thread")
     with pytest.raises(on_host.Failed, match="data race"):
-        cases.check(BARRIER.case, "cuda", *cases.make(BARRIER.case))
+        cases.check(BARRIERS[name].case, "cuda", *cases.make(BARRIERS[name].case))

@@ -341,15 +341,18 @@ def problem_at(case: Case) -> Problem:
 PAGE = ROOT / "docs" / "cuda_verification.md"
 #: The ends of a ResNet-50's four stages at 224 x 224.
 STAGES = ((256, 56, 56), (512, 28, 28), (1024, 14, 14), (2048, 7, 7))
-#: The names of the launches of a call with every gradient, by its direction and their number.
-WALKS = {
-    (False, 1): ("whole",),
-    (False, 3): ("graph", "lattice", "gate"),
-    (False, 4): ("pool", "graph", "lattice", "gate"),
-    (True, 2): ("whole", "weights"),
-    (True, 4): ("cells", "lattice", "ring", "gate"),
-    (True, 5): ("pool", "cells", "lattice", "ring", "gate"),
-}
+
+
+def walk(problem: Problem, backward: bool, launches: list[Launch]) -> dict[str, Launch]:
+    """The launches of a call with a gradient for every input, by the names of their stages."""
+    has_pool = (problem.height, problem.width) != (problem.grid_h, problem.grid_w)
+    if len(launches) <= 2:
+        names = ["whole", "weights"] if backward else ["whole"]
+    elif backward:
+        names = ["pool"] * has_pool + ["cells"] + ["lattice"] * (len(launches) == 4 + has_pool) + ["ring", "gate"]
+    else:
+        names = ["pool"] * has_pool + ["graph", "lattice", "gate"]
+    return dict(zip(names, launches, strict=True))
 
 
 def shared_memory(host: Host) -> str:
@@ -362,8 +365,8 @@ def shared_memory(host: Host) -> str:
                 cells = [f"{channels}×{height}×{width}", str(dtype).removeprefix("torch."), layout.upper()]
                 for backward in (False, True):
                     launches = host.plan(problem, backward)
-                    names = WALKS[backward, len(launches)]
-                    cells.append(", ".join(f"{n} {k.shared_bytes}" for n, k in zip(names, launches, strict=True)))
+                    stages = walk(problem, backward, launches).items()
+                    cells.append(", ".join(f"{name} {launch.shared_bytes}" for name, launch in stages))
                 lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
