@@ -6,6 +6,8 @@
 # make lint    runs ruff, clang-format, mypy, and the check that no CPU variant's code replaces another's
 # make bench   runs all benchmarks, and writes docs/benchmarks.md and its pictures (BENCH_FLAGS, RUN, PAGE, IMAGES);
 #              with BENCH_FLAGS=--quick all output goes to build/bench
+# make bench-short   measures this machine in a few minutes, and writes benchmarks/results/<processor>/ and
+#              docs/machines.md; with BENCH_FLAGS=--quick to build/bench
 # make train   trains a small ResNet with and without attention on handwritten digits
 # make gpu-report   builds the CUDA library for this machine's GPU, runs the GPU suite and the benchmarks on it, and writes
 #              one file in benchmarks/results/ (REPORT_FLAGS)
@@ -48,8 +50,10 @@ QUICK := $(filter --quick,$(BENCH_FLAGS))
 RUN ?= $(if $(QUICK),build/bench/results,benchmarks/results/latest)
 PAGE ?= $(if $(QUICK),build/bench/benchmarks.md,docs/benchmarks.md)
 IMAGES ?= $(if $(QUICK),build/bench/images,docs/images)
+RESULTS ?= $(if $(QUICK),build/bench/machines,benchmarks/results)
+MACHINES ?= $(if $(QUICK),build/bench/machines.md,docs/machines.md)
 
-.PHONY: venv demo test test-all lint bench train gpu-report wheel wheel-aarch64 cross-compiler clean
+.PHONY: venv demo test test-all lint bench bench-short train gpu-report wheel wheel-aarch64 cross-compiler clean
 .DELETE_ON_ERROR:
 
 venv: $(INSTALLED) $(ALL_VARIANTS)
@@ -113,13 +117,24 @@ lint: venv
 # After a wrong or failed row, make still runs the other benchmarks and writes the page, and fails at the end.
 bench: venv
 	@mkdir -p $(RUN)
-	rm -f $(addprefix $(RUN)/,unit.json unit.csv end_to_end.json host.json scaling.json)
+	rm -f $(addprefix $(RUN)/,unit.json unit.csv end_to_end.json latency.json host.json scaling.json)
 	@failed=; \
 	$(PY) -m pytest benchmarks --benchmark-only -q --json $(RUN)/unit.json $(BENCH_FLAGS) || failed="$$failed unit"; \
-	for part in end_to_end host scaling; do \
+	for part in end_to_end latency host scaling; do \
 		$(PY) -m benchmarks.$$part --json $(RUN)/$$part.json $(QUICK) || failed="$$failed $$part"; \
 	done; \
 	$(PY) -m benchmarks.report --run $(RUN) --page $(PAGE) --images $(IMAGES) || failed="$$failed report"; \
+	if test -n "$$failed"; then echo "failed:$$failed"; exit 1; fi
+
+# The fused unit at the 16 rows of ResNet-50's stages, the price of attention, and the host's overhead.
+bench-short: venv
+	@folder=$$($(PY) -m benchmarks.machines --folder --results $(RESULTS)) && mkdir -p $$folder || exit 1; failed=; \
+	$(PY) -m pytest benchmarks --benchmark-only -q --size 56,28,14,7 --batch 32 --contender fused \
+		--json $$folder/unit.json $(QUICK) || failed="$$failed unit"; \
+	$(PY) -m benchmarks.end_to_end --mode eager --contender steam --seconds 10 --json $$folder/end_to_end.json $(QUICK) \
+		|| failed="$$failed end_to_end"; \
+	$(PY) -m benchmarks.host --json $$folder/host.json $(QUICK) || failed="$$failed host"; \
+	$(PY) -m benchmarks.machines --results $(RESULTS) --page $(MACHINES) || failed="$$failed machines"; \
 	if test -n "$$failed"; then echo "failed:$$failed"; exit 1; fi
 
 train: venv

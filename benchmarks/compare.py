@@ -46,7 +46,8 @@ def ratios(run: Run) -> Ratios:
             add(group, f"{row['axis']} = {row['value']}", row[f"{direction}_over_floor"])
     for row in run.get("end_to_end", {}).get("rows", []):
         if row["contender"] == "steam":
-            name = f"{row['network']}, {row['mode']}, batch {row['batch']} at {row['size']}"
+            layout = row.get("layout", "nchw")  # older runs have NCHW alone
+            name = f"{row['network']}, {row['mode']}, {layout}, batch {row['batch']} at {row['size']}"
             add(f"over the plain network, {row['task']}", name, row["time_over_plain"])
     host = {r["layer"]: r for r in run.get("host", {}).get("rows", []) if r["section"] == "layers"}
     if {"FusedSTEAM", "x * 0.5 (built in)"} <= set(host):
@@ -62,7 +63,7 @@ def backends(run: Run) -> dict[str, str]:
     for part, ours in (("unit", "fused"), ("end_to_end", "steam")):
         for row in run.get(part, {}).get("rows", []):
             if row["contender"] == ours and row.get("backend"):
-                name = [row[k] for k in ("problem", "direction", "network", "task", "mode") if k in row]
+                name = [row[k] for k in ("problem", "direction", "network", "task", "mode", "layout") if k in row]
                 out[", ".join([part, *name])] = row["backend"]
     return out
 

@@ -1,23 +1,24 @@
 """The price of attention: time and memory of a whole network over the same network without attention.
 
     python -m benchmarks.end_to_end [--network resnet50,mobilenet_v2] [--contender plain,steam,...]
-                                    [--mode eager,compiled] [--batch 8] [--size 224] [--quick | --full] [--json PATH]
+                                    [--mode eager,compiled] [--layout nchw,channels_last] [--batch 8] [--size 224]
+                                    [--quick | --full] [--json PATH]
 
 The contenders are ``plain``, the network without attention; ``steam``, with fused STEAM units at the sites of
 ``insert_steam()`` (5 in ResNet-50); ``steam-reference``, with the same units in plain PyTorch; ``se`` and ``eca``, with
-timm's layers in every block, before the addition (16 in ResNet-50). All have the same random convolutions, in float32
-and NCHW.
+timm's layers in every block, before the addition (16 in ResNet-50). All have the same random convolutions, in float32.
+Images and weights are in NCHW or in channels_last.
 
 A price is the extra time over the plain network in per cent: the median, over interleaved rounds, of the ratio of times
 in the same round. *Training* is a step: forward, cross-entropy, backward, SGD. *Inference* is a forward pass without
 gradients. The price in memory compares the peaks of allocated memory in a step.
 
 A network is judged before it is timed. Outputs and gradients are compared with the network's own float64 copy by norms,
-in training and in inference mode, on four images of at most 112x112. The bound is four times the change of the float64
-results if every input and parameter moves by 4 eps of float32 with random signs (the largest of three draws). Gradients
-may jump at a ReLU's kink, both by that perturbation and by rounding. The bound between a compiled and the eager network
-is twice as wide. Compilation takes longer than all other work here, so compiled networks are measured in inference
-only, without ``steam-reference``; ``--full`` measures all.
+in training and in inference mode and in each layout, on four images of at most 112x112. The bound is four times the
+change of the float64 results if every input and parameter moves by 4 eps of float32 with random signs (the largest of
+three draws). Gradients may jump at a ReLU's kink, both by that perturbation and by rounding. The bound between a
+compiled and the eager network is twice as wide. Compilation takes longer than all other work here, so compiled networks
+are measured in inference only, without ``steam-reference``; ``--full`` measures all.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ DEFAULT = ("resnet50", "mobilenet_v2")
 CONTENDERS = ("plain", "steam", "steam-reference", "se", "eca")
 MODES = ("eager", "compiled")
 TASKS = ("training", "inference")
+LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 #: The least number of rounds, however slow they are, because quartiles of fewer rounds mean nothing.
 ROUNDS = 9
 
@@ -71,6 +73,15 @@ def make(network: str, contender: str, seed: int = 0) -> nn.Module:
         elif contender != "plain":
             insert_gate(model, contender)
     return model
+
+
+def layout_of(images: Tensor) -> str:
+    return "nchw" if images.is_contiguous() else "channels_last"
+
+
+def placed(model: nn.Module, images: Tensor) -> nn.Module:
+    """The model, with its weights in the layout of the images."""
+    return model.to(memory_format=LAYOUTS[layout_of(images)])  # type: ignore[call-overload]
 
 
 def attention_layers(model: nn.Module) -> int:
@@ -111,10 +122,10 @@ def moved(value: Tensor, generator: torch.Generator) -> Tensor:
 
 
 class Judge:
-    """Judges the contenders of one network, each against its own float64 copy."""
+    """Judges the contenders of one network in each layout, each against its own float64 copy in NCHW."""
 
-    def __init__(self, network: str, images: Tensor) -> None:
-        self.network, self.images = network, images
+    def __init__(self, network: str, images: Tensor, layouts: Iterable[str] = ("nchw",)) -> None:
+        self.network, self.images, self.layouts = network, images, list(layouts)
         self.bounds: dict[str, dict[str, float]] = {}
         #: The backend of the units, for those contenders that have units.
         self.backends: dict[str, str] = {}
@@ -131,24 +142,41 @@ class Judge:
                     parameter.copy_(moved(parameter, generator))
             changes.append(results(other, moved(self.images.double(), generator)))
         bounds = {k: 4 * max(distance(c[k], v) for c in changes) for k, v in truth.items()}
-        with backends_that_ran() as ran:
-            found = results(make(self.network, contender), self.images)
-        if contender.startswith("steam"):
-            self.backends[contender] = check_kernels(ran, "reference" if contender != "steam" else None)
-        for name, bound in bounds.items():
-            self._within(contender, name, distance(found[name], truth[name]), bound)
+        for layout in self.layouts:
+            images = self.images.contiguous(memory_format=LAYOUTS[layout])
+            with backends_that_ran() as ran:
+                found = results(placed(make(self.network, contender), images), images)
+            if contender.startswith("steam"):
+                self.backends[contender] = check_kernels(ran, "reference" if contender != "steam" else None)
+            for name, bound in bounds.items():
+                self._within(f"{contender}, {layout}", name, distance(found[name], truth[name]), bound)
         self.bounds[contender] = bounds
+
+    def right_of(self, contenders: list[str], progress: Progress, wrong: list[str]) -> list[str]:
+        """The contenders that are within their bounds. Adds a sentence to ``wrong`` for each of the others."""
+        right = []
+        for contender in contenders:
+            try:
+                with progress.row(f"{self.network}: checks {contender}", "check"):
+                    self.check(contender)
+                right.append(contender)
+            except (AssertionError, RuntimeError) as error:  # the network is out of bounds, or no kernel ran
+                wrong.append(str(error))
+                say(f"  WRONG {error}")
+        return right
 
     def check_compiled(self, contender: str, task: str, compiled: Any, images: Tensor) -> None:
         """Compares with the eager network. Each of the two may be off by the bound, so they may differ by two
         bounds."""
-        eager = make(self.network, contender)
+        eager = placed(make(self.network, contender), images)
         if task == "inference":
             pair = [inference(m, images)() for m in (compiled, eager)]
         else:
             pair = [parameter_gradient(m, images) for m in (compiled, eager)]
         name = "inference" if task == "inference" else "parameters"
-        self._within(f"{contender}, compiled", name, distance(*pair), 2 * self.bounds[contender][name])
+        self._within(
+            f"{contender}, {layout_of(images)}, compiled", name, distance(*pair), 2 * self.bounds[contender][name]
+        )
 
     def _within(self, contender: str, name: str, error: float, bound: float) -> None:
         if not error <= bound:
@@ -202,15 +230,16 @@ def measure(
     images: Tensor,
     seconds: float,
     progress: Progress | None = None,
+    least: int = ROUNDS,
 ) -> list[dict[str, Any]]:
-    """Rows of one network, task and mode."""
+    """Rows of one network, task and mode, in the layout of the images, from at least ``least`` rounds."""
     progress = progress or Progress(())
     network = judge.network
     forget_compiled()
     calls: dict[str, Callable[[], object]] = {}
     models = {}
     for contender in contenders:
-        models[contender] = make(network, contender)
+        models[contender] = placed(make(network, contender), images)
         runner = models[contender]
         if mode == "compiled":
             progress.step(f"compiles {contender} and checks it", long=True)
@@ -225,7 +254,7 @@ def measure(
     blocks = {name: timed(task, call, warm=False) for name, call in calls.items()}
     times: dict[str, list[float]] = {name: [] for name in blocks}
     once = {name: block(1)[task] for name, block in blocks.items()}
-    for _ in range(max(ROUNDS, min(60, int(seconds / sum(once.values()))))):
+    for _ in range(max(least, min(60, int(seconds / sum(once.values()))))):
         for name, block in blocks.items():
             times[name].append(block(1)[task])
     if mode == "compiled":
@@ -240,6 +269,7 @@ def measure(
                 "contender": name,
                 "task": task,
                 "mode": mode,
+                "layout": layout_of(images),
                 "backend": judge.backends.get(name),
                 "batch": images.shape[0],
                 "size": images.shape[2],
@@ -247,6 +277,7 @@ def measure(
                 "parameters": sum(p.numel() for p in models[name].parameters()),
                 "rounds": len(ratios),
                 "seconds": statistics.median(times[name]),
+                "seconds_95": statistics.quantiles(times[name], n=20, method="inclusive")[-1],
                 "time_over_plain": statistics.median(ratios),
                 "time_over_plain_quartiles": [low, high],
                 "peak_bytes": peaks[name],
@@ -280,6 +311,7 @@ def main() -> None:
         "--contender", default="", help=f"comma list: {', '.join(CONTENDERS)}; plain is always measured"
     )
     parser.add_argument("--mode", default="", help=f"comma list: {', '.join(MODES)}")
+    parser.add_argument("--layout", default="", help=f"comma list: {', '.join(LAYOUTS)}")
     parser.add_argument("--batch", type=int, default=0, help="images (8)")
     parser.add_argument("--size", type=int, default=0, help="side of the images in pixels (224)")
     parser.add_argument(
@@ -290,6 +322,7 @@ def main() -> None:
     args = parser.parse_args()
     networks = choices(parser, "--network", args.network, NETWORKS) or (["resnet18"] if args.quick else list(DEFAULT))
     modes = choices(parser, "--mode", args.mode, MODES) or (["eager"] if args.quick else list(MODES))
+    layouts = choices(parser, "--layout", args.layout, LAYOUTS) or (["nchw"] if args.quick else list(LAYOUTS))
     contenders = choices(parser, "--contender", args.contender, CONTENDERS) or list(CONTENDERS)
     contenders = ["plain", *(c for c in contenders if c != "plain")]
     batch, size = args.batch or (2 if args.quick else 8), args.size or (64 if args.quick else 224)
@@ -298,20 +331,14 @@ def main() -> None:
     images = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0))
     rows: list[dict[str, Any]] = []
     wrong: list[str] = []
-    tables = [(m, t) for m in modes for t in TASKS if args.full or (m, t) != ("compiled", "training")]
-    progress = Progress([*("check" for _ in contenders), *(mode for mode, _ in tables)] * len(networks))
+    tables = [
+        (m, t, x) for m in modes for t in TASKS if args.full or (m, t) != ("compiled", "training") for x in layouts
+    ]
+    progress = Progress([*("check" for _ in contenders), *(mode for mode, _, _ in tables)] * len(networks))
     for network in networks:
-        judge = Judge(network, images[:4, :, :112, :112])  # float64 convolutions are slow
-        right = []
-        for contender in contenders:
-            try:
-                with progress.row(f"{network}: checks {contender}", "check"):
-                    judge.check(contender)
-                right.append(contender)
-            except (AssertionError, RuntimeError) as error:  # the network is out of bounds, or no kernel ran
-                wrong.append(str(error))
-                say(f"  WRONG {error}")
-        for mode, task in tables:
+        judge = Judge(network, images[:4, :, :112, :112], layouts)  # float64 convolutions are slow
+        right = judge.right_of(contenders, progress, wrong)
+        for mode, task, layout in tables:
             if "plain" not in right:
                 progress.skip(mode, 1)
                 continue
@@ -319,15 +346,16 @@ def main() -> None:
             if mode == "compiled" and not (args.full or args.contender):
                 chosen = [c for c in right if c != "steam-reference"]
             try:
-                with progress.row(f"{network}: measures {task}, {mode}", mode):
-                    rows += measure(judge, task, mode, chosen, images, seconds, progress)
+                with progress.row(f"{network}: measures {task}, {mode}, {layout}", mode):
+                    of_layout = images.contiguous(memory_format=LAYOUTS[layout])
+                    rows += measure(judge, task, mode, chosen, of_layout, seconds, progress)
             except Exception as error:  # the other tables are measured and kept
                 wrong.append(f"{type(error).__name__}: {error}")
                 say(f"  FAILED {wrong[-1]}")
         if rows:
             runs.write(args.json, "end_to_end", rows, facts, args.quick)
-    for (network, task, mode), of in runs.networks_of(rows).items():
-        title = f"== {network}, {task}, {mode}: the price of attention, the increase over the plain network =="
+    for (network, task, mode, layout), of in runs.networks_of(rows).items():
+        title = f"== {network}, {task}, {mode}, {layout}: the price of attention over the plain network =="
         say("\n" + table(title, HEAD, map(line, of.values())))
     if wrong:
         sys.exit(f"{len(wrong)} networks failed or are out of bounds")

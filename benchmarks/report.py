@@ -2,9 +2,9 @@
 
     python -m benchmarks.report [--run benchmarks/results/latest] [--page docs/benchmarks.md] [--images docs/images]
 
-A run is a folder with unit.json, end_to_end.json, host.json and scaling.json, as ``make bench`` writes them. The report
-adds unit.csv, with the rows of unit.json, and leaves out the sections of missing files. The same files give the same
-bytes.
+A run is a folder with unit.json, end_to_end.json, latency.json, host.json and scaling.json, as ``make bench`` writes
+them. The report adds unit.csv, with the rows of unit.json, and leaves out the sections of missing files. The same files
+give the same bytes.
 """
 
 from __future__ import annotations
@@ -93,14 +93,14 @@ def _price_section(rows: list[Row], images: str) -> list[str]:
         "",
     ]
     body = []
-    for (network, task, mode), table in networks_of(rows).items():
+    for key, table in networks_of(rows).items():
         for name, r in table.items():
             if name == "plain":
                 continue
             low, high = r["time_over_plain_quartiles"]
             body.append(
                 (
-                    f"{network}, {task}, {mode}",
+                    ", ".join(key),
                     f"{name_of(name, r.get('backend'))} ({r['layers']})",
                     f"**{percent(r['time_over_plain'])}** ({100 * (low - 1):+.1f} to {100 * (high - 1):+.1f})",
                     f"{percent(r['memory_over_plain'])}",
@@ -109,6 +109,27 @@ def _price_section(rows: list[Row], images: str) -> list[str]:
                 )
             )
     head = ("network", "attention (layers)", "extra time", "extra peak memory", "extra parameters", "rounds")
+    return out + markdown_table(head, body)
+
+
+def _latency_section(rows: list[Row]) -> list[str]:
+    body = []
+    for (network, layout, batch), table in networks_of(rows, "network", "layout", "batch").items():
+        for name, r in table.items():
+            low, high = r["time_over_plain_quartiles"]
+            price = f"**{percent(r['time_over_plain'])}** ({100 * (low - 1):+.1f} to {100 * (high - 1):+.1f})"
+            body.append(
+                (
+                    f"{network}, {layout}, batch {batch}",
+                    "none" if name == "plain" else f"{name_of(name, r.get('backend'))} ({r['layers']})",
+                    f"{1e3 * r['seconds']:.1f}",
+                    f"{1e3 * r['seconds_95']:.1f}",
+                    "" if name == "plain" else price,
+                    r["rounds"],
+                )
+            )
+    head = ("network", "attention (layers)", "median, ms", "95th percentile, ms", "extra time", "rounds")
+    out = ["## Latency", "", "One inference in eager mode, in float32, with the images of a small batch.", ""]
     return out + markdown_table(head, body)
 
 
@@ -215,6 +236,8 @@ def page(run: Run, images: str) -> str:
     out = _header(run)
     if "end_to_end" in run:
         out += _price_section(run["end_to_end"]["rows"], images)
+    if "latency" in run:
+        out += _latency_section(run["latency"]["rows"])
     if "unit" in run:
         out += _unit_section(UnitRows(run["unit"]["rows"]), images)
     if "host" in run:

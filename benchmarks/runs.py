@@ -13,7 +13,7 @@ from typing import Any
 from benchmarks import machine
 from benchmarks.tables import say
 
-FILES = ("unit", "end_to_end", "host", "scaling")
+FILES = ("unit", "end_to_end", "latency", "host", "scaling")
 Row = dict[str, Any]
 Run = dict[str, dict[str, Any]]
 
@@ -121,11 +121,13 @@ def shape_name(row: Row) -> str:
     return SHAPE_NAMES.get(row["shape"], row["shape"])
 
 
-def networks_of(rows: list[Row]) -> dict[tuple[str, str, str], dict[str, Row]]:
-    """The end-to-end rows of each network, task and mode, by contender."""
-    out: dict[tuple[str, str, str], dict[str, Row]] = {}
+def networks_of(rows: list[Row], *keys: str) -> dict[tuple[Any, ...], dict[str, Row]]:
+    """The rows of whole networks by the given keys, or by network, task, mode and layout, and then by contender. Older
+    runs have NCHW alone."""
+    out: dict[tuple[Any, ...], dict[str, Row]] = {}
     for row in rows:
-        out.setdefault((row["network"], row["task"], row["mode"]), {})[row["contender"]] = row
+        key = tuple({"layout": "nchw", **row}[k] for k in keys or ("network", "task", "mode", "layout"))
+        out.setdefault(key, {})[row["contender"]] = row
     return out
 
 

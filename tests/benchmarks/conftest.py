@@ -19,6 +19,7 @@ QUICK = {
         *("--contender", "fused,eager,se,eca,cbam,gct"),
     ],
     "end_to_end": ["-m", "benchmarks.end_to_end", "--quick", "--contender", "steam,se"],
+    "latency": ["-m", "benchmarks.latency", "--quick", "--contender", "steam"],
     "host": ["-m", "benchmarks.host", "--quick"],
     "scaling": ["-m", "benchmarks.scaling", "--quick", "--axis", "N,grid", "--threads", "1"],
 }

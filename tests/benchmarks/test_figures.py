@@ -104,7 +104,8 @@ def test_the_prices_of_the_page_on_use_are_of_the_committed_run() -> None:
         if not memory_of:
             network, _, task = name.partition(", ")
             mode = "compiled" if "compiled" in task else "eager"
-            own = tables[networks[network], "training" if "training" in task else "inference", mode]
+            layout = "channels_last" if "channels_last" in task else "nchw"
+            own = tables[networks[network], "training" if "training" in task else "inference", mode, layout]
         for contender, cell in zip(columns, cells, strict=True):
             if cell in ("", "–", "-") and contender not in own:
                 continue
@@ -117,7 +118,7 @@ def test_the_prices_of_the_page_on_use_are_of_the_committed_run() -> None:
 
 def test_the_sentences_of_the_readme_are_of_the_committed_run() -> None:
     run, text = runs.read(LATEST), re.sub(r"\s+", " ", (ROOT / "README.md").read_text())
-    row = runs.networks_of(run["end_to_end"]["rows"])["resnet50", "training", "eager"]["steam"]
+    row = runs.networks_of(run["end_to_end"]["rows"])["resnet50", "training", "eager", "nchw"]["steam"]
     (found,) = re.findall(r"a training step of a ResNet-50 takes about (.*? more time and .*?) more memory", text)
     printed = [runs.percent(row[ratio]).removesuffix(" %") for ratio in ("time_over_plain", "memory_over_plain")]
     agree(found, printed, "training step")

@@ -14,6 +14,7 @@ from benchmarks.machine import ROOT
 RECORDER = """#!/bin/sh
 echo "$@" >>"$CALLS"
 case "$*" in *"$FAILS"*) exit 3 ;; esac
+case "$*" in *--folder*) echo folder ;; esac
 """
 
 
@@ -23,7 +24,9 @@ PLACES = ("benchmarks/results/latest", "docs/benchmarks.md", "docs/images")
 QUICK_PLACES = ("build/bench/results", "build/bench/benchmarks.md", "build/bench/images")
 
 
-def make_bench(tmp_path: Path, *variables: str, fails: str = "nothing") -> tuple[int, list[str], str]:
+def make_bench(
+    tmp_path: Path, *variables: str, fails: str = "nothing", target: str = "bench"
+) -> tuple[int, list[str], str]:
     """Runs ``make bench`` in a folder of its own, with an interpreter that only records its commands. Returns make's
     exit status, the commands, and the output."""
     shutil.copy(ROOT / "Makefile", tmp_path)
@@ -32,7 +35,7 @@ def make_bench(tmp_path: Path, *variables: str, fails: str = "nothing") -> tuple
     recorder.chmod(0o755)
     calls.write_text("")
     done = subprocess.run(
-        ["make", "-o", "venv", "bench", f"PY={recorder}", *variables],
+        ["make", "-o", "venv", target, f"PY={recorder}", *variables],
         cwd=tmp_path,
         capture_output=True,
         text=True,
@@ -57,7 +60,7 @@ def test_make_bench_runs_every_part(tmp_path: Path, flags: tuple[str, ...], plac
     given = flags[0].partition("=")[2].split() if flags else []
     quick = [flag for flag in given if flag == "--quick"]
     expected = [["-m", "pytest", "benchmarks", "--benchmark-only", "-q", "--json", f"{run}/unit.json", *given]]
-    parts = ("end_to_end", "host", "scaling")
+    parts = ("end_to_end", "latency", "host", "scaling")
     expected += [["-m", f"benchmarks.{part}", "--json", f"{run}/{part}.json", *quick] for part in parts]
     expected += [["-m", "benchmarks.report", "--run", run, "--page", page, "--images", images]]
     assert [call.split() for call in calls] == expected
@@ -67,4 +70,29 @@ def test_make_bench_runs_every_part(tmp_path: Path, flags: tuple[str, ...], plac
 @pytest.mark.parametrize(("fails", "named"), [("-m pytest", "unit"), ("benchmarks.host", "host"), ("report", "report")])
 def test_make_bench_goes_on_and_fails_at_its_end(tmp_path: Path, fails: str, named: str) -> None:
     status, calls, printed = make_bench(tmp_path, fails=fails)
-    assert status != 0 and f"failed: {named}\n" in printed and len(calls) == 5
+    assert status != 0 and f"failed: {named}\n" in printed and len(calls) == 6
+
+
+@pytest.mark.parametrize(
+    ("flags", "page"),
+    [((), "docs/machines.md"), (("BENCH_FLAGS=--quick",), "build/bench/machines.md")],
+)
+def test_the_short_benchmark_runs_every_part(tmp_path: Path, flags: tuple[str, ...], page: str) -> None:
+    """The parts write to the folder that the first command prints. Without that folder nothing is measured."""
+    quick = ["--quick"] if flags else []
+    results = "build/bench/machines" if flags else "benchmarks/results"
+    status, calls, printed = make_bench(tmp_path, *flags, target="bench-short")
+    assert status == 0, printed
+    rows = "--size 56,28,14,7 --batch 32 --contender fused"
+    networks = "--mode eager --contender steam --seconds 10"
+    assert [call.split() for call in calls] == [
+        ["-m", "benchmarks.machines", "--folder", "--results", results],
+        ["-m", "pytest", "benchmarks", "--benchmark-only", "-q", *rows.split(), "--json", "folder/unit.json", *quick],
+        ["-m", "benchmarks.end_to_end", *networks.split(), "--json", "folder/end_to_end.json", *quick],
+        ["-m", "benchmarks.host", "--json", "folder/host.json", *quick],
+        ["-m", "benchmarks.machines", "--results", results, "--page", page],
+    ]
+    status, calls, printed = make_bench(tmp_path, *flags, fails="benchmarks.host", target="bench-short")
+    assert status != 0 and "failed: host\n" in printed and len(calls) == 5
+    status, calls, printed = make_bench(tmp_path, *flags, fails="--folder", target="bench-short")
+    assert status != 0 and len(calls) == 1, printed

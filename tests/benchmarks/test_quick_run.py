@@ -49,6 +49,14 @@ def test_prices_are_over_the_plain_network(run: Path) -> None:
             assert r["time_over_plain"] == r["memory_over_plain"] == 1
 
 
+def test_latencies_have_a_95th_percentile(run: Path) -> None:
+    rows = json.loads((run / "latency.json").read_text())["rows"]
+    assert [(r["contender"], r["batch"], r["layout"]) for r in rows] == [(c, 1, "nchw") for c in ("plain", "steam")]
+    for r in rows:
+        assert r["rounds"] >= 60, "of fewer rounds, too few are above the 95th percentile"
+        assert 0 < r["seconds"] < r["seconds_95"]
+
+
 def test_host_and_scaling(run: Path) -> None:
     layers = [r for r in json.loads((run / "host.json").read_text())["rows"] if r["section"] == "layers"]
     names = [r["layer"] for r in layers]
@@ -103,11 +111,11 @@ def test_page_and_pictures(run: Path, tmp_path: Path, python: Python, monkeypatc
         assert b"<dc:date>" not in written[0][name]
     titles = [line[3:] for line in page.splitlines() if line.startswith("## ")]
     assert titles == [
-        *("The price of attention", "Speed-ups of the fused unit", "Time over the floor", "Memory"),
+        *("The price of attention", "Latency", "Speed-ups of the fused unit", "Time over the floor", "Memory"),
         *("Host overhead", "Scaling"),
     ]
     networks = json.loads((run / "end_to_end.json").read_text())["rows"]
-    prices = [line for line in page.splitlines() if line.startswith("| resnet18, ")]
+    prices = [line for line in page.splitlines() if line.startswith(("| resnet18, training", "| resnet18, inference"))]
     assert [line.split(" | ")[-1] for line in prices] == [
         f"{r['rounds']} |" for r in networks if r["contender"] != "plain"
     ]
