@@ -86,6 +86,8 @@ class Launch:
     program: Program = Program(0, 1)
     #: The first program, which may have other work than the others.
     first: Program = Program(0, 1)
+    #: Of the graph stage forward: the instructions of a warp that belong to its tile.
+    of_tile: int = 0
     #: Whether the samples are processed from the last to the first.
     is_reversed: bool = False
     #: Whether the cache is told to give up loaded lines first.
@@ -94,7 +96,9 @@ class Launch:
 
 def launch_of(row: Mapping[str, Any], reversed: Container[str] = REVERSED) -> Launch:
     """A launch from its row of the record, and the kernels that begin with the last sample."""
-    known = {k: row[k] for k in ("programs", "threads", "tiles", "registers", "shared", "machine") if k in row}
+    known = {
+        k: row[k] for k in ("programs", "threads", "tiles", "registers", "shared", "machine", "of_tile") if k in row
+    }
     if "instructions" in row:
         known["program"] = Program(row["instructions"], row["rounds"])
         known["first"] = Program(*row["first"])

@@ -11,10 +11,8 @@ from benchmarks.gpu_model.launches import CALLS, DIRECTIONS, Launch, Record, map
 GPU = "h100"
 HEAD = (
     "target", "call", "estimate over floor", "Inductor over ours", "launches of few programs", "tiles",
-    "instructions a warp, graph",
+    "instructions a warp and tile, graph",
 )  # fmt: skip
-#: The cells along one side of a map.
-GRID = 7
 #: The estimate over the floor at most, by the height of the map.
 OVER_FLOOR = {
     "forward": {56: 1.6, 28: 1.6, 14: 1.8, 7: 2.4},
@@ -26,7 +24,8 @@ OVER_INDUCTOR = {56: 1.0, 28: 1.0, 14: 1.8, 7: 1.8}
 PROGRAMS = 4
 #: Tiles of a program one after the other at most.
 TILES = 8
-#: Instructions of a warp of the graph stage forward for a tile of 128 channels of 49 cells, 16 to 25 numbers a thread.
+#: Instructions of a warp that belong to the tile of the graph stage forward: 128 channels of 49 cells for eight warps, or
+#: as much work for each of fewer warps.
 INSTRUCTIONS = {"nchw": 700, "channels_last": 500}
 
 
@@ -56,9 +55,7 @@ def rows(record: Record) -> Iterator[tuple[str, ...]]:
             seconds = estimate.call_seconds(ours, gpu)
             floor = estimate.floor_seconds(map_bytes(call), direction, gpu)
             inductor = estimate.call_seconds(record.inductor[name], gpu)
-            # With sums of their own, or of a map that is its sums. At 14x14 the programs pool, which is other work.
-            pooled = any(launch.kernel.startswith("pool") for launch in ours) or height == GRID
-            graph = [instructions_a_warp(launch, gpu) for launch in ours if launch.kernel == "graph" and pooled]
+            graph = [launch.of_tile for launch in ours if launch.kernel == "graph"]
             yield (
                 name,
                 judged(seconds / floor, "≤", OVER_FLOOR[direction][height]),

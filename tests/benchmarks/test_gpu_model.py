@@ -21,6 +21,7 @@ from benchmarks.gpu_model import __main__ as command  # noqa: E402
 from benchmarks.gpu_model import estimate, launches, targets  # noqa: E402
 from benchmarks.gpu_model.gpus import COPY_SHARE, GPUS, LIMITS, Gpu  # noqa: E402
 from benchmarks.gpu_model.launches import CALLS, DIRECTIONS, Launch, Program, Record, Tensor, name_of  # noqa: E402
+from tests.support import tile_instructions  # noqa: E402
 
 #: Ten multiprocessors of 1 GHz that hold 64 warps; 1 GB/s of memory after COPY_SHARE; a cache of 1000 bytes.
 TOY = Gpu(
@@ -236,6 +237,48 @@ def raw(gpu: str, call: str) -> dict[str, Any]:
     return {name_of(call, direction): recorded[name_of(call, direction)] for direction in DIRECTIONS}
 
 
+def test_the_docs_tell_the_instructions_of_a_program(record: Record) -> None:
+    gpu, text = GPUS["h100"], re.sub(r"\s+", " ", (ROOT / "docs" / "gpu.md").read_text())
+    found = []
+    for layout in ("nchw", "channels_last"):
+        (graph,) = [each for each in record.ours["h100"][f"32x2048x7x7 {layout} forward"] if each.kernel == "graph"]
+        found.append(targets.instructions_a_warp(graph, gpu))
+        assert 0 < graph.of_tile < found[-1]
+    assert (
+        f"A warp executes {found[0]} instructions in NCHW and {found[1]} in channels_last for a whole program" in text
+    )
+
+
+def test_instructions_have_the_functions_that_called_them(tmp_path: Path) -> None:
+    """An instruction of a function of another file belongs to the tile if a function of the tile called it."""
+    source = tmp_path / "graph.py"
+    source.write_text("def load_cells():\n    a\ndef halo_sums():\n    b\ndef graph_of():\n    c\n    tile *= g\n")
+    ptx = """.visible .entry graph()
+{
+\t.reg .b32 \t%r<2>;
+\t.loc\t1 2 1, function_name $L, inlined_at 1 6 1
+\tld.global.b32 \t%r1, [%rd1];
+\t.loc\t2 9 1, function_name $L, inlined_at 1 2 1
+\tadd.s32 \t%r1, %r1, 1;
+\t.loc\t1 4 1, function_name $L, inlined_at 1 6 1
+\tadd.s32 \t%r1, %r1, 2;
+\t.loc\t2 9 1, function_name $L, inlined_at 1 4 1
+$L__BB0_1:
+\t@%p1 bra \t$L__BB0_1;
+\t.loc\t1 6 1
+\tadd.s32 \t%r1, %r1, 3;
+\t.loc\t1 7 1
+\tmul.f32 \t%r1, %r1, %r1;
+\tret;
+}
+\t.file\t1 "/a/graph.py"
+\t.file\t2 "/b/standard.py"
+"""
+    assert len(tile_instructions.frames(ptx)) == 7
+    # The load and its caller's addition, and then the product and the return after it.
+    assert tile_instructions.of_tile(ptx, source) == 4
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "gpu,call", [("h100", "32x2048x7x7 nchw"), ("a100", "32x1024x14x14 channels_last"), ("mi300x", "32x512x28x28 nchw")]
@@ -312,7 +355,10 @@ def test_targets_are_judged(record: Record) -> None:
     assert len(list(targets.rows(record))) == 2 * len(CALLS)
     # Few programs with many tiles and instructions in each launch
     few = {
-        name: [replace(each, programs=400, tiles=9, registers=255, program=Program(10**6, 9)) for each in calls]
+        name: [
+            replace(each, programs=400, tiles=9, registers=255, of_tile=701, program=Program(10**6, 9))
+            for each in calls
+        ]
         for name, calls in record.ours["h100"].items()
     }
     for _, *cells in targets.rows(Record({"h100": few}, record.inductor, {})):

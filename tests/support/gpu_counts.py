@@ -8,6 +8,7 @@ on sizes alone, and is the same for every sample. The counts of a launch are:
 
 * programs, threads, and the tiles that a program has one after the other, from the launch;
 * registers, shared memory and the length of the machine code, from the compiled code;
+* of the graph stage forward: the instructions that belong to its tile, in the code of one warp;
 * for each program: instructions of all warps (the mean), and rounds of loads from beyond the L1 cache, one after the
   other (the most). The first program has counts of its own, because it may have other work.
 * for each tensor: its bytes, and the bytes that all programs load and store. A program moves a 32-byte sector once.
@@ -18,12 +19,14 @@ AMD's code is not executed. Its instructions and rounds are those of the same la
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import os
 import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -36,6 +39,7 @@ from tests.support import triton_code as code
 from tests.support.ptx import executor
 from tests.support.ptx.executor import Memory
 from tests.support.ptx.parse import Kernel
+from tests.support.tile_instructions import of_tile
 from tests.support.triton_aot import Compiled, Recorded
 
 #: Bytes that a GPU moves between its L2 cache and a program at least.
@@ -116,6 +120,8 @@ class Counter:
             "evict_first": "evict_first" in accesses(ptx),
             "tensors": {},
         }
+        if launch.kernel.__name__ == "graph":
+            row["of_tile"] = of_tile(ptx.ptx, Path(inspect.getfile(launch.kernel.fn)))
         for name, t in arguments.items():
             if isinstance(t, Tensor):
                 at = t.data_ptr()
