@@ -24,8 +24,8 @@ OVER_INDUCTOR = {56: 1.0, 28: 1.0, 14: 1.8, 7: 1.8}
 PROGRAMS = 4
 #: Tiles of a program one after the other at most.
 TILES = 8
-#: Instructions of a warp that belong to the tile of the graph stage forward: 128 channels of 49 cells for eight warps, or
-#: as much work for each of fewer warps.
+#: Instructions of a warp that belong to the tile of the graph stage forward: 128 channels of 49 cells for eight warps,
+#: or as much work for each of fewer warps.
 INSTRUCTIONS = {"nchw": 700, "channels_last": 500}
 
 
