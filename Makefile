@@ -128,7 +128,8 @@ bench: venv
 
 # The fused unit at the 16 rows of ResNet-50's stages, the price of attention, and the host's overhead.
 bench-short: venv
-	@folder=$$($(PY) -m benchmarks.machines --folder --results $(RESULTS)) && mkdir -p $$folder || exit 1; failed=; \
+	@folder=$$($(PY) -m benchmarks.machines --folder --results $(RESULTS)) && mkdir -p $$folder || exit 1; \
+	rm -f $$folder/unit.json $$folder/end_to_end.json $$folder/host.json; failed=; \
 	$(PY) -m pytest benchmarks --benchmark-only -q --size 56,28,14,7 --batch 32 --contender fused \
 		--json $$folder/unit.json $(QUICK) || failed="$$failed unit"; \
 	$(PY) -m benchmarks.end_to_end --mode eager --contender steam --seconds 10 --json $$folder/end_to_end.json $(QUICK) \

@@ -7,7 +7,8 @@ because another machine, or another day, changes both sides of a ratio. The rati
 
 * the fused unit's time over the floor, by shape and direction, with a group for each dtype;
 * the same along the axes of scaling, with a group for each number of threads;
-* the time of the network with fused units over the plain network, by network, task and mode;
+* the time of the network with fused units over the plain network, by network, task, mode and layout, and in the runs of
+  latency by network, layout and batch;
 * the time of a call of ``FusedSTEAM`` over PyTorch's own ``x * 0.5``;
 * the fused unit's extra memory in training over the bytes of x.
 
@@ -25,7 +26,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.commandline import parser_of
-from benchmarks.runs import Run, geometric_mean, read
+from benchmarks.runs import Run, geometric_mean, layout_of, read
 
 Ratios = dict[str, dict[str, float]]  # group -> name -> ratio
 
@@ -46,9 +47,12 @@ def ratios(run: Run) -> Ratios:
             add(group, f"{row['axis']} = {row['value']}", row[f"{direction}_over_floor"])
     for row in run.get("end_to_end", {}).get("rows", []):
         if row["contender"] == "steam":
-            layout = row.get("layout", "nchw")  # older runs have NCHW alone
-            name = f"{row['network']}, {row['mode']}, {layout}, batch {row['batch']} at {row['size']}"
+            name = f"{row['network']}, {row['mode']}, {layout_of(row)}, batch {row['batch']} at {row['size']}"
             add(f"over the plain network, {row['task']}", name, row["time_over_plain"])
+    for row in run.get("latency", {}).get("rows", []):
+        if row["contender"] == "steam":
+            name = f"{row['network']}, {row['layout']}, batch {row['batch']} at {row['size']}"
+            add("latency over the plain network", name, row["time_over_plain"])
     host = {r["layer"]: r for r in run.get("host", {}).get("rows", []) if r["section"] == "layers"}
     if {"FusedSTEAM", "x * 0.5 (built in)"} <= set(host):
         for column in ("no grad", "forward + backward"):
@@ -63,7 +67,8 @@ def backends(run: Run) -> dict[str, str]:
     for part, ours in (("unit", "fused"), ("end_to_end", "steam")):
         for row in run.get(part, {}).get("rows", []):
             if row["contender"] == ours and row.get("backend"):
-                name = [row[k] for k in ("problem", "direction", "network", "task", "mode", "layout") if k in row]
+                keys = ("problem", "direction") if part == "unit" else ("network", "task", "mode")
+                name = [row[k] for k in keys] + ([] if part == "unit" else [layout_of(row)])
                 out[", ".join([part, *name])] = row["backend"]
     return out
 

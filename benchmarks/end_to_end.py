@@ -23,6 +23,7 @@ are measured in inference only, without ``steam-reference``; ``--full`` measures
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import sys
 from collections.abc import Callable, Iterable
@@ -304,16 +305,21 @@ def line(row: dict[str, Any]) -> tuple[object, ...]:
 HEAD = ("contender", "time", "price", "quartiles", "peak", "price", "layers", "parameters")
 
 
-def main() -> None:
-    parser = parser_of("end_to_end", __doc__)
+def add_network_options(parser: argparse.ArgumentParser) -> None:
+    """The options that every measurement of whole networks has."""
     parser.add_argument("--network", default="", help=f"comma list: {', '.join(NETWORKS)} ({','.join(DEFAULT)})")
     parser.add_argument(
         "--contender", default="", help=f"comma list: {', '.join(CONTENDERS)}; plain is always measured"
     )
-    parser.add_argument("--mode", default="", help=f"comma list: {', '.join(MODES)}")
     parser.add_argument("--layout", default="", help=f"comma list: {', '.join(LAYOUTS)}")
-    parser.add_argument("--batch", type=int, default=0, help="images (8)")
     parser.add_argument("--size", type=int, default=0, help="side of the images in pixels (224)")
+
+
+def main() -> None:
+    parser = parser_of("end_to_end", __doc__)
+    add_network_options(parser)
+    parser.add_argument("--mode", default="", help=f"comma list: {', '.join(MODES)}")
+    parser.add_argument("--batch", type=int, default=0, help="images (8)")
     parser.add_argument(
         "--seconds", type=float, default=25, help=f"seconds for each table, in at least {ROUNDS} rounds (25)"
     )

@@ -23,7 +23,7 @@ import torch
 
 from benchmarks import runs
 from benchmarks.commandline import add_run_options, choices, parser_of
-from benchmarks.end_to_end import CONTENDERS, DEFAULT, LAYOUTS, NETWORKS, Judge, measure
+from benchmarks.end_to_end import CONTENDERS, DEFAULT, LAYOUTS, NETWORKS, Judge, add_network_options, measure
 from benchmarks.progress import Progress
 from benchmarks.tables import table
 
@@ -50,13 +50,8 @@ HEAD = ("contender", "median, ms", "95th percentile, ms", "price", "quartiles", 
 
 def main() -> None:
     parser = parser_of("latency", __doc__)
-    parser.add_argument("--network", default="", help=f"comma list: {', '.join(NETWORKS)} ({','.join(DEFAULT)})")
-    parser.add_argument(
-        "--contender", default="", help=f"comma list: {', '.join(CONTENDERS)}; plain is always measured"
-    )
+    add_network_options(parser)
     parser.add_argument("--batch", default="", help=f"comma list: {', '.join(BATCHES)} (1,2,4)")
-    parser.add_argument("--layout", default="", help=f"comma list: {', '.join(LAYOUTS)}")
-    parser.add_argument("--size", type=int, default=0, help="side of the images in pixels (224)")
     add_run_options(parser, "ResNet-18 at batch 1 with small images in NCHW")
     args = parser.parse_args()
     networks = choices(parser, "--network", args.network, NETWORKS) or (["resnet18"] if args.quick else list(DEFAULT))
@@ -80,15 +75,19 @@ def main() -> None:
                 continue
             images = torch.randn(batch, 3, size, size, generator=generator)
             images = images.contiguous(memory_format=LAYOUTS[layout])
-            with progress.row(f"{network}: measures batch {batch}, {layout}", str(batch)):
-                rows += measure(judge, "inference", "eager", right, images, 0.0, progress, ROUNDS)
+            try:
+                with progress.row(f"{network}: measures batch {batch}, {layout}", str(batch)):
+                    rows += measure(judge, "inference", "eager", right, images, 0.0, progress, ROUNDS)
+            except Exception as error:  # the other tables are measured and kept
+                wrong.append(f"{type(error).__name__}: {error}")
+                say(f"  FAILED {wrong[-1]}")
         if rows:
             runs.write(args.json, "latency", rows, facts, args.quick)
     for (network, layout, batch), of in runs.networks_of(rows, *KEYS).items():
         title = f"== {network}, {layout}, batch {batch}: latency of one inference =="
         say("\n" + table(title, HEAD, map(line, of.values())))
     if wrong:
-        sys.exit(f"{len(wrong)} networks are out of bounds")
+        sys.exit(f"{len(wrong)} networks failed or are out of bounds")
 
 
 if __name__ == "__main__":

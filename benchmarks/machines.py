@@ -16,7 +16,7 @@ from pathlib import Path
 
 from benchmarks import machine
 from benchmarks.commandline import parser_of
-from benchmarks.runs import DIRECTIONS, Run, geometric_mean, networks_of, percent, read, times
+from benchmarks.runs import DIRECTIONS, Run, geometric_mean, networks_of, price, read, times
 from benchmarks.tables import markdown_table, say
 
 RESULTS = machine.ROOT / "benchmarks" / "results"
@@ -66,10 +66,7 @@ def _over_floor(direction: str, has_range: bool = True, **wanted: str) -> Callab
 def _price(key: tuple[str, ...]) -> Callable[[Run], str]:
     def cell(run: Run) -> str:
         row = networks_of(run["end_to_end"]["rows"]).get(key, {}).get("steam")
-        if row is None:
-            return ""
-        low, high = row["time_over_plain_quartiles"]
-        return f"**{percent(row['time_over_plain'])}** ({100 * (low - 1):+.1f} to {100 * (high - 1):+.1f})"
+        return "" if row is None else price(row)
 
     return cell
 
@@ -95,8 +92,8 @@ def page(machines: dict[str, Run]) -> str:
     out = [
         "# The same code on several machines",
         "",
-        "`make bench-short` measures a machine in a few minutes, and this page has a column for each machine that has",
-        "been measured. [benchmarking.md](benchmarking.md) describes the method. The raw results are in",
+        "`make bench-short` measures a machine in a few minutes. This page has a column for each processor that has been",
+        "measured, of its last run. [benchmarking.md](benchmarking.md) describes the method. The raw results are in",
         "`benchmarks/results/`, in a folder for each processor.",
         "",
     ]

@@ -25,6 +25,7 @@ from benchmarks.runs import (
     name_of,
     networks_of,
     percent,
+    price,
     read,
     shape_name,
     times,
@@ -97,12 +98,11 @@ def _price_section(rows: list[Row], images: str) -> list[str]:
         for name, r in table.items():
             if name == "plain":
                 continue
-            low, high = r["time_over_plain_quartiles"]
             body.append(
                 (
                     ", ".join(key),
                     f"{name_of(name, r.get('backend'))} ({r['layers']})",
-                    f"**{percent(r['time_over_plain'])}** ({100 * (low - 1):+.1f} to {100 * (high - 1):+.1f})",
+                    price(r),
                     f"{percent(r['memory_over_plain'])}",
                     r["parameters"] - table["plain"]["parameters"],
                     r["rounds"],
@@ -116,15 +116,13 @@ def _latency_section(rows: list[Row]) -> list[str]:
     body = []
     for (network, layout, batch), table in networks_of(rows, "network", "layout", "batch").items():
         for name, r in table.items():
-            low, high = r["time_over_plain_quartiles"]
-            price = f"**{percent(r['time_over_plain'])}** ({100 * (low - 1):+.1f} to {100 * (high - 1):+.1f})"
             body.append(
                 (
                     f"{network}, {layout}, batch {batch}",
                     "none" if name == "plain" else f"{name_of(name, r.get('backend'))} ({r['layers']})",
                     f"{1e3 * r['seconds']:.1f}",
                     f"{1e3 * r['seconds_95']:.1f}",
-                    "" if name == "plain" else price,
+                    "" if name == "plain" else price(r),
                     r["rounds"],
                 )
             )

@@ -110,6 +110,12 @@ def percent(ratio: float) -> str:
     return f"{100 * (ratio - 1):+.1f} %"
 
 
+def price(row: Row) -> str:
+    """The extra time of a network over the network without attention, and its quartiles."""
+    low, high = row["time_over_plain_quartiles"]
+    return f"**{percent(row['time_over_plain'])}** ({100 * (low - 1):+.1f} to {100 * (high - 1):+.1f})"
+
+
 def name_of(contender: str, backend: str | None = None) -> str:
     """The name of a contender in the page. If the backend is the reference, the name does not say "fused"."""
     if contender in ("fused", "steam") and backend == "reference":
@@ -121,12 +127,16 @@ def shape_name(row: Row) -> str:
     return SHAPE_NAMES.get(row["shape"], row["shape"])
 
 
+def layout_of(row: Row) -> str:
+    """The layout of a row of whole networks. Older runs have NCHW alone, and do not name it."""
+    return str(row.get("layout", "nchw"))
+
+
 def networks_of(rows: list[Row], *keys: str) -> dict[tuple[Any, ...], dict[str, Row]]:
-    """The rows of whole networks by the given keys, or by network, task, mode and layout, and then by contender. Older
-    runs have NCHW alone."""
+    """The rows of whole networks by the given keys, or by network, task, mode and layout, and then by contender."""
     out: dict[tuple[Any, ...], dict[str, Row]] = {}
     for row in rows:
-        key = tuple({"layout": "nchw", **row}[k] for k in keys or ("network", "task", "mode", "layout"))
+        key = tuple({**row, "layout": layout_of(row)}[k] for k in keys or ("network", "task", "mode", "layout"))
         out.setdefault(key, {})[row["contender"]] = row
     return out
 

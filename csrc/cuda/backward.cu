@@ -1,6 +1,6 @@
 // The backward pass: pool -> the gradients of the gates -> lattice -> ring -> gate, and the gradients of the weights.
-// It is one launch if x and dy of a sample fit into shared memory, and one for the weights, else four: the ring's
-// launch computes the lattice too. A large lattice has a launch of its own.
+// It is one launch if x and dy of a sample fit into shared memory, and one for the weights, else up to four: the ring's
+// launch computes the lattice too. A large lattice has one more.
 #include "launch.cuh"
 
 namespace steam {

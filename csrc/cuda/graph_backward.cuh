@@ -3,7 +3,7 @@
 //
 // There are three steps, because the gradients of the channel gates depend on those of the spatial tokens in the
 // sequential order: the sums over blocks of channels, then the lattice, then the ring. Each is a kernel. If the lattice
-// is small, the blocks of the ring compute it themselves, and it has no launch.
+// is small and the ring is needed, the blocks of the ring compute it themselves, and it has no launch.
 #pragma once
 
 #include "graph.cuh"
@@ -145,13 +145,14 @@ struct RingWindow {
   STEAM_HD int64_t count(const Plan& plan) const { return 2 * places + tape_count(plan, places - halo); }
 };
 
-// Whether the blocks of the ring compute the lattice of their sample, each of them alone. A launch takes longer than
-// the work, if a thread has at most two pairs of a cell and a head, and at most 16 partials to add up.
+// Whether the blocks of the ring compute the lattice of their sample, each of them alone, which saves a launch. Each
+// wave of blocks repeats the work, so it has a bound: on average, a thread has at most two pairs of a cell and a head,
+// and at most 16 partials to add up.
 STEAM_HD bool ring_has_lattice(const Plan& plan, const GraphSizes& sizes) {
   return sizes.cells == plan.cells() && plan.cells() * plan.problem.num_heads <= 2 * kGraphThreads &&
          plan.cells() * sizes.blocks <= 16 * kGraphThreads;
 }
-// The numbers of shared memory for a tile, which has the window of the lattice before.
+// The numbers of shared memory for the tile, in whose place the window of the lattice is first.
 template <class A>
 STEAM_HD int64_t tile_or_lattice(const Plan& plan, const GraphSizes& sizes) {
   return larger(tile_count<A>(sizes), ring_has_lattice(plan, sizes) ? lattice_window(plan) : 0);
@@ -163,8 +164,9 @@ int64_t graph_backward_ring_bytes(const Plan& plan, const GraphSizes& sizes) {
          window_bytes<A>(RingWindow(sizes).count(plan));
 }
 
-// The shifts of a block of channels, and those of the cells if ring_has_lattice. values has the sums of x over cells,
-// or x itself if the cells are pixels, and is read in the sequential order only.
+// The shifts of a block of channels. If ring_has_lattice, the first block of a sample also writes what
+// steam_lattice_backward would. values has the sums of x over cells, or x itself if the cells are pixels, and is read
+// in the sequential order only.
 template <class T, bool kChannelsLast>
 __global__ void __launch_bounds__(kGraphThreads, kGraphBlocks<Accumulate<T>>)
     steam_graph_backward_ring(Plan plan, GraphSizes sizes, const T* values, GraphBackward<Accumulate<T>> memory) {

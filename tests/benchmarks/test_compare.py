@@ -21,6 +21,7 @@ def made_up(
     memory: float = 0.01,
     bfloat16: float = 1.5,
     threads: float = 1.5,
+    latency: float = 1.1,
 ) -> runs.Run:
     """A run of two shapes in two dtypes, one network, one layer and one point of scaling."""
     unit = []
@@ -31,6 +32,7 @@ def made_up(
             unit.append(row | {"map_bytes": 1000, "extra_bytes": 1000 * memory if direction == "both" else None})
     unit[5]["over_floor"] = 2.0  # one row never changes
     net = {"network": "n", "mode": "eager", "task": "training", "batch": 1, "size": 8, "contender": "steam"}
+    small = net | {"task": "inference", "layout": "nchw", "time_over_plain": latency}
     layers = [
         {"section": "layers", "layer": name, "no grad": us, "forward + backward": us}
         for name, us in (("FusedSTEAM", host), ("x * 0.5 (built in)", 1.0))
@@ -46,7 +48,13 @@ def made_up(
         for n in (1, 2)
         for t in (1, 2)
     ]
-    rows = {"unit": unit, "end_to_end": [net | {"time_over_plain": plain}], "host": layers, "scaling": scaled}
+    rows = {
+        "unit": unit,
+        "end_to_end": [net | {"time_over_plain": plain}],
+        "latency": [small],
+        "host": layers,
+        "scaling": scaled,
+    }
     return {name: {"rows": r, "machine": {}} for name, r in rows.items()}
 
 
@@ -69,6 +77,7 @@ def compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old: runs.Run, new
         ({"bfloat16": 1.95}, "over the floor, backward, bfloat16: the geometric mean is 1.300"),
         ({"threads": 1.95}, "scaling, forward over the floor, threads: 2: the geometric mean is 1.300"),
         ({"plain": 1.2}, "over the plain network, training: the geometric mean is 1.143"),
+        ({"latency": 1.4}, "latency over the plain network: the geometric mean is 1.273"),
         ({"host": 12.0}, "host, module over x * 0.5: the geometric mean is 1.333"),
         ({"memory": 0.1}, "extra memory over x, a: 0.0100 -> 0.1000"),
     ],
@@ -125,6 +134,19 @@ def test_another_backend_is_worse(
     new["unit"]["rows"][0]["backend"] = "reference"
     assert compared(tmp_path, monkeypatch, made_up(), new) == 1
     assert "WORSE unit, a, forward: ran on cpu, and in NEW on reference" in capsys.readouterr().out
+
+
+def test_networks_of_older_runs_were_in_nchw(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A row without a layout is compared with the row that names NCHW, its backend too."""
+    old, new = made_up(), made_up(plain=1.2)
+    old["end_to_end"]["rows"][0]["backend"] = "cpu"
+    new["end_to_end"]["rows"][0] |= {"backend": "reference", "layout": "nchw"}
+    assert compared(tmp_path, monkeypatch, old, new) == 1
+    printed = capsys.readouterr().out
+    assert "WORSE over the plain network, training: the geometric mean is 1.143" in printed
+    assert "WORSE end_to_end, n, training, eager, nchw: ran on cpu, and in NEW on reference" in printed
 
 
 def test_quick_and_full_runs_are_not_compared(

@@ -249,6 +249,13 @@ def test_the_docs_tell_the_instructions_of_a_program(record: Record) -> None:
     )
 
 
+def test_the_parts_of_the_tile_are_in_the_kernel() -> None:
+    """If one were renamed, fewer instructions would count."""
+    source = (ROOT / "steam_kernels" / "backends" / "triton" / "graph.py").read_text()
+    assert set(re.findall(r"^def (\w+)", source, re.M)) >= tile_instructions.OF_TILE | tile_instructions.OF_HALO
+    assert set(map(str.strip, source.splitlines())) >= tile_instructions.LINES
+
+
 def test_instructions_have_the_functions_that_called_them(tmp_path: Path) -> None:
     """An instruction of a function of another file belongs to the tile if a function of the tile called it."""
     source = tmp_path / "graph.py"

@@ -89,8 +89,9 @@ LARGE = [
     # Windows in the workspace: of a block, of a block and the lattice in float64, and of the lattice.
     Case(space=(1, 1), channels=1800, batch=1, radius=899, dtype=F64, attention=(4, 1)),
     Case(space=(70, 66), channels=2, batch=1, grid="w1"),
-    # More heads than lanes and than a table has.
+    # More heads than lanes and than a table has: the lattice with a launch of its own, and in blocks of the ring.
     Case(space=(7, 7), channels=70, attention=(40, 20)),
+    Case(space=(5, 4), channels=300, batch=1, attention=(40, 20)),
     # Cells whose rows are packs: of unequal heights, and of more lanes than one.
     Case(space=(57, 56), channels=6, tail="residual_relu"),
     Case(space=(64, 64), channels=5, grid=2, dtype=BF16),
@@ -200,6 +201,9 @@ def test_bits_do_not_depend_on_the_alignment(case: Case, limit: int, host: on_ho
         Case(space=(3, 2), channels=4, layout="nhwc", order="parallel"),
         Case(space=(70, 66), channels=1, batch=1, grid=(2, 2)),
         Case(space=(30, 20), channels=4, batch=1, grid=1, layout="nhwc", dtype=F16),
+        # Several blocks of channels, each of which has the lattice in the place of its tile, or only the first has.
+        Case(space=(7, 7), channels=150, radius=2),
+        Case(space=(7, 7), channels=150, layout="nhwc", order="parallel"),
     ],
     ids=lambda c: c.id,
 )
