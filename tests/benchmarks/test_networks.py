@@ -53,7 +53,7 @@ def test_a_wrong_network_has_no_price(monkeypatch: pytest.MonkeyPatch) -> None:
         return model
 
     monkeypatch.setattr(end_to_end, "make", wrong)
-    with pytest.raises(AssertionError, match=r"resnet18 steam: .* is off by"):
+    with pytest.raises(AssertionError, match=r"resnet18 steam, nchw: .* is off by"):
         judge.check("steam")
 
 
@@ -77,5 +77,5 @@ def test_compiled_contenders_are_not_each_others(monkeypatch: pytest.MonkeyPatch
     assert [r["layers"] for r in rows] == [0, 4]
     assert [r["rounds"] for r in rows] == [9, 9], "no time to measure for is no reason for fewer"
     torch._dynamo.reset()
-    with pytest.raises(AssertionError, match="steam, compiled: inference is off by"):
+    with pytest.raises(AssertionError, match="steam, nchw, compiled: inference is off by"):
         judge.check_compiled("steam", "inference", make("", "plain"), images)
