@@ -92,7 +92,7 @@ def page(machines: dict[str, Run]) -> str:
     out = [
         "# The same code on several machines",
         "",
-        "`make bench-short` measures a machine in about ten minutes. This page has a column for each processor",
+        "`make bench-short` measures a machine in about five minutes. This page has a column for each processor",
         "that was measured, of its last run. [benchmarking.md](benchmarking.md) describes the method. The raw",
         "results are in `benchmarks/results/`, in a folder for each processor.",
         "",

@@ -1,6 +1,7 @@
 """Figures of the compiled CUDA kernels: registers, shared memory, spills and wide accesses, from the build's objects.
 
-    python -m tests.support.cuda_binary             prints the table; fails if a kernel spills, or if a figure is
+    python -m tests.support.cuda_binary [TARGET...] prints the table; fails if a kernel spills or lacks a target (of
+                                                    all that are recorded, or the given ones: 80 120), or if a figure is
                                                     worse than the recorded one of the same nvcc
     python -m tests.support.cuda_binary --record    records the figures and writes docs/cuda_verification.md's table
 
@@ -194,12 +195,14 @@ def main() -> int:
     if spills := spilling(table):
         print("\n".join(spills))
         return 1
-    missing = [t for t in TARGETS if any(t not in row for row in table.values())]
+    given = sys.argv[1:]
+    targets = TARGETS if not given or given == ["--record"] else tuple(map(int, given))
+    missing = [t for t in targets if any(t not in row for row in table.values())]
     if missing:
         print(f"not built for {', '.join(f'sm_{t}' for t in missing)} (CMAKE_CUDA_ARCHITECTURES)")
         return 1
-    table = {kernel: {t: row[t] for t in TARGETS} for kernel, row in table.items()}
-    if sys.argv[1:] == ["--record"]:
+    table = {kernel: {t: row[t] for t in targets} for kernel, row in table.items()}
+    if given == ["--record"]:
         rows = ",\n".join(f"    {json.dumps(kernel)}: {json.dumps(row)}" for kernel, row in table.items())
         BUDGETS.write_text(f'{{\n  "nvcc": "{nvcc}",\n  "kernels": {{\n{rows}\n  }}\n}}\n')
         PAGE.write_text(page_with(table, nvcc))
@@ -209,7 +212,7 @@ def main() -> int:
         print(f"NOT COMPARED: the figures are of nvcc {recorded_nvcc}, the objects of {nvcc}")
         return 0
     found = complaints(table, budgets)
-    print("\n".join(found) or f"{len(table)} kernels, {len(TARGETS)} targets: no figure is worse than recorded")
+    print("\n".join(found) or f"{len(table)} kernels, {len(targets)} targets: no figure is worse than recorded")
     return bool(found)
 
 
