@@ -146,7 +146,7 @@ def test_the_page_does_not_call_the_reference_fused(run: Path) -> None:
     parts = runs.read(run)
     page = report.page(parts, "images")
     assert "STEAM, fused" in page and "no kernel is measured" not in page
-    for part in ("unit", "end_to_end"):
+    for part in ("unit", "end_to_end", "latency"):
         for row in parts[part]["rows"]:
             row["backend"] = "reference" if row["contender"] in ("fused", "steam") else row["backend"]
     page = report.page(parts, "images")
