@@ -292,7 +292,9 @@ def row_of(compiler: Compiler, launch: Recorded, maps: list[Tensor]) -> dict[str
     names = {name for name, value in bound.arguments.items() if any(value is m for m in maps)}
     numbers = {i for i, name in enumerate(kernel.parameters) if name in names}
     to_maps = [a for a in kernel.accesses if a.parameters & numbers]
+    tile = launch.kwargs.get("TILE")
     return {
+        "channels": tile.CHANNELS.value if hasattr(tile, "HALO") else None,
         "programs": launch.grid[0],
         "warps": kernel.warps,
         "registers": kernel.resources.registers,

@@ -49,14 +49,24 @@ def test_no_spills(target: str, rows: list[dict[str, Any]]) -> None:
     assert {name(row): row["spills"] for row in of(rows, target) if row["spills"]} == {}
 
 
+def least(row: dict[str, Any]) -> float:
+    """The least share of wide accesses."""
+    channels = row["channels"] if row["kernel"] == "forward graph" else None
+    return 0.9 if channels is None else min(0.9, round(channels / (channels + 2), 3))
+
+
 @pytest.mark.parametrize("target", TARGETS)
 def test_accesses_to_maps_are_wide(target: str, rows: list[dict[str, Any]]) -> None:
-    """In the vector class, by bytes. Every global access was traced to its tensor."""
+    """In the vector class, by bytes. Every global access was traced to its tensor.
+
+    The loads of the halo, two channels beside a program's own, are narrow. So a program of 16 channels, which it has if
+    it pools in float64, has 16 / 18.
+    """
     found = of(rows, target)
     assert {name(row): row["untraced"] for row in found if row["untraced"]} == {}
     judged = [row for row in found if row["vector"] and row["wide"] is not None]
     assert {m for row in judged for m in row["maps"]} >= {"x", "y", "dy", "dx", "residual", "dresidual"}
-    assert {name(row): row["wide"] for row in judged if row["wide"] < 0.9} == {}
+    assert {name(row): row["wide"] for row in judged if row["wide"] < least(row)} == {}
     assert min(row["wide"] for row in found if not row["vector"] and row["wide"] is not None) < 0.5, "the control"
 
 
