@@ -51,7 +51,6 @@ def test_the_page_has_a_column_for_each_machine(tmp_path: Path) -> None:
     written(tmp_path, "latest", 9.0, 9.0)
     (tmp_path / "incomplete").mkdir()
     page = machines.page(machines.runs_of(tmp_path))
-    lines = [line.replace(" ", "") for line in page.splitlines()]
     for line in (
         "| machine | one | two |",
         "| commit | abc | abc |",
@@ -61,7 +60,7 @@ def test_the_page_has_a_column_for_each_machine(tmp_path: Path) -> None:
         "| resnet50, training, eager, channels_last | **+2.0 %** (+2.0 to +2.0) | **+10.0 %** (+10.0 to +10.0) |",
         "| FusedSTEAM, no grad | 30 | 30 |",
     ):
-        assert line.replace(" ", "") in lines, page
+        assert line in page.splitlines()
 
 
 def test_without_a_short_benchmark_there_is_no_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
