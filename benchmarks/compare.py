@@ -26,7 +26,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.commandline import parser_of
-from benchmarks.runs import Run, geometric_mean, layout_of, read
+from benchmarks.runs import LATENCY, Run, geometric_mean, networks_of, read
 
 Ratios = dict[str, dict[str, float]]  # group -> name -> ratio
 
@@ -45,13 +45,13 @@ def ratios(run: Run) -> Ratios:
         for direction in ("forward", "backward"):
             group = f"scaling, {direction} over the floor, threads: {row['threads']}"
             add(group, f"{row['axis']} = {row['value']}", row[f"{direction}_over_floor"])
-    for row in run.get("end_to_end", {}).get("rows", []):
-        if row["contender"] == "steam":
-            name = f"{row['network']}, {row['mode']}, {layout_of(row)}, batch {row['batch']} at {row['size']}"
-            add(f"over the plain network, {row['task']}", name, row["time_over_plain"])
-    for row in run.get("latency", {}).get("rows", []):
-        if row["contender"] == "steam":
-            name = f"{row['network']}, {row['layout']}, batch {row['batch']} at {row['size']}"
+    for (network, task, mode, layout), of in networks_of(run.get("end_to_end", {}).get("rows", [])).items():
+        if row := of.get("steam"):
+            name = f"{network}, {mode}, {layout}, batch {row['batch']} at {row['size']}"
+            add(f"over the plain network, {task}", name, row["time_over_plain"])
+    for (network, layout, batch), of in networks_of(run.get("latency", {}).get("rows", []), *LATENCY).items():
+        if row := of.get("steam"):
+            name = f"{network}, {layout}, batch {batch} at {row['size']}"
             add("latency over the plain network", name, row["time_over_plain"])
     host = {r["layer"]: r for r in run.get("host", {}).get("rows", []) if r["section"] == "layers"}
     if {"FusedSTEAM", "x * 0.5 (built in)"} <= set(host):
@@ -63,14 +63,11 @@ def ratios(run: Run) -> Ratios:
 
 def backends(run: Run) -> dict[str, str]:
     """The recorded backends of the fused unit and of the networks with it, by row."""
-    out = {}
-    for part, ours in (("unit", "fused"), ("end_to_end", "steam")):
-        for row in run.get(part, {}).get("rows", []):
-            if row["contender"] == ours and row.get("backend"):
-                keys = ("problem", "direction") if part == "unit" else ("network", "task", "mode")
-                name = [row[k] for k in keys] + ([] if part == "unit" else [layout_of(row)])
-                out[", ".join([part, *name])] = row["backend"]
-    return out
+    unit = [r for r in run.get("unit", {}).get("rows", []) if r["contender"] == "fused"]
+    found = {("unit", r["problem"], r["direction"]): r.get("backend") for r in unit}
+    for key, of in networks_of(run.get("end_to_end", {}).get("rows", [])).items():
+        found[("end_to_end", *key)] = of.get("steam", {}).get("backend")
+    return {", ".join(key): backend for key, backend in found.items() if backend}
 
 
 def memories(run: Run) -> dict[str, float]:

@@ -24,9 +24,11 @@ are measured in inference only, without ``steam-reference``; ``--full`` measures
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import sys
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from benchmarks import malloc
@@ -305,6 +307,60 @@ def line(row: dict[str, Any]) -> tuple[object, ...]:
 HEAD = ("contender", "time", "price", "quartiles", "peak", "price", "layers", "parameters")
 
 
+@dataclass(frozen=True)
+class Table:
+    """The networks that are measured in turn: what they do, and with which images. Tables of a ``kind`` take about as
+    long as each other."""
+
+    name: str
+    kind: str
+    task: str
+    mode: str
+    images: Tensor
+    contenders: list[str]
+
+
+def measure_all(
+    networks: list[str],
+    contenders: list[str],
+    checked: Tensor,
+    tables: list[Table],
+    seconds: float,
+    least: int,
+    write: Callable[[list[dict[str, Any]]], None],
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """The rows of all tables of each network, and a sentence for each network that failed or is out of bounds.
+
+    ``checked`` are the images with which networks are judged. ``write`` gets the rows after each network.
+    """
+    rows: list[dict[str, Any]] = []
+    wrong: list[str] = []
+    layouts = dict.fromkeys(layout_of(each.images) for each in tables)
+    progress = Progress([*("check" for _ in contenders), *(each.kind for each in tables)] * len(networks))
+    for network in networks:
+        judge = Judge(network, checked, layouts)
+        right = judge.right_of(contenders, progress, wrong)
+        for each in tables:
+            if "plain" not in right:
+                progress.skip(each.kind, 1)
+                continue
+            chosen = [c for c in right if c in each.contenders]
+            try:
+                with progress.row(f"{network}: measures {each.name}", each.kind):
+                    rows += measure(judge, each.task, each.mode, chosen, each.images, seconds, progress, least)
+            except Exception as error:  # the other tables are measured and kept
+                wrong.append(f"{type(error).__name__}: {error}")
+                say(f"  FAILED {wrong[-1]}")
+        if rows:
+            write(rows)
+    return rows, wrong
+
+
+def end(wrong: list[str]) -> None:
+    if wrong:
+        sys.exit(f"{len(wrong)} networks failed or are out of bounds")
+
+
 def add_network_options(parser: argparse.ArgumentParser) -> None:
     """The options that every measurement of whole networks has."""
     parser.add_argument("--network", default="", help=f"comma list: {', '.join(NETWORKS)} ({','.join(DEFAULT)})")
@@ -313,6 +369,16 @@ def add_network_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--layout", default="", help=f"comma list: {', '.join(LAYOUTS)}")
     parser.add_argument("--size", type=int, default=0, help="side of the images in pixels (224)")
+
+
+def network_options(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, contenders: Iterable[str]
+) -> tuple[list[str], list[str], list[str], int]:
+    """The networks, the contenders, the layouts and the size of the images; ``contenders`` are those by default."""
+    networks = choices(parser, "--network", args.network, NETWORKS) or (["resnet18"] if args.quick else list(DEFAULT))
+    chosen = choices(parser, "--contender", args.contender, CONTENDERS) or list(contenders)
+    layouts = choices(parser, "--layout", args.layout, LAYOUTS) or (["nchw"] if args.quick else list(LAYOUTS))
+    return networks, ["plain", *(c for c in chosen if c != "plain")], layouts, args.size or (64 if args.quick else 224)
 
 
 def main() -> None:
@@ -326,45 +392,33 @@ def main() -> None:
     parser.add_argument("--full", action="store_true", help="compiled training steps too")
     add_run_options(parser, "ResNet-18 in eager mode with small images")
     args = parser.parse_args()
-    networks = choices(parser, "--network", args.network, NETWORKS) or (["resnet18"] if args.quick else list(DEFAULT))
+    networks, contenders, layouts, size = network_options(parser, args, CONTENDERS)
     modes = choices(parser, "--mode", args.mode, MODES) or (["eager"] if args.quick else list(MODES))
-    layouts = choices(parser, "--layout", args.layout, LAYOUTS) or (["nchw"] if args.quick else list(LAYOUTS))
-    contenders = choices(parser, "--contender", args.contender, CONTENDERS) or list(CONTENDERS)
-    contenders = ["plain", *(c for c in contenders if c != "plain")]
-    batch, size = args.batch or (2 if args.quick else 8), args.size or (64 if args.quick else 224)
-    seconds = 0.0 if args.quick else args.seconds
+    batch = args.batch or (2 if args.quick else 8)
     facts = runs.begin()
     images = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0))
-    rows: list[dict[str, Any]] = []
-    wrong: list[str] = []
-    tables = [
-        (m, t, x) for m in modes for t in TASKS if args.full or (m, t) != ("compiled", "training") for x in layouts
-    ]
-    progress = Progress([*("check" for _ in contenders), *(mode for mode, _, _ in tables)] * len(networks))
-    for network in networks:
-        judge = Judge(network, images[:4, :, :112, :112], layouts)  # float64 convolutions are slow
-        right = judge.right_of(contenders, progress, wrong)
-        for mode, task, layout in tables:
-            if "plain" not in right:
-                progress.skip(mode, 1)
-                continue
-            chosen = right
-            if mode == "compiled" and not (args.full or args.contender):
-                chosen = [c for c in right if c != "steam-reference"]
-            try:
-                with progress.row(f"{network}: measures {task}, {mode}, {layout}", mode):
-                    of_layout = images.contiguous(memory_format=LAYOUTS[layout])
-                    rows += measure(judge, task, mode, chosen, of_layout, seconds, progress)
-            except Exception as error:  # the other tables are measured and kept
-                wrong.append(f"{type(error).__name__}: {error}")
-                say(f"  FAILED {wrong[-1]}")
-        if rows:
-            runs.write(args.json, "end_to_end", rows, facts, args.quick)
+    in_layout = {layout: images.contiguous(memory_format=LAYOUTS[layout]) for layout in layouts}
+    tables = []
+    for mode, task in itertools.product(modes, TASKS):
+        if (mode, task) == ("compiled", "training") and not args.full:
+            continue
+        slow = mode == "compiled" and not (args.full or args.contender)
+        chosen = [c for c in contenders if not (slow and c == "steam-reference")]
+        for layout, given in in_layout.items():
+            tables.append(Table(f"{task}, {mode}, {layout}", mode, task, mode, given, chosen))
+    rows, wrong = measure_all(
+        networks,
+        contenders,
+        images[:4, :, :112, :112],  # float64 convolutions are slow
+        tables,
+        0.0 if args.quick else args.seconds,
+        ROUNDS,
+        lambda rows: runs.write(args.json, "end_to_end", rows, facts, args.quick),
+    )
     for (network, task, mode, layout), of in runs.networks_of(rows).items():
         title = f"== {network}, {task}, {mode}, {layout}: the price of attention over the plain network =="
         say("\n" + table(title, HEAD, map(line, of.values())))
-    if wrong:
-        sys.exit(f"{len(wrong)} networks failed or are out of bounds")
+    end(wrong)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ price is the median, over interleaved rounds, of the ratio to the plain network 
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 from benchmarks import malloc
@@ -23,13 +22,11 @@ import torch
 
 from benchmarks import runs
 from benchmarks.commandline import add_run_options, choices, parser_of
-from benchmarks.end_to_end import CONTENDERS, DEFAULT, LAYOUTS, NETWORKS, Judge, add_network_options, measure
-from benchmarks.progress import Progress
+from benchmarks.end_to_end import LAYOUTS, Table, add_network_options, end, measure_all, network_options
 from benchmarks.tables import table
 
 #: Of so many rounds three are above the 95th percentile.
 ROUNDS = 60
-KEYS = ("network", "layout", "batch")
 BATCHES = ("1", "2", "4", "8", "16", "32")
 
 
@@ -54,40 +51,30 @@ def main() -> None:
     parser.add_argument("--batch", default="", help=f"comma list: {', '.join(BATCHES)} (1,2,4)")
     add_run_options(parser, "ResNet-18 at batch 1 with small images in NCHW")
     args = parser.parse_args()
-    networks = choices(parser, "--network", args.network, NETWORKS) or (["resnet18"] if args.quick else list(DEFAULT))
+    networks, contenders, layouts, size = network_options(parser, args, ("steam", "se", "eca"))
     batches = choices(parser, "--batch", args.batch, BATCHES) or (["1"] if args.quick else ["1", "2", "4"])
-    layouts = choices(parser, "--layout", args.layout, LAYOUTS) or (["nchw"] if args.quick else list(LAYOUTS))
-    contenders = choices(parser, "--contender", args.contender, CONTENDERS) or ["steam", "se", "eca"]
-    contenders = ["plain", *(c for c in contenders if c != "plain")]
-    size = args.size or (64 if args.quick else 224)
     facts = runs.begin()
-    rows: list[dict[str, Any]] = []
-    wrong: list[str] = []
-    tables = [(int(n), layout) for n in batches for layout in layouts]
-    progress = Progress([*("check" for _ in contenders), *(str(n) for n, _ in tables)] * len(networks))
-    for network in networks:
-        generator = torch.Generator().manual_seed(0)
-        judge = Judge(network, torch.randn(4, 3, min(size, 112), min(size, 112), generator=generator), layouts)
-        right = judge.right_of(contenders, progress, wrong)
-        for batch, layout in tables:
-            if "plain" not in right:
-                progress.skip(str(batch), 1)
-                continue
-            images = torch.randn(batch, 3, size, size, generator=generator)
-            images = images.contiguous(memory_format=LAYOUTS[layout])
-            try:
-                with progress.row(f"{network}: measures batch {batch}, {layout}", str(batch)):
-                    rows += measure(judge, "inference", "eager", right, images, 0.0, progress, ROUNDS)
-            except Exception as error:  # the other tables are measured and kept
-                wrong.append(f"{type(error).__name__}: {error}")
-                say(f"  FAILED {wrong[-1]}")
-        if rows:
-            runs.write(args.json, "latency", rows, facts, args.quick)
-    for (network, layout, batch), of in runs.networks_of(rows, *KEYS).items():
+    generator = torch.Generator().manual_seed(0)
+    checked = torch.randn(4, 3, min(size, 112), min(size, 112), generator=generator)
+    tables = []
+    for batch in batches:
+        images = torch.randn(int(batch), 3, size, size, generator=generator)
+        for layout in layouts:
+            given = images.contiguous(memory_format=LAYOUTS[layout])
+            tables.append(Table(f"batch {batch}, {layout}", batch, "inference", "eager", given, contenders))
+    rows, wrong = measure_all(
+        networks,
+        contenders,
+        checked,
+        tables,
+        0.0,
+        ROUNDS,
+        lambda rows: runs.write(args.json, "latency", rows, facts, args.quick),
+    )
+    for (network, layout, batch), of in runs.networks_of(rows, *runs.LATENCY).items():
         title = f"== {network}, {layout}, batch {batch}: latency of one inference =="
         say("\n" + table(title, HEAD, map(line, of.values())))
-    if wrong:
-        sys.exit(f"{len(wrong)} networks failed or are out of bounds")
+    end(wrong)
 
 
 if __name__ == "__main__":

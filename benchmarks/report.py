@@ -18,6 +18,7 @@ from benchmarks.machine import ROOT
 from benchmarks.pictures import draw
 from benchmarks.runs import (
     DIRECTIONS,
+    LATENCY,
     Row,
     Run,
     UnitRows,
@@ -114,7 +115,7 @@ def _price_section(rows: list[Row], images: str) -> list[str]:
 
 def _latency_section(rows: list[Row]) -> list[str]:
     body = []
-    for (network, layout, batch), table in networks_of(rows, "network", "layout", "batch").items():
+    for (network, layout, batch), table in networks_of(rows, *LATENCY).items():
         for name, r in table.items():
             body.append(
                 (

@@ -16,6 +16,8 @@ from benchmarks.tables import say
 FILES = ("unit", "end_to_end", "latency", "host", "scaling")
 Row = dict[str, Any]
 Run = dict[str, dict[str, Any]]
+#: By what the rows of latency differ, besides the contender.
+LATENCY = ("network", "layout", "batch")
 
 NAMES = {
     "fused": "STEAM, fused",
@@ -127,16 +129,14 @@ def shape_name(row: Row) -> str:
     return SHAPE_NAMES.get(row["shape"], row["shape"])
 
 
-def layout_of(row: Row) -> str:
-    """The layout of a row of whole networks. Older runs have NCHW alone, and do not name it."""
-    return str(row.get("layout", "nchw"))
-
-
 def networks_of(rows: list[Row], *keys: str) -> dict[tuple[Any, ...], dict[str, Row]]:
-    """The rows of whole networks by the given keys, or by network, task, mode and layout, and then by contender."""
+    """The rows of whole networks by the given keys, or by network, task, mode and layout, and then by contender. Older
+    runs have NCHW alone, and do not name it."""
     out: dict[tuple[Any, ...], dict[str, Row]] = {}
     for row in rows:
-        key = tuple({**row, "layout": layout_of(row)}[k] for k in keys or ("network", "task", "mode", "layout"))
+        key = tuple(
+            row.get(k, "nchw") if k == "layout" else row[k] for k in keys or ("network", "task", "mode", "layout")
+        )
         out.setdefault(key, {})[row["contender"]] = row
     return out
 
