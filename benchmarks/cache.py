@@ -48,17 +48,34 @@ class Share:
     def __init__(self) -> None:
         if native.CPU.reason or native.CPU.cache is None:
             raise SystemExit(f"the CPU kernels do not run: {native.CPU.reason}")
-        self.default = native.CPU.cache.used
-        self._set = ctypes.CDLL(str(native.CPU.path)).steam_cpu_set_cache_bytes
+        self.default, self._fixed = native.CPU.cache.used, native.CPU.cache.set
+        library = ctypes.CDLL(str(native.CPU.path))
+        self._set, self._unset = library.steam_cpu_set_cache_bytes, library.steam_cpu_unset_cache_bytes
         self._set.argtypes = [ctypes.c_int64]
+        self._claim = library.steam_cpu_probe_set_claims
 
     @contextmanager
     def of(self, bytes_: int) -> Iterator[None]:
-        self._set(bytes_)
+        """The default leaves the choice to the kernels, which may not be the same as setting its bytes."""
+        if bytes_ != self.default:
+            self._set(bytes_)
         try:
             yield
         finally:
-            self._set(self.default)
+            if self._fixed:
+                self._set(self.default)
+            else:
+                self._unset()
+
+    @contextmanager
+    def storing(self, bytes_: int, claims: bool) -> Iterator[None]:
+        """With that share, and with or without claims of the lines of the output."""
+        self._claim(int(claims))
+        try:
+            with self.of(bytes_):
+                yield
+        finally:
+            self._claim(-1)
 
     def block(self, bytes_: int, block: Block) -> Block:
         """``block`` with that share."""

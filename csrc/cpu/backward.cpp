@@ -149,8 +149,8 @@ struct BackwardWalk {
     }
     T* dx = output(args.dx, n);
     gate_walk<true>(
-        plan, GateBackward<Source>{maps, plan.sample_size}, dx, maps.dy == dx ? Route::kStaged : output_route(plan),
-        parallel,
+        plan, GateBackward<Source>{maps, plan.sample_size}, dx,
+        maps.dy == dx ? Route::kStaged : output_route(plan, args.parallel.threads), parallel,
         [&](int64_t i, int64_t j) {
           return Along<L>{scaled,
                           weight,

@@ -112,6 +112,12 @@ int64_t Cache::counted_on() const {
   return of_all < most ? of_all : most;
 }
 
+Stores stores_of(bool claims, int64_t threads, int64_t set, const Cache& found) {
+  if (set < 0 && claims && threads <= kFewThreads) return {INT64_MAX, claims};
+  // The inputs need as much of the cache as the outputs.
+  return {(set >= 0 ? set : found.counted_on()) / 2, claims};
+}
+
 int64_t processors_of_limit(const char* text) {
   long long quota = 0, period = 0;
   if (std::sscanf(text, "%lld %lld", &quota, &period) != 2 || quota <= 0 || period <= 0) return 0;

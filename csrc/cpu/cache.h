@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "kernels.h"
+
 namespace steam {
 namespace cpu {
 
@@ -21,6 +23,16 @@ struct Cache {
 };
 
 Cache find_cache();
+
+// A processor that claims lines streams only in calls with more threads than this. One of its cores moves about 14 GB/s
+// of reads and writes in a copy with claims, a third of which streaming saves. Many cores reach the limit of the
+// memory, and then that third counts. The number is a guess: four such cores use less than half of six channels of
+// DDR4-2933.
+constexpr int64_t kFewThreads = 4;
+
+// How a call stores its outputs. `set` are the bytes that the user set, or negative: then the cache that was found
+// decides, and `claims` says whether the processor claims lines (claims_lines() in processor.h).
+Stores stores_of(bool claims, int64_t threads, int64_t set, const Cache& found);
 
 // The number of processors that a limit allows, rounded up; 0 if there is no limit. `text` has the form of cgroup's
 // cpu.max: "max 100000" or "150000 100000".

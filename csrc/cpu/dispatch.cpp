@@ -72,8 +72,10 @@ const Variant& variant() {
   return *v;
 }
 
-// The bytes of the last steam_cpu_set_cache_bytes; -1 before the first.
+// The bytes of the last steam_cpu_set_cache_bytes; -1 if none are set.
 std::atomic<int64_t> cache_set{-1};
+// Whether outputs are claimed: 0 or 1 in tests, and -1 if the processor decides.
+std::atomic<int> claims_set{-1};
 
 const Cache& cache_found() {
   static const Cache found = find_cache();
@@ -84,9 +86,10 @@ const Cache& cache_found() {
 
 bool usable() { return best() != nullptr; }
 
-int64_t cache_bytes() {
-  const int64_t set = cache_set.load(std::memory_order_relaxed);
-  return set >= 0 ? set : cache_found().counted_on();
+Stores stores_of(int64_t threads) {
+  static const bool usual = claims_lines();
+  const int claims = claims_set.load(std::memory_order_relaxed);
+  return stores_of(claims < 0 ? usual : claims != 0, threads, cache_set.load(std::memory_order_relaxed), cache_found());
 }
 
 namespace {
@@ -146,13 +149,18 @@ int steam_cpu_select(const char* name) {
   return 1;
 }
 
-int64_t steam_cpu_cache_bytes(void) { return steam::cpu::cache_bytes(); }
+int64_t steam_cpu_cache_bytes(void) {
+  const int64_t set = steam::cpu::cache_set.load(std::memory_order_relaxed);
+  return set >= 0 ? set : steam::cpu::cache_found().counted_on();
+}
 
 int steam_cpu_set_cache_bytes(int64_t bytes) {
   if (bytes < 0) return 1;
   steam::cpu::cache_set.store(bytes, std::memory_order_relaxed);
   return 0;
 }
+
+void steam_cpu_unset_cache_bytes(void) { steam::cpu::cache_set.store(-1, std::memory_order_relaxed); }
 
 int64_t steam_cpu_reported_cache_bytes(void) { return steam::cpu::cache_found().reported; }
 int64_t steam_cpu_processors(void) { return steam::cpu::cache_found().processors; }
@@ -161,6 +169,15 @@ int64_t steam_cpu_processors(void) { return steam::cpu::cache_found().processors
 extern "C" STEAM_API int64_t steam_cpu_probe_cache_share(int64_t reported, int64_t processors) {
   return steam::cpu::Cache{reported, processors}.counted_on();
 }
+// The bytes above which outputs are streamed, for tests: of any processor, with a cache of which a call counts on
+// `share`.
+extern "C" STEAM_API int64_t steam_cpu_probe_streams_above(int claims, int64_t threads, int64_t set, int64_t share) {
+  return steam::cpu::stores_of(claims != 0, threads, set, {share, INT64_MAX}).streams_above;
+}
+// Claims outputs or does not, for tests of both ways on any processor; -1 leaves it to the processor again.
+extern "C" STEAM_API void steam_cpu_probe_set_claims(int claims) { steam::cpu::claims_set.store(claims); }
+// Whether this processor claims outputs, for tests.
+extern "C" STEAM_API int steam_cpu_probe_claims(void) { return steam::cpu::stores_of(1).claims; }
 // The limit in a text of cgroup's cpu.max, for tests.
 extern "C" STEAM_API int64_t steam_cpu_probe_limit(const char* cpu_max) {
   return steam::cpu::processors_of_limit(cpu_max);

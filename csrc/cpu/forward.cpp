@@ -324,7 +324,7 @@ struct ForwardWalk {
         return plan.walk == Walk::kNarrow ? channel[c] * gate : gate;
       });
     }
-    const Route route = args.y == args.x ? Route::kStaged : output_route(plan);
+    const Route route = args.y == args.x ? Route::kStaged : output_route(plan, args.parallel.threads);
     T* y = static_cast<T*>(args.y) + n * plan.sample_size;
     const A least = plan.problem.relu ? A{0} : -std::numeric_limits<A>::infinity();
     with_bool(args.residual != nullptr, [&]<bool kResidual>() {

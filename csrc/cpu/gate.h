@@ -11,7 +11,7 @@
 //                   v
 //      Sink: takes the vectors of one task, in the order of memory
 //                   |
-//      Route:  kPlain ------> the output
+//      Route:  kPlain ------> the output (kClaimed: its next lines are asked for)
 //              kStream -----> a buffer -> the output, past the caches
 //              kStaged -----> a buffer -> the output, behind the reads of x
 //
@@ -130,21 +130,21 @@ struct Pattern {
 // `vectors` vectors of output from element e on, which is at place q of the period.
 template <class G, class P>
 STEAM_INLINE void gate_vectors(const G& op, const P& pattern, int64_t e, int64_t q, int64_t vectors,
-                               typename G::Type* out) {
+                               Piece<typename G::Type> out) {
   constexpr int64_t lanes = G::L::kLanes;
   int64_t k = 0;
   for (; k + 2 * lanes <= vectors * lanes; k += 2 * lanes) {
     const auto a = pattern.template make<true>(op, e + k, q + k);
     const auto b = pattern.template make<true>(op, e + k + lanes, q + k + lanes);
-    store_two(out + k, a, b);
+    out.put_two(k, a, b);
   }
-  if (k < vectors * lanes) store(out + k, pattern.template make<true>(op, e + k, q + k));
+  if (k < vectors * lanes) out.put(k, pattern.template make<true>(op, e + k, q + k));
 }
 
 // n <= kChunk elements from element e on, which is at place q of the period.
 template <bool kBackward, bool kChannelShifts, class G, class L>
 STEAM_INLINE void gate_chunk(const G& operation, int64_t e, int64_t n, const Along<L>& along, int64_t q,
-                             typename G::Type* out) {
+                             Piece<typename G::Type> out) {
   constexpr int64_t lanes = L::kLanes;
   const G op = operation;
   const Pattern<kBackward, kChannelShifts, L> pattern(along);
@@ -156,13 +156,13 @@ STEAM_INLINE void gate_chunk(const G& operation, int64_t e, int64_t n, const Alo
   } else {
     const int64_t step = lanes % period;
     for (int64_t k = 0; k < whole; k += lanes) {
-      store(out + k, pattern.template make<true>(op, e + k, q));
+      out.put(k, pattern.template make<true>(op, e + k, q));
       q += step;
       q -= q >= period ? period : 0;
     }
   }
   if (whole < n) {
-    store(out + whole, pattern.template make<false>(op, e + whole, q % period));
+    out.put(whole, pattern.template make<false>(op, e + whole, q % period));
   }
 }
 
@@ -197,13 +197,13 @@ STEAM_INLINE void gate_runs(const G& operation, int64_t e, int64_t runs, int64_t
   const int64_t vectors = (length + L::kLanes - 1) / L::kLanes;
   for (int64_t done = 0; done < runs; done += group) {
     const int64_t n = smaller(group, runs - done);
-    auto* out = sink.begin(n * length);
+    const auto out = sink.begin(n * length);
     int64_t i = 0, at = e + done * length;
     for (; i < n && at + vectors * L::kLanes <= op.size; ++i, at += length) {
-      gate_vectors(op, Pattern<kBackward, kChannelShifts, L>(along(done + i)), at, 0, vectors, out + i * length);
+      gate_vectors(op, Pattern<kBackward, kChannelShifts, L>(along(done + i)), at, 0, vectors, out.from(i * length));
     }
     for (; i < n; ++i, at += length) {
-      gate_chunk<kBackward, kChannelShifts>(op, at, length, along(done + i), 0, out + i * length);
+      gate_chunk<kBackward, kChannelShifts>(op, at, length, along(done + i), 0, out.from(i * length));
     }
     sink.commit(n * length);
   }
@@ -228,7 +228,7 @@ STEAM_INLINE void gate_short_runs(const G& operation, int64_t e, int64_t runs, i
   const int64_t group = kChunk / length;
   for (int64_t done = 0; done < runs; done += group) {
     const int64_t n = smaller(group, runs - done);
-    auto* out = sink.begin(n * length);
+    const auto out = sink.begin(n * length);
     int64_t i = 0, at = e + done * length;
     for (; i < n && at + kVectors * lanes <= op.size; ++i, at += length) {
       const auto run = along(done + i);
@@ -240,16 +240,16 @@ STEAM_INLINE void gate_short_runs(const G& operation, int64_t e, int64_t runs, i
           return By<V>{gate, kBackward ? spatial_factor * spatial_shifts[k] : gate, channel_shift};
         });
       };
-      auto* to = out + i * length;
+      const auto to = out.from(i * length);
 #pragma GCC unroll 16
       for (int k = 0; k + 2 <= kVectors; k += 2) {
         const auto a = made(k), b = made(k + 1);
-        store_two(to + k * lanes, a, b);
+        to.put_two(k * lanes, a, b);
       }
-      if (kVectors % 2) store(to + (kVectors - 1) * lanes, made(kVectors - 1));
+      if (kVectors % 2) to.put((kVectors - 1) * lanes, made(kVectors - 1));
     }
     for (; i < n; ++i, at += length) {
-      gate_chunk<kBackward, false>(op, at, length, along(done + i), 0, out + i * length);
+      gate_chunk<kBackward, false>(op, at, length, along(done + i), 0, out.from(i * length));
     }
     sink.commit(n * length);
   }

@@ -25,9 +25,12 @@ struct BackwardArgs : steam::BackwardArgs {
   Parallel parallel;
 };
 
-// Bytes of the last-level cache that a call counts on. They decide the way in which outputs are stored, never their
-// values.
-int64_t cache_bytes();
+// How a call stores its outputs. This decides its time, never a value.
+struct Stores {
+  int64_t streams_above;  // outputs of more bytes are written past the caches
+  bool claims;            // all others: whether a loop asks for the lines that it writes soon
+};
+Stores stores_of(int64_t threads);
 
 // The name of an entry of the variant that is being compiled.
 #define STEAM_JOIN(a, b) a##b

@@ -57,7 +57,8 @@ def how_to_mend() -> str:
 class Cache:
     """The last-level cache that the CPU kernels assume, in bytes."""
 
-    #: The bytes that a call counts on. If x and y are larger, outputs are written past the caches.
+    #: The bytes that a call counts on. If x and y are larger, outputs are written past the caches; with few threads on
+    #: Intel's processors with AVX-512 only if the bytes were set.
     used: int
     #: The bytes that the system reports, or 0 if it reports none.
     reported: int

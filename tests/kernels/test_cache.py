@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,6 +33,8 @@ def cpu(backend: str) -> ctypes.CDLL:
     library.steam_cpu_probe_cache_share.argtypes = [ctypes.c_int64] * 2
     library.steam_cpu_probe_limit.argtypes = [ctypes.c_char_p]
     library.steam_cpu_set_cache_bytes.argtypes = [ctypes.c_int64]
+    library.steam_cpu_probe_streams_above.restype = ctypes.c_int64
+    library.steam_cpu_probe_streams_above.argtypes = [ctypes.c_int, *[ctypes.c_int64] * 3]
     return library
 
 
@@ -55,6 +58,30 @@ def cpu(backend: str) -> ctypes.CDLL:
 def test_rule(cpu: ctypes.CDLL, reported: int, processors: int, share: int) -> None:
     """The share is 8 MiB for each processor, but at most the reported size."""
     assert cpu.steam_cpu_probe_cache_share(reported, processors) == share
+
+
+UNSET = -1
+
+
+@pytest.mark.parametrize("claims", [False, True])
+@pytest.mark.parametrize("threads", [1, 4, 5, 64])
+@pytest.mark.parametrize("set_to", [UNSET, 0, 12 * MIB, NEVER])
+def test_outputs_that_are_streamed(cpu: ctypes.CDLL, claims: bool, threads: int, set_to: int) -> None:
+    """Outputs of more than half of the bytes are streamed. A processor that claims lines streams only on more than four
+    threads, or if the bytes were set."""
+    found = cpu.steam_cpu_probe_streams_above(claims, threads, set_to, 16 * MIB)
+    if set_to == UNSET:
+        assert found == (NEVER if claims and threads <= 4 else 8 * MIB)
+    else:
+        assert found == set_to // 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads what Linux reports")
+def test_the_processors_that_claim_lines(cpu: ctypes.CDLL) -> None:
+    """They are Intel's with AVX-512, and no others."""
+    text = Path("/proc/cpuinfo").read_text()
+    claims = "GenuineIntel" in text and re.search(r"\bavx512vl\b", text) is not None
+    assert cpu.steam_cpu_probe_claims() == int(claims)
 
 
 @pytest.mark.parametrize(
@@ -144,10 +171,16 @@ def test_negative_bytes_are_refused(cpu: ctypes.CDLL) -> None:
 
 
 @pytest.fixture
-def either_side(cpu: ctypes.CDLL) -> Iterator[list[int]]:
-    before = cpu.steam_cpu_cache_bytes()
-    yield [0, NEVER]
-    cpu.steam_cpu_set_cache_bytes(before)
+def ways_to_store(cpu: ctypes.CDLL) -> Iterator[list[tuple[int, int]]]:
+    """The bytes that a call counts on, and whether it claims lines: past the caches, ordinary, and claimed."""
+    native_bytes = native.CPU.cache
+    assert native_bytes is not None
+    yield [(0, 0), (NEVER, 0), (NEVER, 1)]
+    cpu.steam_cpu_probe_set_claims(-1)
+    if native_bytes.set:
+        cpu.steam_cpu_set_cache_bytes(native_bytes.used)
+    else:
+        cpu.steam_cpu_unset_cache_bytes()
 
 
 ODD = [
@@ -160,15 +193,32 @@ ODD = [
 
 @pytest.mark.kernels
 @pytest.mark.parametrize("case", [*cases.all_pairs()[::3], *ODD], ids=lambda c: c.id)
-def test_no_bit_depends_on_it(cpu: ctypes.CDLL, backend: str, either_side: list[int], case: Case) -> None:
-    """Outputs and gradients have the same bits if they are written past the caches and if not."""
+def test_no_bit_depends_on_it(
+    cpu: ctypes.CDLL, backend: str, ways_to_store: list[tuple[int, int]], case: Case
+) -> None:
+    """Outputs and gradients have the same bits in each way of storing them."""
     inputs, dy = cases.make(case)
     results = []
-    for bytes_ in either_side:
+    for bytes_, claims in ways_to_store:
         assert cpu.steam_cpu_set_cache_bytes(bytes_) == 0 and cpu.steam_cpu_cache_bytes() == bytes_
+        cpu.steam_cpu_probe_set_claims(claims)
+        assert cpu.steam_cpu_probe_claims() == claims
         results.append(cases.forward_backward(steam_kernels.steam, inputs, dy, backend=backend, **case.options))
-    for name, value in results[0].items():
-        assert torch.equal(value, results[1][name]), name
+    for other in results[1:]:
+        for name, value in results[0].items():
+            assert torch.equal(value, other[name]), name
+
+
+def test_the_default_comes_back(cpu: ctypes.CDLL) -> None:
+    """In a process of its own, because the share of this process may be set."""
+    text = output(
+        "import ctypes\nfrom steam_kernels.backends import native\nlibrary = ctypes.CDLL(str(native.CPU.path))\n"
+        "bytes_ = library.steam_cpu_cache_bytes\nbytes_.restype = ctypes.c_int64\nbefore = bytes_()\n"
+        "library.steam_cpu_set_cache_bytes.argtypes = [ctypes.c_int64]\nlibrary.steam_cpu_set_cache_bytes(5)\n"
+        "print(bytes_(), end=' ')\nlibrary.steam_cpu_unset_cache_bytes()\nprint(bytes_() == before)\n",
+        STEAM_KERNELS_CACHE="",
+    )
+    assert text.split() == ["5", "True"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads what Linux reports")

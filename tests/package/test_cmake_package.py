@@ -479,4 +479,5 @@ def test_cache_by_bytes(library: ctypes.CDLL) -> None:
     assert library.steam_cpu_reported_cache_bytes() >= 0
     assert library.steam_cpu_set_cache_bytes(0) == 0 and library.steam_cpu_cache_bytes() == 0
     assert library.steam_cpu_set_cache_bytes(-1) == 1 and library.steam_cpu_cache_bytes() == 0
-    assert library.steam_cpu_set_cache_bytes(before) == 0 and library.steam_cpu_cache_bytes() == before
+    library.steam_cpu_unset_cache_bytes()
+    assert library.steam_cpu_cache_bytes() == before
