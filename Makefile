@@ -4,7 +4,8 @@
 # make test-all    runs these and then all other tests; CI does so
 # make venv    makes .venv with everything that all targets need, and builds the native libraries in place
 # make lint    runs ruff, clang-format, mypy, and the check that no CPU variant's code replaces another's
-# make bench   runs all benchmarks, and writes docs/benchmarks.md and its pictures (BENCH_FLAGS, RUN, PAGE, IMAGES);
+# make bench   runs all benchmarks, and writes docs/benchmarks.md and its pictures (BENCH_FLAGS, RUN, BEFORE, PAGE,
+#              IMAGES); the run that was in RUN moves to BEFORE, and the page compares both;
 #              with BENCH_FLAGS=--quick all output goes to build/bench
 # make bench-short   measures this machine in a few minutes, and writes benchmarks/results/<processor>/ and
 #              docs/machines.md; with BENCH_FLAGS=--quick to build/bench
@@ -50,6 +51,7 @@ QUICK := $(filter --quick,$(BENCH_FLAGS))
 RUN ?= $(if $(QUICK),build/bench/results,benchmarks/results/latest)
 PAGE ?= $(if $(QUICK),build/bench/benchmarks.md,docs/benchmarks.md)
 IMAGES ?= $(if $(QUICK),build/bench/images,docs/images)
+BEFORE ?= $(if $(QUICK),build/bench/before,benchmarks/results/before)
 RESULTS ?= $(if $(QUICK),build/bench/machines,benchmarks/results)
 MACHINES ?= $(if $(QUICK),build/bench/machines.md,docs/machines.md)
 
@@ -115,15 +117,17 @@ lint: venv
 	$(PY) .ci/check_symbols.py build/cmake
 
 # After a wrong or failed row, make still runs the other benchmarks and writes the page, and fails at the end.
+# A whole run in the folder becomes the run before, with which the page compares the new one.
 bench: venv
+	@if test -f $(RUN)/conditions.json; then rm -rf $(BEFORE) && mv $(RUN) $(BEFORE); fi
 	@mkdir -p $(RUN)
-	rm -f $(addprefix $(RUN)/,unit.json unit.csv end_to_end.json latency.json host.json scaling.json)
+	rm -f $(addprefix $(RUN)/,unit.json unit.csv end_to_end.json latency.json host.json scaling.json conditions.json)
 	@failed=; \
 	$(PY) -m pytest benchmarks --benchmark-only -q --json $(RUN)/unit.json $(BENCH_FLAGS) || failed="$$failed unit"; \
-	for part in end_to_end latency host scaling; do \
+	for part in end_to_end latency host scaling conditions; do \
 		$(PY) -m benchmarks.$$part --json $(RUN)/$$part.json $(QUICK) || failed="$$failed $$part"; \
 	done; \
-	$(PY) -m benchmarks.report --run $(RUN) --page $(PAGE) --images $(IMAGES) || failed="$$failed report"; \
+	$(PY) -m benchmarks.report --run $(RUN) --before $(BEFORE) --page $(PAGE) --images $(IMAGES) || failed="$$failed report"; \
 	if test -n "$$failed"; then echo "failed:$$failed"; exit 1; fi
 
 # The fused unit at the 16 rows of ResNet-50's stages, the price of attention, and the host's overhead.

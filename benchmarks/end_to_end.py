@@ -11,7 +11,9 @@ Images and weights are in NCHW or in channels_last.
 
 A price is the extra time over the plain network in per cent: the median, over interleaved rounds, of the ratio of times
 in the same round. *Training* is a step: forward, cross-entropy, backward, SGD. *Inference* is a forward pass without
-gradients. The price in memory compares the peaks of allocated memory in a step.
+gradients. The price in memory compares the peaks of allocated memory in a step. Where the noise of whole networks is
+larger than the price, *units alone* is the better figure: the sum of the times of the network's units, each called
+alone with the map that it gets in the network.
 
 A network is judged before it is timed. Outputs and gradients are compared with the network's own float64 copy by norms,
 in training and in inference mode and in each layout, on four images of at most 112x112. The bound is four times the
@@ -48,7 +50,7 @@ from benchmarks.contenders import Steady, backends_that_ran, check_kernels, forg
 from benchmarks.gates import insert_gate
 from benchmarks.progress import Progress
 from benchmarks.tables import micro, table
-from benchmarks.timing import timed
+from benchmarks.timing import Effort, interleaved, timed
 from steam_kernels import FusedSTEAM, insert_steam
 
 NETWORKS = ("resnet50", "mobilenet_v2", "resnet18")
@@ -225,6 +227,36 @@ def inference(model: Any, images: Tensor) -> Callable[[], Tensor]:
 CALLS = {"training": training_step, "inference": inference}
 
 
+def units_seconds(model: nn.Module, task: str, images: Tensor, effort: Effort) -> float:
+    """The sum of the times of the model's units, each called alone with the map that it gets in the model: forward
+    without gradients, or in training forward with a graph and backward."""
+    maps: dict[FusedSTEAM, Tensor] = {}
+
+    def keep(unit: Any, args: tuple[Tensor, ...]) -> None:
+        maps[unit] = args[0].detach().clone()
+
+    units = [m for m in model.modules() if isinstance(m, FusedSTEAM)]
+    hooks = [unit.register_forward_pre_hook(keep) for unit in units]
+    inference(model, images)()
+    for hook in hooks:
+        hook.remove()
+    blocks = {}
+    for i, unit in enumerate(units):
+        x = maps[unit]
+        leaf = x.detach().requires_grad_()
+
+        def forward(unit: FusedSTEAM = unit, x: Tensor = x) -> None:
+            with torch.no_grad():
+                unit(x)
+
+        def both(unit: FusedSTEAM = unit, x: Tensor = x, leaf: Tensor = leaf) -> None:
+            torch.autograd.grad(unit(leaf), [leaf, *unit.parameters()], x)
+
+        blocks[str(i)] = timed(task, both if task == "training" else forward)
+    m = interleaved(blocks, effort)
+    return sum(m.median(name, task) for name in blocks)
+
+
 def measure(
     judge: Judge,
     task: str,
@@ -262,6 +294,8 @@ def measure(
             times[name].append(block(1)[task])
     if mode == "compiled":
         steady.check()
+    effort = Effort(seconds=0.2 if seconds else 0.02, least=5)
+    alone = {n: units_seconds(models[n], task, images, effort) for n in contenders if n in judge.backends}
     rows = []
     for name in contenders:
         ratios = sorted(a / b for a, b in zip(times[name], times["plain"], strict=True))
@@ -285,6 +319,7 @@ def measure(
                 "time_over_plain_quartiles": [low, high],
                 "peak_bytes": peaks[name],
                 "memory_over_plain": peaks[name] / peaks["plain"],
+                "units_over_plain": alone[name] / statistics.median(times["plain"]) if name in alone else None,
             }
         )
     return rows
@@ -297,6 +332,7 @@ def line(row: dict[str, Any]) -> tuple[object, ...]:
         micro(row["seconds"]),
         f"{100 * (row['time_over_plain'] - 1):+.1f}%",
         f"{100 * (low - 1):+.1f} to {100 * (high - 1):+.1f}",
+        runs.alone(row),
         f"{row['peak_bytes'] / 2**20:.0f} MiB",
         f"{100 * (row['memory_over_plain'] - 1):+.1f}%",
         row["layers"],
@@ -304,7 +340,7 @@ def line(row: dict[str, Any]) -> tuple[object, ...]:
     )
 
 
-HEAD = ("contender", "time", "price", "quartiles", "peak", "price", "layers", "parameters")
+HEAD = ("contender", "time", "price", "quartiles", "units alone", "peak", "price", "layers", "parameters")
 
 
 @dataclass(frozen=True)

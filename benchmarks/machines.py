@@ -16,14 +16,14 @@ from pathlib import Path
 
 from benchmarks import machine
 from benchmarks.commandline import parser_of
-from benchmarks.runs import DIRECTIONS, Run, geometric_mean, networks_of, price, read, times
+from benchmarks.runs import DIRECTIONS, Run, alone, geometric_mean, networks_of, price, read, times
 from benchmarks.tables import markdown_table, say
 
 RESULTS = machine.ROOT / "benchmarks" / "results"
 #: The parts of a short benchmark.
 PARTS = ("unit", "end_to_end", "host")
 #: The folders with other results.
-OTHERS = ("latest",)
+OTHERS = ("latest", "before")
 FACTS = ("processor", "cpu_variant", "cores", "threads", "torch", "commit", "date")
 HOST = ("x * 0.5 (built in)", "steam()", "FusedSTEAM")
 
@@ -66,7 +66,9 @@ def _over_floor(direction: str, has_range: bool = True, **wanted: str) -> Callab
 def _price(key: tuple[str, ...]) -> Callable[[Run], str]:
     def cell(run: Run) -> str:
         row = networks_of(run["end_to_end"]["rows"]).get(key, {}).get("steam")
-        return "" if row is None else price(row)
+        if row is None:
+            return ""
+        return ", units alone ".join(filter(None, (price(row), alone(row))))
 
     return cell
 
@@ -123,7 +125,8 @@ def page(machines: dict[str, Run]) -> str:
         "",
         "The extra time of a network with STEAM units over the same network without attention, with batch 8 at 224×224",
         "in float32: the median of the ratios within a round, and in brackets their quartiles. Where the quartiles",
-        "include zero, the noise of the machine is larger than the figure.",
+        "include zero, the noise of the machine is larger than the figure, and *units alone* is the better one: the",
+        "sum of the times of the network's units, each called alone, over the time of the network without them.",
         "",
         *_table("network", machines, {", ".join(key): _price(key) for key in keys}),
         "## Host overhead",

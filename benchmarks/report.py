@@ -1,10 +1,11 @@
 """The page docs/benchmarks.md and its pictures, from the files of a run.
 
-    python -m benchmarks.report [--run benchmarks/results/latest] [--page docs/benchmarks.md] [--images docs/images]
+    python -m benchmarks.report [--run benchmarks/results/latest] [--before benchmarks/results/before]
+                                [--page docs/benchmarks.md] [--images docs/images]
 
-A run is a folder with unit.json, end_to_end.json, latency.json, host.json and scaling.json, as ``make bench`` writes
-them. The report adds unit.csv, with the rows of unit.json, and leaves out the sections of missing files. The same files
-give the same bytes.
+A run is a folder with unit.json, end_to_end.json, latency.json, host.json, scaling.json and conditions.json, as
+``make bench`` writes them. The report adds unit.csv, with the rows of unit.json, and leaves out the sections of missing
+files. The run before it, if there is one, is in the folder of ``--before``. The same files give the same bytes.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.commandline import parser_of
+from benchmarks.compare import ratios
 from benchmarks.machine import ROOT
 from benchmarks.pictures import draw
 from benchmarks.runs import (
@@ -22,6 +24,7 @@ from benchmarks.runs import (
     Row,
     Run,
     UnitRows,
+    alone,
     geometric_mean,
     name_of,
     networks_of,
@@ -62,6 +65,10 @@ def _facts(run: Run) -> tuple[list[tuple[str, str]], list[str]]:
     return table, differ
 
 
+def _is_quick(run: Run) -> bool:
+    return any(content.get("quick") for content in run.values())
+
+
 def _header(run: Run) -> list[str]:
     facts, differ = _facts(run)
     out = [
@@ -71,7 +78,7 @@ def _header(run: Run) -> list[str]:
         "[benchmarking.md](benchmarking.md) describes the method, the contenders and the floor.",
         "",
     ]
-    if any(content.get("quick") for content in run.values()):
+    if _is_quick(run):
         out += ["**A quick run: it shows that the benchmarks run. Its times mean nothing.**", ""]
     ours = {"fused", "steam"}
     if any(r.get("contender") in ours and r.get("backend") == "reference" for c in run.values() for r in c["rows"]):
@@ -91,7 +98,9 @@ def _price_section(rows: list[Row], images: str) -> list[str]:
         f"Whole networks with batch {first['batch']} at {first['size']}×{first['size']} in float32: the extra time",
         "and the extra peak memory over the same network without attention. STEAM is at the sites of",
         "`insert_steam()`. SE and ECA (timm's) are in every block, at the end of its branch. Each time is compared",
-        "with the plain network of the same round. The brackets have the quartiles over the rounds.",
+        "with the plain network of the same round. The brackets have the quartiles over the rounds. *Units alone* is",
+        "the sum of the times of the network's units, each called alone, over the time of the plain network. It is the",
+        "better figure where the quartiles are further apart than the extra time.",
         "",
     ]
     body = []
@@ -104,12 +113,16 @@ def _price_section(rows: list[Row], images: str) -> list[str]:
                     ", ".join(key),
                     f"{name_of(name, r.get('backend'))} ({r['layers']})",
                     price(r),
+                    alone(r),
                     f"{percent(r['memory_over_plain'])}",
                     r["parameters"] - table["plain"]["parameters"],
                     r["rounds"],
                 )
             )
-    head = ("network", "attention (layers)", "extra time", "extra peak memory", "extra parameters", "rounds")
+    head = (
+        *("network", "attention (layers)", "extra time", "units alone"),
+        *("extra peak memory", "extra parameters", "rounds"),
+    )
     return out + markdown_table(head, body)
 
 
@@ -230,8 +243,84 @@ def _scaling_section(rows: list[Row], images: str) -> list[str]:
     return out + markdown_table(head, body)
 
 
-def page(run: Run, images: str) -> str:
-    """The Markdown page; ``images`` is the path from the page to the folder of the pictures."""
+def _conditions_section(rows: list[Row]) -> list[str]:
+    conditions = list(dict.fromkeys(r["condition"] for r in rows))
+    at = {(r["problem"], r["condition"]): r for r in rows}
+    out = [
+        "## Other conditions",
+        "",
+        "The fused unit over the floor of the same number of threads. The first three rows after *default* are the",
+        "ways to store the output. The plain pass over denormal numbers is among the rows. The *copy with streaming",
+        "stores* is the C library's `memmove` of x, which shows what the memory can do: the plain pass reads each line",
+        "of its output before it writes it.",
+        "",
+    ]
+    body = []
+    for condition in conditions:
+        cells: list[object] = [condition]
+        for direction in ("forward", "backward"):
+            key = f"{direction}_over_floor"
+            found = [r[key] for r in rows if r["condition"] == condition and key in r]
+            range_ = f"({times(min(found))} to {times(max(found))})" if found else ""
+            cells.append(f"**{times(geometric_mean(found))}** {range_}" if found else "")
+        body.append(cells)
+    out += markdown_table(("condition: mean and range", "forward", "backward"), body)
+    for direction in ("forward", "backward"):
+        key = f"{direction}_over_floor"
+        shown = [c for c in conditions if any(key in r for r in rows if r["condition"] == c)]
+        body = [
+            (problem, *(times(at[problem, c].get(key)) if (problem, c) in at else "" for c in shown))
+            for problem in dict.fromkeys(r["problem"] for r in rows)
+        ]
+        out += [
+            f"### {direction[0].upper()}{direction[1:]} under each condition",
+            "",
+            *markdown_table(("map", *shown), body),
+        ]
+    return out
+
+
+def _change_section(before: Run, now: Run) -> list[str]:
+    """The ratios of two runs, row by row. Smaller is better."""
+    was, is_ = ratios(before), ratios(now)
+    facts = [next(iter(run.values()))["machine"] for run in (before, now)]
+    names = [str(f.get("commit") or "an unknown commit") for f in facts]
+    out = [
+        f"## What changed since {names[0]}",
+        "",
+        f"`python -m benchmarks.compare` of two runs: commit {names[0]} of {str(facts[0].get('date', ''))[:10]}, and",
+        "this run. Each figure is a ratio within its own run, and smaller is better.",
+        "[performance.md](performance.md#what-changed) says why.",
+        "",
+    ]
+    if facts[0].get("processor") != facts[1].get("processor"):
+        out += [f"**The run before was on another processor: {facts[0].get('processor')}.**", ""]
+    groups = [g for g in is_ if g in was and not g.startswith(("scaling", "over the floor, backward"))]
+    body = []
+    for group in groups:
+        shared = [name for name in is_[group] if name in was[group]]
+        if shared:
+            mean = geometric_mean(is_[group][name] / was[group][name] for name in shared)
+            body.append((group, len(shared), f"**{mean:.2f}**"))
+    out += markdown_table(("ratio: its geometric mean over the mean before", "rows", "now over before"), body)
+    for group in groups:
+        body = [
+            (name, times(was[group][name]), times(is_[group][name]), f"{is_[group][name] / was[group][name]:.2f}")
+            for name in is_[group]
+            if name in was[group]
+        ]
+        if body:
+            out += [
+                f"### {group[0].upper()}{group[1:]}",
+                "",
+                *markdown_table(("row", "before", "now", "now over before"), body),
+            ]
+    return out
+
+
+def page(run: Run, images: str, before: Run | None = None) -> str:
+    """The Markdown page; ``images`` is the path from the page to the folder of the pictures, and ``before`` an older
+    run."""
     out = _header(run)
     if "end_to_end" in run:
         out += _price_section(run["end_to_end"]["rows"], images)
@@ -243,6 +332,10 @@ def page(run: Run, images: str) -> str:
         out += _host_section(run["host"]["rows"])
     if "scaling" in run:
         out += _scaling_section(run["scaling"]["rows"], images)
+    if "conditions" in run:
+        out += _conditions_section(run["conditions"]["rows"])
+    if before and _is_quick(before) == _is_quick(run):
+        out += _change_section(before, run)
     return "\n".join(out).rstrip() + "\n"
 
 
@@ -251,6 +344,9 @@ def main() -> None:
     parser.add_argument(
         "--run", type=Path, default=ROOT / "benchmarks" / "results" / "latest", help="folder of the run"
     )
+    parser.add_argument(
+        "--before", type=Path, default=ROOT / "benchmarks" / "results" / "before", help="folder of the run before"
+    )
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "benchmarks.md", help="the page to write")
     parser.add_argument("--images", type=Path, default=ROOT / "docs" / "images", help="folder of the pictures")
     args = parser.parse_args()
@@ -258,10 +354,11 @@ def main() -> None:
         run = read(args.run)
     except FileNotFoundError as error:
         sys.exit(f"--run {error}")
+    before = read(args.before) if args.before.is_dir() else None
     say(f"report: draws the pictures of {args.run}")
     pictures = draw(run, args.images)
     args.page.parent.mkdir(parents=True, exist_ok=True)
-    args.page.write_text(page(run, os.path.relpath(args.images, args.page.parent).replace(os.sep, "/")))
+    args.page.write_text(page(run, os.path.relpath(args.images, args.page.parent).replace(os.sep, "/"), before))
     if "unit" in run:
         write_csv(run["unit"]["rows"], args.run / "unit.csv")
     say(f"wrote {args.page} and {len(pictures)} pictures in {args.images}")

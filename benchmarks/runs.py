@@ -13,7 +13,7 @@ from typing import Any
 from benchmarks import machine
 from benchmarks.tables import say
 
-FILES = ("unit", "end_to_end", "latency", "host", "scaling")
+FILES = ("unit", "end_to_end", "latency", "host", "scaling", "conditions")
 Row = dict[str, Any]
 Run = dict[str, dict[str, Any]]
 #: By what the rows of latency differ, besides the contender.
@@ -116,6 +116,13 @@ def price(row: Row) -> str:
     """The extra time of a network over the network without attention, and its quartiles."""
     low, high = row["time_over_plain_quartiles"]
     return f"**{percent(row['time_over_plain'])}** ({100 * (low - 1):+.1f} to {100 * (high - 1):+.1f})"
+
+
+def alone(row: Row) -> str:
+    """The time of a network's units, each called alone, over the time of the network without attention. Older runs have
+    no such figure."""
+    share = row.get("units_over_plain")
+    return "" if share is None else f"{100 * share:.1f} %"
 
 
 def name_of(contender: str, backend: str | None = None) -> str:

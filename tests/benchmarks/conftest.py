@@ -22,6 +22,7 @@ QUICK = {
     "latency": ["-m", "benchmarks.latency", "--quick", "--contender", "steam"],
     "host": ["-m", "benchmarks.host", "--quick"],
     "scaling": ["-m", "benchmarks.scaling", "--quick", "--axis", "N,grid", "--threads", "1"],
+    "conditions": ["-m", "benchmarks.conditions", "--quick"],
 }
 
 

@@ -16,13 +16,15 @@ from benchmarks import end_to_end, pictures, report, runs
 from benchmarks.machine import ROOT
 
 LATEST = ROOT / "benchmarks" / "results" / "latest"
+BEFORE = LATEST.parent / "before"
 
 
 def test_the_committed_page_is_of_the_committed_run(tmp_path: Path) -> None:
     """The page and the table agree byte for byte. Pictures agree to a hundredth of a point if this version of
     matplotlib drew them, and else in their words."""
     run = runs.read(LATEST)
-    assert report.page(run, "images") == (ROOT / "docs" / "benchmarks.md").read_text()
+    before = runs.read(BEFORE) if BEFORE.is_dir() else None
+    assert report.page(run, "images", before) == (ROOT / "docs" / "benchmarks.md").read_text()
     runs.write_csv(run["unit"]["rows"], tmp_path / "unit.csv")
     assert (tmp_path / "unit.csv").read_bytes() == (LATEST / "unit.csv").read_bytes()
     for path in pictures.draw(run, tmp_path):

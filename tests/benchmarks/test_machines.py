@@ -36,7 +36,8 @@ def written(results: Path, name: str, over_floor: float, price: float) -> None:
         for k, t in ((1, "float32"), (4, "bfloat16"))
     ]
     key = {"network": "resnet50", "task": "training", "mode": "eager", "layout": "channels_last"}
-    networks = [key | {"contender": "steam", "time_over_plain": price, "time_over_plain_quartiles": [price, price]}]
+    row = key | {"contender": "steam", "time_over_plain": price, "time_over_plain_quartiles": [price, price]}
+    networks = [row, row | {"layout": "nchw", "units_over_plain": 0.0114}]
     layers = [{"section": "layers", "layer": "FusedSTEAM", "no grad": 30.4, "forward + backward": 90.0}]
     parts: dict[str, list[dict[str, Any]]] = {"unit": unit, "end_to_end": networks, "host": layers}
     (results / name).mkdir(parents=True)
@@ -58,6 +59,8 @@ def test_the_page_has_a_column_for_each_machine(tmp_path: Path) -> None:
         "| forward, all 16 rows | **2.00** (1.00 to 4.00) | **3.00** (1.50 to 6.00) |",
         "| map-bfloat16 | 4.00 | 6.00 |",
         "| resnet50, training, eager, channels_last | **+2.0 %** (+2.0 to +2.0) | **+10.0 %** (+10.0 to +10.0) |",
+        "| resnet50, training, eager, nchw | **+2.0 %** (+2.0 to +2.0), units alone 1.1 % "
+        "| **+10.0 %** (+10.0 to +10.0), units alone 1.1 % |",
         "| FusedSTEAM, no grad | 30 | 30 |",
     ):
         assert line in page.splitlines()

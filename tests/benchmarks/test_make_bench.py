@@ -60,17 +60,32 @@ def test_make_bench_runs_every_part(tmp_path: Path, flags: tuple[str, ...], plac
     given = flags[0].partition("=")[2].split() if flags else []
     quick = [flag for flag in given if flag == "--quick"]
     expected = [["-m", "pytest", "benchmarks", "--benchmark-only", "-q", "--json", f"{run}/unit.json", *given]]
-    parts = ("end_to_end", "latency", "host", "scaling")
+    parts = ("end_to_end", "latency", "host", "scaling", "conditions")
     expected += [["-m", f"benchmarks.{part}", "--json", f"{run}/{part}.json", *quick] for part in parts]
-    expected += [["-m", "benchmarks.report", "--run", run, "--page", page, "--images", images]]
+    before = "build/bench/before" if quick else "benchmarks/results/before"
+    expected += [["-m", "benchmarks.report", "--run", run, "--before", before, "--page", page, "--images", images]]
     assert [call.split() for call in calls] == expected
     assert (tmp_path / run).is_dir()
+
+
+def test_a_whole_run_becomes_the_run_before(tmp_path: Path) -> None:
+    """A run that lacks its last part does not, and the run before stays."""
+    run, before = tmp_path / "r", tmp_path / "b"
+    run.mkdir()
+    (run / "unit.json").write_text("1")
+    (run / "conditions.json").write_text("1")
+    status, _, printed = make_bench(tmp_path, "RUN=r", "BEFORE=b")
+    assert status == 0, printed
+    assert {path.name for path in before.iterdir()} == {"unit.json", "conditions.json"} and not list(run.iterdir())
+    (run / "unit.json").write_text("2")
+    status, _, printed = make_bench(tmp_path, "RUN=r", "BEFORE=b")
+    assert status == 0 and (before / "unit.json").read_text() == "1" and not list(run.iterdir()), printed
 
 
 @pytest.mark.parametrize(("fails", "named"), [("-m pytest", "unit"), ("benchmarks.host", "host"), ("report", "report")])
 def test_make_bench_goes_on_and_fails_at_its_end(tmp_path: Path, fails: str, named: str) -> None:
     status, calls, printed = make_bench(tmp_path, fails=fails)
-    assert status != 0 and f"failed: {named}\n" in printed and len(calls) == 6
+    assert status != 0 and f"failed: {named}\n" in printed and len(calls) == 7
 
 
 @pytest.mark.parametrize(

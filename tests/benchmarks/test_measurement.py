@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import bench_unit, contenders, end_to_end, gates, grid, memory
+from benchmarks import bench_unit, cache, conditions, contenders, end_to_end, gates, grid, judging, malloc, memory
 from benchmarks.machine import ROOT
 from benchmarks.shapes import LAYOUTS, SHAPES, Shape
 from benchmarks.timing import Effort, Measured
@@ -21,6 +23,55 @@ from steam_kernels.backends import native
 from tests.support import tolerances
 
 pytestmark = pytest.mark.xdist_group("benchmarks")
+
+
+@pytest.fixture
+def share() -> cache.Share:
+    return cache.Share()
+
+
+@pytest.mark.parametrize("way", conditions.WAYS)
+def test_a_way_to_store_with_other_bits_has_no_time(
+    monkeypatch: pytest.MonkeyPatch, share: cache.Share, way: str
+) -> None:
+    shape = Shape(2, 8, 7, 7)
+    conditions.judge(share, shape)
+    right, now = judging.outputs, [""]
+
+    @contextmanager
+    def storing(bytes_: int, claims: bool) -> Iterator[None]:
+        now[0] = next(name for name, of in conditions.WAYS.items() if of == (bytes_, claims))
+        yield
+        now[0] = ""
+
+    def outputs(*arguments: Any, **keywords: Any) -> dict[str, torch.Tensor]:
+        found = right(*arguments, **keywords)
+        if now[0] == way:
+            found["dx"][0, 0, 0, 0] *= 1 + 2**-20
+        return found
+
+    monkeypatch.setattr(share, "storing", storing)
+    monkeypatch.setattr(judging, "outputs", outputs)
+    with pytest.raises(AssertionError, match=f"2x8x7x7-float32-nchw: dx has other bits with {way}"):
+        conditions.judge(share, shape)
+
+
+def test_a_share_leaves_the_choice_to_the_kernels_again(share: cache.Share) -> None:
+    library = ctypes.CDLL(str(native.CPU.path))
+    claims = library.steam_cpu_probe_claims
+    bytes_ = library.steam_cpu_cache_bytes
+    bytes_.restype = ctypes.c_int64
+    before = claims(), bytes_()
+    for ways in conditions.WAYS.values():
+        with share.storing(*ways):
+            assert (bytes_(), bool(claims())) == ways
+        assert (claims(), bytes_()) == before
+
+
+def test_more_tunables_stand_beside_the_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.a.b=1:glibc.c.d=2")
+    found = malloc.environment(more={"glibc.c.d": "3"})["GLIBC_TUNABLES"]
+    assert found == f"glibc.a.b=1:glibc.c.d=3:{malloc.TUNABLES}" and malloc.is_set({"GLIBC_TUNABLES": found})
 
 
 class Config:

@@ -116,6 +116,7 @@ FIRST_LINES = {
     "latency": (["-m", "benchmarks.latency"], "latency: loads PyTorch and torchvision"),
     "host": (["-m", "benchmarks.host"], "host: loads PyTorch"),
     "scaling": (["-m", "benchmarks.scaling"], "scaling: loads PyTorch"),
+    "conditions": (["-m", "benchmarks.conditions"], "conditions: loads PyTorch"),
     "sweep": (["-m", "benchmarks.sweep"], "sweep: loads PyTorch"),
     "options": (["-m", "benchmarks.options"], "options: loads PyTorch"),
     "cache": (["-m", "benchmarks.cache"], "cache: loads PyTorch and torchvision"),
@@ -169,7 +170,14 @@ def test_each_part_counts_its_rows(run: Path, part: str) -> None:
     """The lines count from 1 to the total. The time left is in no first line, and in each later one."""
     lines = (run / f"{part}.txt").read_text().splitlines()
     found = [match for line in lines if (match := re.fullmatch(r"\[(\d+)/(\d+)\] .*?(; about .* left)?", line))]
-    total = {"unit": len(grid.quick_grid()), "end_to_end": 3 + 2, "latency": 2 + 1, "host": 1 + 3, "scaling": 4}[part]
+    total = {
+        "unit": len(grid.quick_grid()),
+        "end_to_end": 3 + 2,
+        "latency": 2 + 1,
+        "host": 1 + 3,
+        "scaling": 4,
+        "conditions": 1,
+    }[part]
     assert [(int(m[1]), int(m[2])) for m in found] == [(i + 1, total) for i in range(total)]
     assert [m[3] is not None for m in found] == [i > 0 for i in range(total)]
     assert "\r" not in "".join(lines)

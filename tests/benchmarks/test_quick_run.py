@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import end_to_end, gates, grid, report, runs
+from benchmarks import conditions, end_to_end, gates, grid, report, runs
 from benchmarks.shapes import DIRECTIONS
 
 Python = Callable[..., str]
@@ -45,6 +45,9 @@ def test_prices_are_over_the_plain_network(run: Path) -> None:
         assert r["time_over_plain"] > 0 and r["peak_bytes"] > 0
         assert r["rounds"] >= 9, "quartiles of fewer rounds mean nothing"
         assert r["layers"] == {"plain": 0, "steam": 4, "se": 8}[r["contender"]]
+        assert (r["units_over_plain"] is not None) == (r["contender"] == "steam")
+        if r["contender"] == "steam":
+            assert 0 < r["units_over_plain"] < 1, "the units are a part of the network"
         if r["contender"] == "plain":
             assert r["time_over_plain"] == r["memory_over_plain"] == 1
 
@@ -112,7 +115,7 @@ def test_page_and_pictures(run: Path, tmp_path: Path, python: Python, monkeypatc
     titles = [line[3:] for line in page.splitlines() if line.startswith("## ")]
     assert titles == [
         *("The price of attention", "Latency", "Speed-ups of the fused unit", "Time over the floor", "Memory"),
-        *("Host overhead", "Scaling"),
+        *("Host overhead", "Scaling", "Other conditions"),
     ]
     networks = json.loads((run / "end_to_end.json").read_text())["rows"]
     prices = [line for line in page.splitlines() if line.startswith(("| resnet18, training", "| resnet18, inference"))]
@@ -140,6 +143,38 @@ def test_each_row_names_its_backend(run: Path) -> None:
     networks = json.loads((run / "end_to_end.json").read_text())["rows"]
     assert {(r["contender"], r["backend"]) for r in networks} == {("plain", None), ("steam", "cpu"), ("se", None)}
     assert {r["backend"] for r in json.loads((run / "scaling.json").read_text())["rows"]} == {"cpu"}
+
+
+def test_the_conditions(run: Path) -> None:
+    """Every condition has its row, and its figures are over the floor of its own number of threads."""
+    rows = json.loads((run / "conditions.json").read_text())["rows"]
+    names = ["default", *conditions.WAYS, "denormal numbers", "denormal numbers, flushed"]
+    names += [conditions.DENORMAL_FLOOR, conditions.COPY]
+    assert [r["condition"] for r in rows] == names, "one thread is no condition of its own where torch has one thread"
+    for r in rows:
+        assert r["backend"] == "cpu" and r["forward"] > 0 and r["forward_over_floor"] > 0
+        assert ("backward" in r) == (r["condition"] != conditions.COPY)
+
+
+def test_the_page_compares_a_run_with_the_run_before(run: Path) -> None:
+    now = runs.read(run)
+    before = json.loads(json.dumps(now))
+    for row in before["unit"]["rows"]:
+        row["over_floor"] *= 2
+    before["unit"]["machine"]["commit"] = "0ld"
+    text = report.page(now, "images", before)
+    assert "## What changed since 0ld" in text and "on another processor" not in text
+    (mean,) = [line for line in text.splitlines() if line.startswith("| over the floor, forward, float32 |")]
+    assert mean.endswith("| **0.50** |")
+    row = next(r for r in now["unit"]["rows"] if (r["contender"], r["direction"]) == ("fused", "forward"))
+    figures = " | ".join((runs.times(2 * row["over_floor"]), runs.times(row["over_floor"]), "0.50"))
+    assert f"| {row['problem']} | {figures} |" in text
+    before["unit"]["machine"]["processor"] = "another one"
+    assert "**The run before was on another processor: another one.**" in report.page(now, "images", before)
+    before["unit"]["quick"] = False
+    for part in before.values():
+        part["quick"] = False
+    assert "What changed" not in report.page(now, "images", before), "a quick run is compared with a quick run alone"
 
 
 def test_the_page_does_not_call_the_reference_fused(run: Path) -> None:
