@@ -117,6 +117,7 @@ FIRST_LINES = {
     "host": (["-m", "benchmarks.host"], "host: loads PyTorch"),
     "scaling": (["-m", "benchmarks.scaling"], "scaling: loads PyTorch"),
     "conditions": (["-m", "benchmarks.conditions"], "conditions: loads PyTorch"),
+    "stages": (["-m", "benchmarks.stages"], "stages: loads PyTorch"),
     "sweep": (["-m", "benchmarks.sweep"], "sweep: loads PyTorch"),
     "options": (["-m", "benchmarks.options"], "options: loads PyTorch"),
     "cache": (["-m", "benchmarks.cache"], "cache: loads PyTorch and torchvision"),
