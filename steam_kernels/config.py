@@ -257,6 +257,8 @@ def _check_residual(residual: Any, x: Tensor) -> None:
 
 
 _cached_options = lru_cache(maxsize=1024, typed=True)(Options)
+# Found once, because torch.compile cannot trace `fields` of a class.
+_OPTION_NAMES = frozenset(f.name for f in fields(Options) if f.init)
 
 
 def options_of(function: str, given: dict[str, Any]) -> Options:
@@ -265,9 +267,8 @@ def options_of(function: str, given: dict[str, Any]) -> Options:
     Raises:
         TypeError, ValueError: as :class:`Options`, and TypeError for a name that is not an option.
     """
-    names = {f.name for f in fields(Options) if f.init}
     for name in given:
-        if name not in names:
+        if name not in _OPTION_NAMES:
             raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")
     return Options(**given)
 

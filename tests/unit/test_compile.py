@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch._dynamo.testing
@@ -136,3 +138,37 @@ def test_in_place_compiled(backend: str, layout: str) -> None:
         y = fast(inputs["x"], *weights)  # type: ignore[operator]
     assert torch.equal(inputs["x"], expected)
     assert torch.equal(y, expected + 1)
+
+
+def reference_calls() -> dict[str, Callable[[], object]]:
+    """A call of each public name of ``reference``, and of ``cost``."""
+    reference, x = steam_kernels.reference, torch.randn(2, 12, 9, 10, generator=torch.Generator().manual_seed(0))
+    weight, module = torch.linspace(-1, 1, 32).reshape(4, 8), reference.STEAM(12, num_heads=2, channel_radius=2)
+    tokens, on = x.mean((2, 3)), torch.device("cpu")
+    options = {"num_heads": 2, "grid_size": (3, 4), "order": "parallel", "activation": "relu"}
+    return {
+        "steam": lambda: reference.steam(x, weight, weight, x, **options),  # type: ignore[arg-type]
+        "STEAM": lambda: module(x),
+        "gate": lambda: reference.gate(x, tokens, tokens[:, :1, None].expand(2, 3, 4)),
+        "pool": lambda: reference.pool(x, (3, 4)),
+        "ring": lambda: reference.ring(12, 2, True, on),
+        "lattice": lambda: reference.lattice((3, 4), 8, True, on),
+        "graph_transform": lambda: reference.graph_transform(tokens, weight, 2, reference.ring(12, 1, True, on)),
+        "cost": lambda: steam_kernels.cost(12, 9, 10, grid_size=(3, 4)).flops,
+    }
+
+
+def test_every_public_name_of_the_reference_is_here() -> None:
+    assert set(reference_calls()) == {*steam_kernels.reference.__all__, "cost"}
+
+
+@pytest.mark.parametrize("name", [*steam_kernels.reference.__all__, "cost"])
+def test_the_reference_is_one_graph(name: str) -> None:
+    call = reference_calls()[name]
+    for expected, found in zip(_tensors(call()), _tensors(compiled(call, backend="eager")()), strict=True):
+        assert torch.equal(expected, found)
+
+
+def _tensors(value: object) -> list[torch.Tensor]:
+    values = value if isinstance(value, (tuple, list)) else (value,)
+    return [torch.as_tensor(v) for v in values]
