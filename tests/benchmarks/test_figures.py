@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import end_to_end, pictures, report, runs
+from benchmarks import compare, end_to_end, pictures, report, runs, stages
 from benchmarks.machine import ROOT
 
 LATEST = ROOT / "benchmarks" / "results" / "latest"
@@ -62,6 +62,26 @@ def agree(cell: str, printed: Sequence[object], what: str) -> None:
         assert abs(float(text) - float(str(number))) <= half + 1e-9, (
             f"{what}: {text} is written, the results have {number}"
         )
+
+
+def test_the_sentences_of_the_page_on_use_are_of_the_committed_run() -> None:
+    run, text = runs.read(LATEST), re.sub(r"\s+", " ", (ROOT / "docs" / "when_to_use_it.md").read_text())
+    networks = runs.networks_of(run["end_to_end"]["rows"])
+    (found,) = re.findall(
+        r"The units alone.*? take (.*?) % of the time of the ResNet-50, and (.*?) % of the time", text
+    )
+    for cell, name in zip(found, ("resnet50", "mobilenet_v2"), strict=True):
+        shares = [100 * of["steam"]["units_over_plain"] for key, of in networks.items() if key[0] == name]
+        agree(cell, span(shares), name)
+    unit = runs.UnitRows(run["unit"]["rows"])
+    (found,) = re.findall(r"The unit alone takes (.*?) times as long as a plain pass .*? and (.*?) times as long", text)
+    for cell, direction in zip(found, runs.DIRECTIONS, strict=True):
+        values = [unit.value(label, "fused", direction, "over_floor") for label in unit.of_default_unit()]
+        agree(cell, span([v for v in values if v is not None]), direction)
+    (found,) = re.findall(r"a call has about (\d+) µs of overhead", text)
+    (row,) = [r for r in run["host"]["rows"] if r.get("layer") == "FusedSTEAM over the kernels"]
+    agree(found, [row["no grad"]], "overhead")
+    assert f"commit {run['unit']['machine']['commit']} " in text
 
 
 README_NAMES = {
@@ -121,9 +141,12 @@ def test_the_prices_of_the_page_on_use_are_of_the_committed_run() -> None:
 def test_the_sentences_of_the_readme_are_of_the_committed_run() -> None:
     run, text = runs.read(LATEST), re.sub(r"\s+", " ", (ROOT / "README.md").read_text())
     row = runs.networks_of(run["end_to_end"]["rows"])["resnet50", "training", "eager", "nchw"]["steam"]
-    (found,) = re.findall(r"a training step of a ResNet-50 takes about (.*? more time and .*?) more memory", text)
-    printed = [runs.percent(row[ratio]).removesuffix(" %") for ratio in ("time_over_plain", "memory_over_plain")]
-    agree(found, printed, "training step")
+    (found,) = re.findall(
+        r"the five fused units of a ResNet-50 take about (.*?) of the time of a training step, and (.*?) more memory",
+        text,
+    )
+    printed = [f"{100 * row['units_over_plain']:.6f}", runs.percent(row["memory_over_plain"]).removesuffix(" %")]
+    agree(" ".join(found), printed, "training step")
     unit, direction = runs.UnitRows(run["unit"]["rows"]), next(iter(runs.DIRECTIONS))
     (found,) = re.findall(r"In the forward pass (SE is faster at .*?)\. The machine", text)
     speedups = [unit.speedups(contender, direction) for contender in ("se", "eca", "gct")]
@@ -160,16 +183,22 @@ def span(values: list[float]) -> list[str]:
     return [f"{min(values):.6f}", f"{max(values):.6f}"]
 
 
+MACHINE = "intel-xeon-6-85"
+
+
 def test_the_performance_page_names_its_files() -> None:
+    """All of them are of one commit and machine, the same as of the page of ``make bench``."""
+    latest = runs.read(LATEST)["unit"]["machine"]
     for name, *cells in performance_table("file"):
         content = json.loads((ROOT / "benchmarks" / "results" / name).read_text())
         found = content["machine"]
         assert cells == [found["processor"], found["cpu_variant"], found["commit"], found["date"][:10]]
         assert found["threads"] == 2 and found["torch"].startswith("2.14.1") and not content["quick"]
+        assert (found["processor"], found["commit"]) == (latest["processor"], latest["commit"])
 
 
 def test_the_options_of_the_performance_page() -> None:
-    rows = results("avx2/options.json", section="options")
+    rows = results(f"{MACHINE}/options.json", section="options")
     table = performance_table("options")
     assert len(table) == 5 and len(rows) == 8
     for name, *cells in table:
@@ -178,29 +207,34 @@ def test_the_options_of_the_performance_page() -> None:
 
 
 def test_the_variants_of_the_performance_page() -> None:
-    rows = results("avx2/options.json", section="variants", variant="generic")
-    excepted = [r for r in rows if r["problem"] != "32x2048x7x7-float32-channels_last"]
-    for (name, *cells), of in zip(performance_table("shapes"), (rows, excepted), strict=True):
+    table = performance_table("variant")
+    assert [row[0] for row in table] == ["avx2", "generic"]
+    for name, *cells in table:
+        rows = results(f"{MACHINE}/options.json", section="variants", variant=name)
         for cell, direction in zip(cells, ("forward", "backward"), strict=True):
-            agree(cell, span([r[f"{direction}_over_best"] for r in of]), f"{name}, {direction}")
+            agree(cell, span([r[f"{direction}_over_best"] for r in rows]), f"{name}, {direction}")
 
 
 def test_the_inplace_calls_of_the_performance_page() -> None:
     table = performance_table("malloc")
     assert [row[0] for row in table] == ["stock", "benchmarks'"]
     for name, cell in table:
-        rows = results("avx2/inplace.json", malloc=name)
+        rows = results(f"{MACHINE}/options.json", section="inplace", malloc=name)
         agree(cell, span([r["outofplace"] / r["inplace"] for r in rows]), name)
 
 
 def test_the_shares_of_the_performance_page() -> None:
-    rows = results("avx512/cache_batch8.json")
+    rows = results(f"{MACHINE}/cache.json")
     text = (ROOT / "docs" / "performance.md").read_text()
     (head,) = [t[0] for t in tables_of(text) if t[0][0] == "share in MiB"]
     table = performance_table("share in MiB")
-    assert [int(row[0]) for row in table] == sorted({r["cache"] >> 20 for r in rows})
+    default = {r["cache"] >> 20 for r in rows if r["default"]}
+    assert [row[0].removesuffix(" (default)") for row in table] == [
+        str(m) for m in sorted({r["cache"] >> 20 for r in rows})
+    ]
+    assert {int(row[0].split()[0]) for row in table if "default" in row[0]} == default
     for share, *cells in table:
-        own = [r for r in rows if r["cache"] >> 20 == int(share)]
+        own = [r for r in rows if r["cache"] >> 20 == int(share.split()[0])]
         for cell, column in zip(cells, head[1:], strict=True):
             if column.startswith("network, "):
                 (row,) = [r for r in own if r.get("task") == column.removeprefix("network, ")]
@@ -208,29 +242,66 @@ def test_the_shares_of_the_performance_page() -> None:
             else:
                 (row,) = [r for r in own if r.get("problem") == column]
                 agree(cell, [row["forward_over_floor"], row["backward_over_floor"]], f"{share}, {column}")
-    assert {r["cache"] >> 20 for r in rows if r["default"]} == {16}
 
 
 def test_the_random_shapes_of_the_performance_page() -> None:
-    rows = results("avx2/sweep.json", checked=True)
+    rows = results(f"{MACHINE}/sweep.json", checked=True)
     large = [r for r in rows if r["bytes"] > 1 << 20]
     medians = [statistics.median(r[f"{d}_over_floor"] for r in large) for d in ("forward", "backward")]
     above = [r for r in large if r["worst"] > 4]
     small = [r[d] * 1e6 for r in rows if r["bytes"] <= 1 << 20 for d in ("forward", "backward")]
     text = re.sub(r"\s+", " ", (ROOT / "docs" / "performance.md").read_text())
-    (found,) = re.findall(r"measured and judged (\d+ shapes\. \d+ of them .*) take more than 4 times", text)
+    (found,) = re.findall(r"measured and judged (\d+ shapes\. \d+ of them .*) takes? more than 4 times", text)
     agree(found.replace("1 MB", "a MB"), [len(rows), len(large), *medians, len(above)], "random shapes")
     (found,) = re.findall(r"Shapes of at most 1 MB take (.* µs per pass, with a median of .*) µs\.", text)
     agree(found, [*span(small), statistics.median(small)], "small shapes")
-    table = performance_table("shape", "walk")
+    table = performance_table("shape", "walk") if above else []
     assert [row[:2] for row in table] == [[r["problem"], r["walk"]] for r in above]
     for row, r in zip(table, above, strict=True):
         for cell, d in zip(row[2:], ("forward", "backward"), strict=True):
             agree(cell, [r[f"{d}_over_floor"]], f"{r['problem']}, {d}")
 
 
-def test_the_host_overhead_of_the_performance_page() -> None:
-    for name, *cells in performance_table("layer"):
-        (row,) = results("avx2/host.json", section="layers", layer=name)
-        for cell, column in zip(cells, ("no grad", "forward + backward"), strict=True):
-            agree(cell, [row[column]], f"{name}, {column}")
+def test_the_ways_to_store_of_the_performance_page() -> None:
+    rows = runs.read(LATEST)["conditions"]["rows"]
+    for name, *cells in performance_table("condition"):
+        of = [r for r in rows if r["condition"] == name]
+        for cell, direction in zip(cells, ("forward", "backward"), strict=True):
+            values = [r[f"{direction}_over_floor"] for r in of if f"{direction}_over_floor" in r]
+            found = [runs.geometric_mean(values), min(values), max(values)] if values else []
+            agree(cell, [f"{v:.6f}" for v in found], f"{name}, {direction}")
+
+
+def test_the_stages_of_the_performance_page() -> None:
+    """Every row of batch 8 and 32 is there, with each stage's part of its time over the floor."""
+    rows = results(f"{MACHINE}/stages.json", section="stages")
+    at = {(r["problem"], r["direction"]): r for r in rows}
+    table = performance_table("map")
+    assert [row[0] for row in table] == list(dict.fromkeys(r["problem"] for r in rows)) and len(table) == 32
+    for problem, *cells in table:
+        for cell, direction in zip(cells, ("forward", "backward"), strict=True):
+            row = at[problem, direction]
+            parts = [row["over_floor"], *(row[f"{s}_over_floor"] for s in (*stages.STAGE_NAMES, "other"))]
+            agree(cell, parts, f"{problem}, {direction}")
+
+
+def test_the_sizes_of_a_sample_of_the_performance_page() -> None:
+    rows = results(f"{MACHINE}/stages.json", section="samples")
+    table = performance_table("MB of a sample")
+    assert len(table) == len(rows) > 4
+    for cells, r in zip(table, rows, strict=True):
+        agree(
+            " ".join(cells), [r["sample_bytes"] / 1e6, r["forward_over_floor"], r["backward_over_floor"]], r["problem"]
+        )
+
+
+def test_the_changes_of_the_performance_page() -> None:
+    """The means of the rows that the fused unit has in both runs."""
+    was, now = (compare.ratios(runs.read(folder)) for folder in (BEFORE, LATEST))
+    table = performance_table("time over the floor")
+    assert len(table) == 4
+    for name, *cells in table:
+        group = f"over the floor, {name}"
+        shared = [row for row in now[group] if row in was[group]]
+        means = [runs.geometric_mean(of[group][row] for row in shared) for of in (was, now)]
+        agree(" ".join(cells), [*(f"{m:.6f}" for m in means), f"{means[1] / means[0]:.6f}"], name)
