@@ -193,9 +193,7 @@ ODD = [
 
 @pytest.mark.kernels
 @pytest.mark.parametrize("case", [*cases.all_pairs()[::3], *ODD], ids=lambda c: c.id)
-def test_no_bit_depends_on_it(
-    cpu: ctypes.CDLL, backend: str, ways_to_store: list[tuple[int, int]], case: Case
-) -> None:
+def test_no_bit_depends_on_it(cpu: ctypes.CDLL, backend: str, ways_to_store: list[tuple[int, int]], case: Case) -> None:
     """Outputs and gradients have the same bits in each way of storing them."""
     inputs, dy = cases.make(case)
     results = []
