@@ -132,7 +132,7 @@ def draw_price(rows: list[Row], path: Path) -> None:
     tables = networks_of(rows)
     names = [n for n in dict.fromkeys(r["contender"] for r in rows) if n != "plain"]
     groups = [f"{network}\n{task}\n{mode}\n{layout}" for network, task, mode, layout in tables]
-    figure, axes = new_figure(2, 1, (10.5, 7.0))
+    figure, axes = new_figure(2, 1, (max(10.5, 1.1 * len(groups)), 7.0))
     panels = {"time_over_plain": "extra time", "memory_over_plain": "extra peak memory"}
     width = 0.84 / max(len(names), 1)
     for axis, (key, title) in zip(axes, panels.items(), strict=True):

@@ -443,7 +443,8 @@ std::size_t backward_avx512(const BackwardArgs&, char*) { return 0; }
 def test_a_library_for_another_processor_refuses_each_call(tree: Path) -> None:
     compiler = tool("c++", "g++", "clang++")
     (tree / "csrc" / "cpu" / "processor.h").write_text(
-        "namespace steam::cpu { inline bool has_avx512() { return false; } inline bool has_avx2() { return false; } }\n"
+        "namespace steam::cpu { inline bool has_avx512() { return false; } inline bool has_avx2() { return false; }\n"
+        "inline bool claims_lines() { return false; } }\n"
     )
     (tree / "stubs.cpp").write_text(STUBS)
     sources = [f"csrc/cpu/{name}.cpp" for name in ("dispatch", "cache", "scratch", "c_api")]
