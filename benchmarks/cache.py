@@ -35,7 +35,7 @@ from benchmarks.commandline import add_run_options, choices, parser_of
 from benchmarks.contenders import Fused
 from benchmarks.shapes import DTYPES, LAYOUTS, STAGES, Shape
 from benchmarks.tables import micro, table
-from benchmarks.timing import Block, Effort, Sample, interleaved, timed
+from benchmarks.timing import Block, Effort, interleaved, timed, within
 from steam_kernels.backends import native
 
 MIB = 1 << 20
@@ -79,12 +79,7 @@ class Share:
 
     def block(self, bytes_: int, block: Block) -> Block:
         """``block`` with that share."""
-
-        def run(calls: int) -> Sample:
-            with self.of(bytes_):
-                return block(calls)
-
-        return run
+        return within(lambda: self.of(bytes_), block)
 
 
 def units(share: Share, caches: list[int], shapes: list[Shape], effort: Effort) -> list[dict[str, Any]]:

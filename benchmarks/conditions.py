@@ -19,11 +19,13 @@ operator. Each time is over the floor of a plain pass (``passes.floor_blocks``) 
 from __future__ import annotations
 
 import ctypes
+import functools
 import itertools
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from typing import Any
 
 from benchmarks import malloc
@@ -41,11 +43,11 @@ from benchmarks import judging, passes, runs
 from benchmarks.cache import Share
 from benchmarks.commandline import add_run_options, choices, parser_of
 from benchmarks.contenders import Fused
-from benchmarks.progress import Progress
+from benchmarks.progress import measured
 from benchmarks.shapes import DTYPES, LAYOUTS, STAGES, Shape
 from benchmarks.sweep import JUDGED
 from benchmarks.tables import micro, table
-from benchmarks.timing import Block, Effort, Sample, interleaved, timed
+from benchmarks.timing import Block, Effort, interleaved, timed, within
 
 PASSES = ("forward", "backward")
 #: By name: the bytes of the cache that a call counts on, and whether it claims the lines of its output.
@@ -80,16 +82,6 @@ def flushed() -> Iterator[None]:
         torch.set_flush_denormal(False)
 
 
-def within(context: Context, block: Block) -> Block:
-    """``block`` in that context."""
-
-    def run(calls: int) -> Sample:
-        with context():
-            return block(calls)
-
-    return run
-
-
 def copy_block(x: Tensor) -> Block:
     """A copy of x by ``memmove``, in as many equal parts as torch has threads."""
     y, parts = torch.empty_like(x), torch.get_num_threads()
@@ -119,7 +111,7 @@ def judge(share: Share, shape: Shape) -> None:
     Raises:
         AssertionError: a result is out of bounds, or the bits differ.
     """
-    few = Shape(min(shape.n, JUDGED), shape.c, shape.h, shape.w, shape.dtype, shape.layout, shape.options)
+    few = replace(shape, n=min(shape.n, JUDGED))
     normal = few.tensors()
     for name, given in (("", normal), (", denormal numbers", small(normal))):
         found = judging.outputs(Fused(), few, given)
@@ -204,16 +196,7 @@ def main() -> None:
     share = Share()
     facts = runs.begin()
     effort = Effort.quick() if args.quick else Effort(seconds=0.25)
-    progress = Progress("shape" for _ in shapes)
-    rows: list[dict[str, Any]] = []
-    wrong = []
-    for shape in shapes:
-        try:
-            with progress.row(shape.label, "shape"):
-                rows += measure(share, shape, effort)
-        except AssertionError as error:
-            wrong.append(str(error))
-            say(f"  WRONG {error}")
+    rows, wrong = measured([(s.label, "shape", functools.partial(measure, share, s, effort)) for s in shapes])
     say("\n" + table("== the fused unit under other conditions ==", HEAD, map(line, rows)))
     runs.write(args.json, "conditions", rows, facts, args.quick)
     if wrong:

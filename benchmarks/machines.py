@@ -16,7 +16,7 @@ from pathlib import Path
 
 from benchmarks import machine
 from benchmarks.commandline import parser_of
-from benchmarks.runs import DIRECTIONS, Run, alone, geometric_mean, networks_of, price, read, times
+from benchmarks.runs import DIRECTIONS, Run, alone, geometric_mean, is_quick, networks_of, price, read, times
 from benchmarks.tables import markdown_table, say
 
 RESULTS = machine.ROOT / "benchmarks" / "results"
@@ -99,7 +99,7 @@ def page(machines: dict[str, Run]) -> str:
         "results are in `benchmarks/results/`, in a folder for each processor.",
         "",
     ]
-    if any(part.get("quick") for run in machines.values() for part in run.values()):
+    if any(map(is_quick, machines.values())):
         out += ["**A quick run is among them: its times mean nothing.**", ""]
     out += _table("machine", machines, {name.replace("_", " "): _fact(name) for name in FACTS})
     out += [

@@ -9,11 +9,13 @@ from __future__ import annotations
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from benchmarks.tables import say
 
+Row = dict[str, Any]
 #: The least seconds between the last line and the line of a short step.
 PAUSE = 5.0
 
@@ -83,3 +85,19 @@ class Progress:
     def _say(self, line: str) -> None:
         self.write(line)
         self.said = self.clock()
+
+
+def measured(points: Sequence[tuple[str, Hashable, Callable[[], list[Row]]]]) -> tuple[list[Row], list[str]]:
+    """The rows of all points, each with its name, its kind and its measurement; and the errors of those points whose
+    measurement raised AssertionError, because a result was wrong."""
+    progress = Progress(kind for _, kind, _ in points)
+    rows: list[Row] = []
+    wrong: list[str] = []
+    for name, kind, measure in points:
+        try:
+            with progress.row(name, kind):
+                rows += measure()
+        except AssertionError as error:
+            wrong.append(str(error))
+            say(f"  WRONG {error}")
+    return rows, wrong

@@ -26,6 +26,7 @@ from benchmarks.runs import (
     UnitRows,
     alone,
     geometric_mean,
+    is_quick,
     name_of,
     networks_of,
     percent,
@@ -65,10 +66,6 @@ def _facts(run: Run) -> tuple[list[tuple[str, str]], list[str]]:
     return table, differ
 
 
-def _is_quick(run: Run) -> bool:
-    return any(content.get("quick") for content in run.values())
-
-
 def _header(run: Run) -> list[str]:
     facts, differ = _facts(run)
     out = [
@@ -78,7 +75,7 @@ def _header(run: Run) -> list[str]:
         "[benchmarking.md](benchmarking.md) describes the method, the contenders and the floor.",
         "",
     ]
-    if _is_quick(run):
+    if is_quick(run):
         out += ["**A quick run: it shows that the benchmarks run. Its times mean nothing.**", ""]
     ours = {"fused", "steam"}
     if any(r.get("contender") in ours and r.get("backend") == "reference" for c in run.values() for r in c["rows"]):
@@ -334,7 +331,7 @@ def page(run: Run, images: str, before: Run | None = None) -> str:
         out += _scaling_section(run["scaling"]["rows"], images)
     if "conditions" in run:
         out += _conditions_section(run["conditions"]["rows"])
-    if before and _is_quick(before) == _is_quick(run):
+    if before and is_quick(before) == is_quick(run):
         out += _change_section(before, run)
     return "\n".join(out).rstrip() + "\n"
 

@@ -87,6 +87,11 @@ def read(folder: Path) -> Run:
     return run
 
 
+def is_quick(run: Run) -> bool:
+    """Whether a part of the run is quick, so that its times mean nothing."""
+    return any(part.get("quick") for part in run.values())
+
+
 def write_csv(rows: Sequence[Row], path: Path) -> None:
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")

@@ -8,6 +8,7 @@ gradients, and backward is the operator.
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from typing import Any
@@ -23,7 +24,7 @@ import torch
 
 from benchmarks import runs
 from benchmarks.commandline import add_run_options, choices, parser_of
-from benchmarks.progress import Progress
+from benchmarks.progress import measured
 from benchmarks.shapes import Options, Shape
 from benchmarks.sweep import measure
 from benchmarks.tables import micro, table
@@ -41,21 +42,18 @@ AXES: dict[str, dict[int, Shape]] = {
 
 def run(axes: list[str], threads: list[int], effort: Effort, quick: bool) -> tuple[list[dict[str, Any]], list[str]]:
     """A row for each axis, value and number of threads, and the errors of those points that were wrong."""
-    rows, wrong = [], []
+
+    def at(axis: str, value: int, shape: Shape) -> list[dict[str, Any]]:
+        rows = []
+        for count in threads:
+            torch.set_num_threads(count)
+            # The bits do not depend on the number of threads, so one check is enough.
+            row = measure(shape, count == threads[0], effort)
+            rows.append({"axis": axis, "value": value, "threads": count} | row)
+        return rows
+
     points = [(axis, *point) for axis in axes for point in list(AXES[axis].items())[: 2 if quick else None]]
-    progress = Progress(axis for axis, _, _ in points)
-    for axis, value, shape in points:
-        try:
-            with progress.row(f"{axis} = {value}", axis):
-                for count in threads:
-                    torch.set_num_threads(count)
-                    # The bits do not depend on the number of threads, so one check is enough.
-                    row = measure(shape, count == threads[0], effort)
-                    rows.append({"axis": axis, "value": value, "threads": count} | row)
-        except AssertionError as error:
-            wrong.append(str(error))
-            say(f"  WRONG {error}")
-    return rows, wrong
+    return measured([(f"{p[0]} = {p[1]}", p[0], functools.partial(at, *p)) for p in points])
 
 
 def line(row: dict[str, Any]) -> tuple[object, ...]:

@@ -7,6 +7,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 Sample = dict[str, float]  # direction -> seconds per call
@@ -26,6 +27,16 @@ def timed(direction: str, call: Callable[[], object], warm: bool = True) -> Bloc
         return {direction: (time.perf_counter() - start) / calls}
 
     return block
+
+
+def within(context: Callable[[], AbstractContextManager[None]], block: Block) -> Block:
+    """``block`` in that context."""
+
+    def run(calls: int) -> Sample:
+        with context():
+            return block(calls)
+
+    return run
 
 
 @dataclass(frozen=True)

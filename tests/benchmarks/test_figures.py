@@ -147,6 +147,7 @@ def test_the_sentences_of_the_readme_are_of_the_committed_run() -> None:
     )
     printed = [f"{100 * row['units_over_plain']:.6f}", runs.percent(row["memory_over_plain"]).removesuffix(" %")]
     agree(" ".join(found), printed, "training step")
+    assert f"the commit was {run['unit']['machine']['commit']}." in text
     unit, direction = runs.UnitRows(run["unit"]["rows"]), next(iter(runs.DIRECTIONS))
     (found,) = re.findall(r"In the forward pass (SE is faster at .*?)\. The machine", text)
     speedups = [unit.speedups(contender, direction) for contender in ("se", "eca", "gct")]
